@@ -1,0 +1,69 @@
+"""Which implementation runs. A backend is a module with the functions of reference.py."""
+
+import os
+import warnings
+from importlib import import_module
+
+import torch
+
+# Fastest first, per device type. The reference runs everywhere, so no call is left without a home.
+ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+MODULES = {"cpu": "hkdfast.cpu", "triton": "hkdfast.kernels.distill", "reference": "hkdfast.reference"}
+DTYPES = {name: (torch.float32, torch.bfloat16, torch.float16) for name in ("cpu", "triton")}  # the reference: any
+
+
+def check(name):
+    """The backend's name, after a look that there is one of that name."""
+    if name is not None and name not in MODULES:
+        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(MODULES)}")
+    return name
+
+
+def load(name):
+    return import_module(MODULES[check(name)])
+
+
+def backends():
+    """What is usable here: {"triton": "ok", "cpu": "ModuleNotFoundError: No module named 'hkdfast._cpu'", ...}."""
+    report = {}
+    for name in MODULES:
+        try:
+            load(name)
+            report[name] = "ok"
+        except ImportError as error:
+            report[name] = f"{type(error).__name__}: {error}"
+    return report
+
+
+def find(device, dtype, backend=None):
+    """The backend module for tensors of this device and dtype: the one asked for, or the fastest that is built here.
+
+    A backend is asked for by argument or, for the whole process, by HKDFAST_BACKEND; then a missing one raises.
+    """
+    backend = check(backend or os.environ.get("HKDFAST_BACKEND") or None)
+    if backend is not None:
+        if dtype not in DTYPES.get(backend, (dtype,)):
+            raise ValueError(f"backend {backend!r} takes {DTYPES[backend]}, not {dtype}; the reference takes any")
+        return load(backend)
+    why = []
+    for name in ORDER.get(device.type, ("reference",)):
+        if dtype not in DTYPES.get(name, (dtype,)):
+            continue
+        try:
+            found = load(name)
+        except ImportError as error:
+            why.append(f"{name}: {error}")
+            continue
+        if why:
+            fell(name, tuple(why))
+        return found
+
+
+_told = set()
+
+
+def fell(name, why):
+    """Say once that a slower backend runs, and why."""
+    if (name, why) not in _told:
+        _told.add((name, why))
+        warnings.warn(f"hkdfast runs on its {name} backend, which is slower; missing: {'; '.join(why)}", stacklevel=4)
