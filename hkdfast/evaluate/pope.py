@@ -9,10 +9,16 @@ Li et al., 2023 (arXiv:2305.10355). Two scripts are in use and do not agree on e
             if "No", "no" or "not" is one of the words, and "yes" in every other case, the empty answer included.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from . import jsonl
+
+RULES = ("vcd", "pope")
+METRICS = ("accuracy", "precision", "recall", "f1", "yes_rate")
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,15 @@ class Question:
     image: str  # file name within the image folder
     text: str
     label: str | None  # "yes" or "no"; None where labels were not asked for
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The answers to one question set, marked. Everything that scores and intervals need."""
+
+    images: tuple[str, ...]  # (N,) image of each question: questions on one image are not independent
+    label: torch.Tensor  # (N,) bool, True where the truth is yes
+    right: torch.Tensor  # (N,) bool, True where the answer is right
 
 
 def read_questions(path, images=None, labels=True):
@@ -41,13 +56,10 @@ def read_questions(path, images=None, labels=True):
     questions, lines = [], {}
     for number, record in jsonl.read(path):
         name = jsonl.field(path, number, record, "question_id", (int, str))
-        if name in lines:
-            raise ValueError(f"{path}:{number}: question_id {name!r} is already on line {lines[name]}")
-        lines[name] = number
+        first = lines.setdefault(name, number)
+        if first != number:
+            raise ValueError(f"{path}:{number}: question_id {name!r} is already on line {first}")
         image, text = (jsonl.field(path, number, record, key) for key in ("image", "text"))
-        for key, value in (("image", image), ("text", text)):
-            if not value.strip():
-                raise ValueError(f"{path}:{number}: {key} is empty")
         label = None
         if labels:
             label = jsonl.field(path, number, record, "label").lower().strip()
@@ -69,3 +81,112 @@ def require_images(path, questions, folder):
     if missing:
         count = f"{len(missing)} of {len(wanted)} images of {path} are"
         raise FileNotFoundError(f"{count} not in {str(folder)!r}, the first is {missing[0]!r}")
+
+
+def read_answers(path, questions):
+    """The answer texts of a JSON-lines file, one per question and in the order of the questions.
+
+    A line holds question_id and text, as VCD's scripts write, or question and answer, as POPE's examples do. The ids
+    (or the wordings, where a line has no id) must be those of the questions, line by line.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that does not parse, no answer, another number of lines, an id or a wording that differs.
+    """
+    path = Path(path).expanduser()
+    records = jsonl.read(path)
+    answers = []
+    for question, (number, record) in zip(questions, records, strict=False):
+        key, expected = "question_id", question.question_id
+        if key not in record and "question" in record:
+            key, expected = "question", question.text
+        found = jsonl.field(path, number, record, key, (int, str))
+        if found != expected:
+            raise ValueError(
+                f"{path}:{number}: {key} is {found!r}, expected {expected!r}: answers keep the order asked"
+            )
+        answers.append(jsonl.field(path, number, record, "text" if "text" in record else "answer"))
+    if len(records) != len(questions):
+        raise ValueError(f"{path}: {len(records)} answers for {len(questions)} questions")
+    return answers
+
+
+def is_right(answer, label, rule="vcd"):
+    """Whether an answer counts as right by one of the official scripts: "vcd" or "pope"."""
+    if rule == "vcd":
+        return label in answer.lower()
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return label == ("no" if {"No", "not", "no"} & set(words) else "yes")
+
+
+def mark(questions, answers, rule="vcd", source=""):
+    """The answers, marked by the rule of an official script.
+
+    Args:
+        questions: (N,) list of Question with labels.
+        answers: (N,) list of str, in the order of the questions.
+        rule: "vcd" or "pope", as the head of this module tells.
+        source: prefixed to the image names. Give question sets over different folders that reuse file names
+            different sources, so that an interval does not take two images for one.
+
+    Raises:
+        ValueError: an unknown rule, other numbers of answers than questions, a question without a label.
+    """
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}, expected one of {', '.join(RULES)}")
+    if len(questions) != len(answers):
+        raise ValueError(f"{len(answers)} answers for {len(questions)} questions")
+    unlabelled = [question.question_id for question in questions if question.label is None]
+    if unlabelled:
+        raise ValueError(f"{len(unlabelled)} questions have no label, the first is {unlabelled[0]!r}")
+    right = [is_right(answer, question.label, rule) for question, answer in zip(questions, answers, strict=True)]
+    return Marks(
+        tuple(source + question.image for question in questions),
+        torch.tensor([question.label == "yes" for question in questions], dtype=torch.bool),
+        torch.tensor(right, dtype=torch.bool),
+    )
+
+
+def confusion(marks):
+    """(N, 4) float64, one 1 per question: true positive, false positive, true negative, false negative; yes is positive."""
+    label, right = marks.label, marks.right
+    return torch.stack([label & right, ~label & ~right, ~label & right, label & ~right], -1).double()
+
+
+def metrics(counts):
+    """{name: (...)} of METRICS for counts (..., 4) as `confusion` orders them, float64, fractions of 1.
+
+    A ratio over nothing is 0: precision without a yes answered, recall without a yes asked, F1 without a true
+    positive. The official scripts stop with a division by zero there.
+    """
+    tp, fp, tn, fn = counts.double().unbind(-1)
+    precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
+    asked = tp + fp + tn + fn
+    return {
+        "accuracy": ratio(tp + tn, asked),
+        "precision": precision,
+        "recall": recall,
+        # in the script's own order of operations: the last digit is theirs
+        "f1": ratio(2 * precision * recall, precision + recall),
+        "yes_rate": ratio(tp + fp, asked),
+    }
+
+
+def ratio(part, whole):
+    return torch.where(whole > 0, part / whole.where(whole > 0, 1), 0)
+
+
+def score(marks):
+    """{metric: float} over one question set, fractions of 1, and "questions", their number.
+
+    yes_rate is that of the script: an answer is counted as "yes" where it is right under yes or wrong under no.
+    """
+    return {name: value.item() for name, value in metrics(confusion(marks).sum(0)).items()} | {
+        "questions": len(marks.images)
+    }
+
+
+def split_name(path):
+    """What a table calls a question file: random, popular or adversarial if its name says so, else the name."""
+    found = re.findall("random|popular|adversarial", Path(path).stem)
+    return found[-1] if found else Path(path).stem

@@ -1,0 +1,109 @@
+"""How sure a difference between two systems is: paired bootstrap over images."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .pope import METRICS, confusion, metrics
+
+BLOCK = 2**24  # numbers of one block of resamples: 128 MiB of float64
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of one metric, ours minus theirs, and the bootstrap's percentile interval around it."""
+
+    difference: float
+    low: float
+    high: float
+    level: float
+    resamples: int
+    images: int  # clusters drawn
+    pairs: int  # question sets x bases x seeds x draws
+
+    def __str__(self):
+        return f"{100 * self.difference:+.2f} [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
+
+    as_dict = asdict
+
+
+def paired(ours, theirs, metric="f1", *, level=0.95, resamples=10_000, seed=0):
+    """Interval of the mean difference in a metric between two systems that answered the same questions.
+
+    Images are drawn with replacement, and every question on an image goes with it: its questions are not
+    independent, and both systems, every seed and every draw are judged on the same drawn images. The metric is taken
+    in each pair, then averaged over the pairs with equal weight, as a table's mean over seeds is. What is not drawn
+    does not enter the interval: it holds for these bases and these seeds, on other images of the same kind.
+
+    Args:
+        ours, theirs: lists of `pope.Marks`, pair by pair on the same questions: one per question set, base, seed and
+            draw in any order. An image is one cluster wherever its name occurs (see `source` of `pope.mark`). Pairs
+            that share no image are drawn separately, so each question set keeps its number of images.
+        metric: one of pope.METRICS.
+        level: coverage of the interval, 0 < level < 1.
+        resamples: number of bootstrap draws.
+        seed: of the draws. The same seed gives the same interval, for any metric from the same draws.
+
+    Raises:
+        ValueError: unknown metric, lists that do not pair up, a level or a number of resamples out of range.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}, expected one of {', '.join(METRICS)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected 0 < level < 1")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, expected at least 1")
+    counts, strata = table(ours, theirs)
+
+    def difference(total):  # (..., pairs, 2, 4) -> (...)
+        per_system = metrics(total)[metric]
+        return (per_system[..., 0] - per_system[..., 1]).mean(-1)
+
+    flat = counts.flatten(1)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    block = max(1, BLOCK // len(flat))
+    for start in range(0, resamples, block):
+        times = draw(strata, min(block, resamples - start), generator)
+        found.append(difference((times @ flat).unflatten(1, counts.shape[1:])))
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.cat(found).quantile(tails).tolist()
+    return Interval(difference(counts.sum(0)).item(), low, high, level, resamples, len(flat), len(ours))
+
+
+def table(ours, theirs):
+    """((images, pairs, 2, 4) counts of the confusion per image, sizes of the strata that the image rows fall into)."""
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"{len(ours)} marked sets against {len(theirs)}, expected as many on both sides, at least one")
+    for number, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
+        if mine.images != yours.images or not torch.equal(mine.label, yours.label):
+            raise ValueError(f"pair {number} is not on the same questions: images or labels differ")
+    # pairs whose images touch belong to one stratum; each holds a whole group of image names
+    strata = []
+    for marks in ours:
+        names = dict.fromkeys(marks.images)
+        apart = []
+        for other in strata:
+            if names.keys().isdisjoint(other):
+                apart.append(other)
+            else:
+                names = other | names
+        strata = [*apart, names]
+    row = {name: index for index, name in enumerate(name for names in strata for name in names)}
+    counts = torch.zeros(len(row), len(ours), 2, 4, dtype=torch.float64)
+    for pair, sides in enumerate(zip(ours, theirs, strict=True)):
+        rows = torch.tensor([row[name] for name in sides[0].images])
+        for side, marks in enumerate(sides):
+            counts[:, pair, side].index_add_(0, rows, confusion(marks))
+    return counts, [len(names) for names in strata]
+
+
+def draw(strata, resamples, generator):
+    """(resamples, images) float64: how often each image is drawn, as many draws in a stratum as it has images."""
+    times = torch.zeros(resamples, sum(strata), dtype=torch.float64)
+    start = 0
+    for size in strata:
+        picks = torch.randint(start, start + size, (resamples, size), generator=generator)
+        times.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
+        start += size
+    return times

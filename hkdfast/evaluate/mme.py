@@ -1,0 +1,69 @@
+"""MME's score: accuracy and accuracy+ of yes/no questions in pairs. Fu et al., 2023 (arXiv:2306.13394)."""
+
+from pathlib import Path
+
+# The subset on which SEED's neighbours report hallucination.
+HALLUCINATION = ("existence", "count", "position", "color")
+
+
+def read(path):
+    """A subtask's answers file as [(image, question, truth, answer), ...], two lines per image, tabs between fields.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: "file:line: ..." for a line without four fields, a truth other than yes or no, a pair on two images.
+    """
+    path = Path(path).expanduser()
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fields = line.split("\t")
+        if len(fields) != 4:
+            raise ValueError(
+                f"{path}:{number}: {len(fields)} fields between tabs, expected image, question, truth, answer"
+            )
+        image, question, truth, answer = fields
+        if truth.lower() not in ("yes", "no"):
+            raise ValueError(f"{path}:{number}: truth is {truth!r}, expected Yes or No")
+        if number % 2 == 0 and rows[-1][0] != image:
+            raise ValueError(
+                f"{path}:{number}: image {image!r} follows {rows[-1][0]!r}, expected two questions per image"
+            )
+        rows.append((image, question, truth.lower(), answer.lower()))
+    if not rows or len(rows) % 2:
+        raise ValueError(f"{path}: {len(rows)} questions, expected two per image")
+    return rows
+
+
+def parse(answer):
+    """What the official script takes a lower-case answer for: "yes", "no" or "other", by its first four characters.
+
+    Quirk: " yes" is a yes, "the answer is yes" is other, "know" and "not" are no.
+    """
+    return next((word for word in ("yes", "no") if word in answer[:4]), "other")
+
+
+def score(rows):
+    """{"accuracy", "accuracy_plus", "score", "questions"}: fractions of 1, and 100 times their sum, at most 200.
+
+    accuracy_plus is the fraction of images with both questions right; an answer that is neither yes nor no is wrong.
+    """
+    right = [parse(answer) == truth for _, _, truth, answer in rows]
+    both = [first and second for first, second in zip(right[::2], right[1::2], strict=True)]
+    accuracy, plus = sum(right) / len(right), sum(both) / len(both)
+    return {"accuracy": accuracy, "accuracy_plus": plus, "score": accuracy * 100 + plus * 100, "questions": len(rows)}
+
+
+def score_folder(folder):
+    """{subtask: score} of every .txt file of a results folder, and the sum of the hallucination subset if it is whole.
+
+    Raises:
+        FileNotFoundError: no such folder, or no .txt file in it.
+        ValueError: as `read`.
+    """
+    files = sorted(Path(folder).expanduser().glob("*.txt"))
+    if not files:
+        raise FileNotFoundError(f"no .txt file in {str(folder)!r}, expected one per MME subtask")
+    scores = {file.stem: score(read(file)) for file in files}
+    if all(name in scores for name in HALLUCINATION):
+        scores["hallucination"] = {"score": sum(scores[name]["score"] for name in HALLUCINATION)}
+    return scores
