@@ -8,7 +8,11 @@ import torch
 
 # Fastest first, per device type. The reference runs everywhere, so no call is left without a home.
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
-MODULES = {"cpu": "hkdfast.cpu", "triton": "hkdfast.kernels.distill", "reference": "hkdfast.reference"}
+MODULES = {
+    "cpu": "hkdfast.cpu",
+    "triton": "hkdfast.kernels.distill",
+    "reference": "hkdfast.reference",
+}
 DTYPES = {name: (torch.float32, torch.bfloat16, torch.float16) for name in ("cpu", "triton")}  # the reference: any
 
 
@@ -66,4 +70,7 @@ def fell(name, why):
     """Say once that a slower backend runs, and why."""
     if (name, why) not in _told:
         _told.add((name, why))
-        warnings.warn(f"hkdfast runs on its {name} backend, which is slower; missing: {'; '.join(why)}", stacklevel=4)
+        warnings.warn(
+            f"hkdfast runs on its {name} backend, which is slower; missing: {'; '.join(why)}",
+            stacklevel=4,
+        )

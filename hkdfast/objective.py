@@ -3,9 +3,9 @@
 The C++ and Triton launchers read these fields by name; a name here is the name on every layer.
 """
 
-from dataclasses import dataclass, field
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation")
+from ast import literal_eval
+from dataclasses import dataclass, fields
+from functools import lru_cache
 
 # Rows of the metrics tensor, in this order. All are float32, one number per row of the vocabulary.
 METRICS = (
@@ -52,7 +52,40 @@ class Objective:
     ignore_index: int = -100
     floor: float = float("-inf")  # least log p of a word that the student does not mask
     difference: bool = False  # teacher and noisy tiles hold differences to the student's tile
-    student: Transform = field(default=Transform())
-    teacher: Transform = field(default=Transform())
-    noisy: Transform = field(default=Transform())
+    student: Transform = Transform()
+    teacher: Transform = Transform()
+    noisy: Transform = Transform()
     law: Law | None = None  # None: the teacher as it is
+
+    def encode(self, draws=()):
+        """As text, with the transforms of several disturbed branches: an operator takes no dataclass.
+
+        Written in what torch.compile can follow, which json and dataclasses.asdict are not.
+        """
+        scalars = [getattr(self, name) for name in SCALARS]
+        law = [] if self.law is None else [getattr(self.law, name) for name in LAW]
+        transforms = [[t.scale, t.softcap] for t in (self.student, self.teacher, self.noisy, *draws)]
+        return ";".join([",".join([str(word) for word in words]) for words in (scalars, law, *transforms)])
+
+    @staticmethod
+    @lru_cache(256)
+    def decode(text):
+        """(Objective, draws) of what encode wrote."""
+        scalars, law, *transforms = ([literal(word) for word in words.split(",") if word] for words in text.split(";"))
+        student, teacher, noisy, *draws = (Transform(*words) for words in transforms)
+        law = Law(*law) if law else None
+        return Objective(*scalars, student=student, teacher=teacher, noisy=noisy, law=law), draws
+
+
+LAW = tuple(field.name for field in fields(Law))
+SCALARS = tuple(field.name for field in fields(Objective) if field.name not in ("student", "teacher", "noisy", "law"))
+
+
+def literal(word):
+    """The value whose str() this is: a number, True, False, None, or else a word."""
+    if word in ("inf", "-inf"):
+        return float(word)
+    try:
+        return literal_eval(word)
+    except ValueError:
+        return word

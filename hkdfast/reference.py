@@ -58,7 +58,15 @@ def total_variation(log_p, log_q, beta):
 
 
 DIVERGENCES = {
-    f.__name__: f for f in (forward_kl, reverse_kl, jensen_shannon, skew_kl, skew_reverse_kl, total_variation)
+    f.__name__: f
+    for f in (
+        forward_kl,
+        reverse_kl,
+        jensen_shannon,
+        skew_kl,
+        skew_reverse_kl,
+        total_variation,
+    )
 }
 
 
@@ -122,7 +130,11 @@ def teacher_log_probs(objective, clean, noisy, alpha, labels):
     log_clean, log_noisy = clean.log_softmax(-1), noisy.log_softmax(-1)
     sure = confidence(log_clean, law.confidence, labels)
     a = purification(law, sure, alpha)
-    return (contrasted(law, log_clean, log_noisy, a) / objective.temperature).log_softmax(-1), sure, a
+    return (
+        (contrasted(law, log_clean, log_noisy, a) / objective.temperature).log_softmax(-1),
+        sure,
+        a,
+    )
 
 
 def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics):
@@ -187,6 +199,9 @@ def contrast(objective, clean, noisy, alpha, labels, out):
     Only objective.teacher, .noisy, .temperature and .law are read; the other arguments are as in `rows`.
     """
     dtype = torch.promote_types(clean.dtype, torch.float32)
-    clean, noisy = logits(clean.to(dtype), objective.teacher), logits(noisy.to(dtype), objective.noisy)
+    clean, noisy = (
+        logits(clean.to(dtype), objective.teacher),
+        logits(noisy.to(dtype), objective.noisy),
+    )
     log_p, _, _ = teacher_log_probs(objective, clean, noisy, alpha, labels)
     out.copy_(log_p)

@@ -1,0 +1,19 @@
+"""Vocabulary-wide distillation at the cost of its matrix products."""
+
+from .backends import backends
+from .contrast import contrast, purify
+from .distill import distill_loss
+from .noise import diffuse
+from .reference import DIVERGENCES
+from .sources import Head
+
+__version__ = "0.1.0"
+__all__ = [
+    "DIVERGENCES",
+    "Head",
+    "backends",
+    "contrast",
+    "diffuse",
+    "distill_loss",
+    "purify",
+]

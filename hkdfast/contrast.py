@@ -1,0 +1,180 @@
+"""Contrast of a clean and a disturbed branch: as a teacher (`purify`) and for decoding (`contrast`)."""
+
+import torch
+
+from .backends import find
+from .checks import check_options, check_same_place, check_vocab, check_word
+from .objective import Law, Objective, Transform
+from .sources import Head, Purified, device_of, parts, transform_of
+from .tiles import plan, sides_of
+
+WORDS = {
+    "weight": ("constant", "linear", "gate"),
+    "confidence": ("max_prob", "entropy", "target"),
+    "mode": ("extrapolate", "subtract"),
+    "outside": ("clean", "drop"),
+}
+
+
+def purify(
+    clean,
+    noisy,
+    alpha=1.0,
+    *,
+    weight="constant",
+    confidence="max_prob",
+    threshold=0.5,
+    mode="extrapolate",
+    plausibility=0.0,
+    outside="clean",
+):
+    """A teacher from which the disturbed branch is subtracted, row by row, as far as the clean branch is unsure.
+
+    With c the confidence and a the weight of a row, the purified distribution is the softmax of
+
+        (1 + a) log p_clean - a log p_noisy      (mode="extrapolate")
+              log p_clean - a log p_noisy        (mode="subtract": at equal branches it flattens)
+
+    on normalised log-probabilities. It is made tile by tile inside the loss, never stored. A word that only the
+    disturbed branch masks (-inf) keeps its clean log-probability.
+
+    Args:
+        clean: logits (..., V) or a Head: the model on what it should see.
+        noisy: the same on disturbed input, the same shape; or a list of them, whose logits are averaged. Heads through
+            one weight without softcap are averaged as hidden states: one product, not one per draw.
+        alpha: strength of the subtraction, finite and not negative: the weight of every row, or the most a row can get
+            under "linear" and "gate". A tensor (...) gives each row its own weight; `weight` must then be "constant".
+        weight: "constant": a = alpha. "linear": a = alpha * (1 - c). "gate": a = alpha where c < threshold, else 0.
+        confidence: c of a row, from the clean branch at temperature 1. "max_prob": its largest probability. "entropy":
+            1 - H / log V. "target": the probability of the label; the loss then needs labels.
+        threshold: where the gate closes, 0 to 1.
+        mode: see above.
+        plausibility: beta in 0..1 of VCD's plausibility set, the words with p_clean >= beta * max p_clean; 0 for none.
+        outside: words outside that set. "clean": they keep their clean log-probability, those inside share the rest by
+            their purified odds. "drop": -inf, for decoding; reverse_kl refuses such a teacher without a floor.
+
+    Returns:
+        A teacher for `distill_loss`, or what `contrast` evaluates. Nothing in it gets a gradient.
+
+    Raises:
+        ValueError: on unknown words, numbers out of range, or shapes and devices that differ.
+
+    Source: contrast and plausibility set: Leng et al., 2024 (VCD, arXiv:2311.16922). Confidence, weights and "subtract"
+    are a reconstruction of SEED (arXiv:2507.04680), whose internals are not published in code.
+    """
+    for name, word in dict(weight=weight, confidence=confidence, mode=mode, outside=outside).items():
+        check_word(name, word, WORDS[name])
+    draws = tuple(noisy) if isinstance(noisy, (list, tuple)) else (noisy,)
+    if not draws:
+        raise ValueError("noisy is an empty list, expected at least one disturbed branch")
+    for draw in draws:
+        if tuple(draw.shape) != tuple(clean.shape):
+            raise ValueError(f"clean {tuple(clean.shape)} and noisy {tuple(draw.shape)} must have one shape")
+        check_same_place("clean", clean, "noisy", draw)
+    for name, number in (("threshold", threshold), ("plausibility", plausibility)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {number}")
+    rows = None
+    if isinstance(alpha, torch.Tensor) and alpha.dim():
+        if weight != "constant":
+            raise ValueError(f'a tensor of alphas is the weight of each row: weight must be "constant", got {weight!r}')
+        if alpha.shape != torch.Size(clean.shape[:-1]):
+            raise ValueError(f"alpha {tuple(alpha.shape)} must be one number per row, {tuple(clean.shape[:-1])}")
+        rows, alpha, weight = alpha.detach(), 0.0, "rows"
+    alpha = float(alpha)
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha must be finite and not negative, got {alpha}")
+    law = Law(weight, alpha, confidence, float(threshold), mode, float(plausibility), outside)
+    return Purified(clean, mean_head(draws), law, rows)
+
+
+def mean_head(draws):
+    """Several heads that differ in their hidden states alone, as one: a head without softcap is linear."""
+    first = draws[0]
+    if len(draws) == 1 or not all(
+        isinstance(draw, Head)
+        and draw.softcap is None
+        and draw.weight is first.weight
+        and draw.bias is first.bias
+        and draw.scale == first.scale
+        for draw in draws
+    ):
+        return draws
+    hidden = torch.stack([draw.hidden.detach().float() for draw in draws]).mean(0).to(first.hidden.dtype)
+    return (Head(hidden, first.weight, first.bias, first.scale),)
+
+
+def contrast(
+    purified,
+    *,
+    temperature=1.0,
+    labels=None,
+    vocab=None,
+    tiles="float32",
+    memory=None,
+    backend=None,
+):
+    """Log-probabilities of a purified distribution, for decoding.
+
+    With a constant weight this is VCD; with per-row weights ICD, AvisC, M3ID and classifier-free guidance.
+
+    Args:
+        purified: what `purify` returned.
+        temperature: positive and finite, divides the contrasted log-probabilities.
+        labels: (...) int64 if the law's confidence is "target", else not read.
+        vocab, tiles, memory, backend: as in `distill_loss`.
+
+    Returns:
+        (..., V) float32 log-probabilities that sum to one (float64 from float64 logits). No gradient.
+
+    Raises:
+        ValueError: on numbers out of range or a confidence "target" without labels.
+        ImportError: if the backend asked for is not built here.
+
+    Source: Leng et al., 2024 (VCD, arXiv:2311.16922).
+    """
+    if not isinstance(purified, Purified):
+        raise ValueError(f"contrast takes what purify returns, got {type(purified).__name__}")
+    check_options(temperature=temperature, tiles=tiles, backend=backend)
+    if tiles == "difference":
+        raise ValueError('tiles="difference" needs a student; contrast takes "float32" or "bfloat16"')
+    branches = (purified.clean, *purified.noisy)
+    words = check_vocab(branches, vocab)
+    law = purified.law
+    if law.confidence == "target" and law.weight in ("linear", "gate") and labels is None:
+        raise ValueError('confidence "target" needs labels')
+    lead = purified.shape[:-1]
+    n = torch.Size(lead).numel()
+    draws = [transform_of(draw) for draw in purified.noisy] if len(purified.noisy) > 1 else []
+    objective = Objective(
+        temperature=float(temperature),
+        law=law,
+        teacher=transform_of(purified.clean),
+        noisy=Transform() if draws else transform_of(purified.noisy[0]),
+    )
+    with torch.no_grad():
+        xs, weights, biases = zip(*(parts(branch, n) for branch in branches), strict=True)
+        clean, noisy = sides = sides_of(xs, weights, biases, draws, words, tiles)
+        labels, alpha = (t if t is None else t.reshape(n) for t in (labels, purified.alpha))
+        device = device_of(purified.clean)
+        out = torch.empty(
+            n,
+            words,
+            dtype=torch.promote_types(clean.dtype, torch.float32),
+            device=device,
+        )
+        step = plan(sides, n, device, memory)
+        for one in sides:
+            one.allocate(min(step, n))
+        module = find(device, clean.dtype, backend)
+        for start in range(0, n, step):
+            block = slice(start, min(start + step, n))
+            module.contrast(
+                objective,
+                clean.tile(block.start, block.stop),
+                noisy.tile(block.start, block.stop),
+                None if alpha is None else alpha[block].float(),
+                None if labels is None else labels[block],
+                out[block],
+            )
+    return out.reshape(*lead, words)

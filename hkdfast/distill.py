@@ -1,0 +1,341 @@
+"""distill_loss: checks, reductions, autograd. The work is done in tiles.py."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import operators, tiles
+from .checks import check_options, check_same_place, check_vocab, check_word
+from .objective import METRICS, Objective, Transform
+from .reference import DIVERGENCES
+from .sources import Head, Purified, device_of, parts, transform_of
+
+REDUCTIONS = ("mean", "sum", "none")
+# KL(q || p) is infinite where p is 0: these ask a teacher that drops words for a floor
+INFINITE = ("reverse_kl",)
+# domain of beta where a divergence reads it: (least, most), an end point that is not allowed, what it would be
+MIXTURES = {
+    "jensen_shannon": ("0 < beta < 1", lambda beta: 0 < beta < 1),
+    "skew_kl": ("0 <= beta < 1", lambda beta: 0 <= beta < 1),
+    "skew_reverse_kl": ("0 < beta <= 1", lambda beta: 0 < beta <= 1),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Everything of one call that is not the student's tensors: what backward needs to run it again."""
+
+    xs: list  # of teacher and disturbed branches
+    weights: list
+    biases: list
+    labels: torch.Tensor | None  # (N,)
+    weight: torch.Tensor | None  # (N,) float32
+    alpha: torch.Tensor | None  # (N,) float32
+    objective: Objective
+    draws: list
+    vocab: int
+    metrics: bool
+    tiles: str
+    memory: int | None
+    backend: str | None
+
+    def run(self, x, weight, bias, row_weight, wants, metrics):
+        xs, weights, biases = (
+            [x, *self.xs],
+            [weight, *self.weights],
+            [bias, *self.biases],
+        )
+        rest = (self.vocab, wants, metrics, self.tiles, self.memory, self.backend)
+        if torch.compiler.is_compiling():
+            results = operators.distill(
+                xs,
+                weights,
+                biases,
+                self.labels,
+                row_weight,
+                self.alpha,
+                self.objective.encode(self.draws),
+                *rest,
+            )
+            asked = (True, metrics, *wants)
+            return tuple(result if want else None for result, want in zip(results, asked, strict=True))
+        return tiles.run(
+            xs,
+            weights,
+            biases,
+            self.labels,
+            row_weight,
+            self.alpha,
+            self.objective,
+            self.draws,
+            *rest,
+        )
+
+
+def scaled(grad, factor, dtype):
+    """grad * factor in dtype; in grad's own memory when this backward is the last to read it."""
+    if grad is None:
+        return None
+    if torch.compiler.is_compiling():
+        return (grad * factor).to(dtype)
+    if factor.numel() == 1 and not factor.is_cuda and factor.item() == 1 and grad.dtype == dtype:
+        return grad
+    if grad.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad.mul_(factor)
+    return (grad * factor).to(dtype)
+
+
+class Total(torch.autograd.Function):
+    """sum_i weight_i loss_i of the rows. Forward computes the gradients too; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, call, wants):
+        loss, table, *grads = call.run(x, weight, bias, call.weight, wants, call.metrics)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
+        total = loss.sum() if call.weight is None else (loss * call.weight).sum()
+        if table is None:
+            table = loss.new_empty(0)
+        ctx.mark_non_differentiable(table)
+        return total, table
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, factor, _):
+        grads = (scaled(g, factor, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *grads, None, None
+
+
+class Rows(torch.autograd.Function):
+    """Loss of every row. The gradient of the rows that come back is not known before: logits keep the gradient of each
+    row and scale it, heads are run again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, call, wants):
+        again = weight is not None
+        loss, table, *grads = call.run(x, weight, bias, call.weight, [False] * 3 if again else wants, call.metrics)
+        ctx.call, ctx.wants = call, wants
+        ctx.save_for_backward(*((x, weight, bias) if again else grads))
+        ctx.again, ctx.dtypes = (
+            again,
+            [None if t is None else t.dtype for t in (x, weight, bias)],
+        )
+        if table is None:
+            table = loss.new_empty(0)
+        ctx.mark_non_differentiable(table)
+        return loss if call.weight is None else loss * call.weight, table
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, factor, _):
+        if not ctx.again:
+            return (
+                scaled(ctx.saved_tensors[0], factor.unsqueeze(-1), ctx.dtypes[0]),
+                None,
+                None,
+                None,
+                None,
+            )
+        # an upstream factor may be negative, a row's weight in the loss may not: no check of signs stands in the way
+        row_weight = factor if ctx.call.weight is None else factor * ctx.call.weight
+        _, _, *grads = ctx.call.run(*ctx.saved_tensors, row_weight, ctx.wants, False)
+        grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return *grads, None, None
+
+
+def distill_loss(
+    student,
+    teacher,
+    divergence="forward_kl",
+    *,
+    beta=0.5,
+    temperature=1.0,
+    t_squared=False,
+    labels=None,
+    hard_weight=0.0,
+    weight=None,
+    reduction="mean",
+    num_items=None,
+    ignore_index=-100,
+    vocab=None,
+    floor=None,
+    tiles="float32",
+    memory=None,
+    metrics=False,
+    backend=None,
+):
+    """Divergence between the next-token distributions of a teacher p and a student q over a whole vocabulary.
+
+    With heads on either side the logits exist only as tiles of a row block: all gradients cost three products through
+    the student's head and one through the teacher's, in memory bounded by `memory`.
+
+    Args:
+        student: logits (..., V) or a Head. Gets a gradient: logits, or the head's hidden, weight and bias.
+        teacher: logits (..., V), a Head of any hidden size, or what `purify` returned. A constant: no gradient.
+        divergence: "forward_kl" KL(p || q), "reverse_kl" KL(q || p) (mode-seeking), "jensen_shannon"
+            beta KL(p || m) + (1 - beta) KL(q || m), "skew_kl" KL(p || m), "skew_reverse_kl" KL(q || m), with
+            m = beta p + (1 - beta) q, or "total_variation" sum |p - q| / 2.
+        beta: weight of the teacher in the mixture m. jensen_shannon takes 0 < beta < 1: the formula tends to 0 at both
+            ends (divided by beta to forward_kl, by 1 - beta to reverse_kl), where GKD and TRL put forward_kl (0) and
+            reverse_kl (1): ask for those by name. skew_kl takes 0 <= beta < 1 and is forward_kl at 0;
+            skew_reverse_kl takes 0 < beta <= 1 and is reverse_kl at 1. The others do not read it.
+        temperature: positive and finite, divides the logits of both sides.
+        t_squared: multiply the divergence (value and gradient) by temperature ** 2, as Hinton et al. do.
+        labels: (...) int64, the next word of each row (shift them yourself), or None. Rows labelled ignore_index cost 0
+            and, with heads, no products. On CUDA with heads the host waits once, for their number.
+        hard_weight: the cross entropy of the student against labels, at temperature 1, is added this many times.
+        weight: (...) factors of the rows' losses, not negative, any float dtype; they do not change the denominator of
+            the mean. No gradient.
+        reduction: "mean" over num_items, "sum", or "none": (...) losses. With "none" and a Head, backward computes the
+            tiles again, for it alone knows each row's upstream gradient; no other case computes anything twice.
+        num_items: denominator of the mean, a number or a scalar tensor; None: the rows not ignored, at least 1.
+        ignore_index: the label of rows that do not count.
+        vocab: None: both sides must have the same words. "common": the first words that both have. A number: the first
+            so many. Words beyond count as absent, on both sides; they get a zero gradient.
+        floor: least log-probability (nats) of the teacher for a word that the student does not mask. None: none. A
+            divergence that is infinite without it is returned as inf, with a zero gradient for its row.
+        tiles: how heads are multiplied. "float32": products summed and kept in float32, whatever their dtype; gradient
+            error to float64 at most 3e-3 for bf16 models from KL 24 to 0.001. "bfloat16": 16-bit tiles, error 2e-2 at
+            KL 4, more than the gradient itself at 0.0004. "difference": 16-bit tiles of teacher minus student, where
+            all sides share one weight, bias and scale and no softcap: error 1.3e-2 from KL 24 down to 4e-5.
+        memory: bytes for tiles; None: 512 MiB on the CPU, 4 GiB on CUDA but at most half of what is free.
+        metrics: also return a dict of (...) tensors, no gradient: divergence, cross_entropy, student_entropy,
+            teacher_entropy, confidence, purification, agreement (hkdfast.objective.METRICS says what each is).
+        backend: "cpu", "triton" or "reference"; None picks the fastest that is built for the device.
+
+    Returns:
+        Scalar loss, or (...) with reduction "none", in nats: float32 (float64 for float64 inputs); (loss, dict) with
+        metrics. Where every row is ignored: 0 that can be differentiated.
+
+    Raises:
+        ValueError: on unknown words, numbers out of range, shapes, devices or vocabularies that do not fit, labels
+            outside the vocabulary (CPU; on CUDA a device assertion), negative weights (CPU), a reverse_kl to a teacher
+            that drops words without a floor, or memory too small for one row.
+        ImportError: if the backend asked for is not built here; `hkdfast.backends()` tells why.
+
+    Sources: Hinton et al., 2015 (arXiv:1503.02531); Gu et al., 2024 (arXiv:2306.08543); Agarwal et al., 2024
+    (arXiv:2306.13649); Ko et al., 2024 (arXiv:2402.03898); Wen et al., 2023 (arXiv:2307.15190).
+    """
+    check_word("divergence", divergence, DIVERGENCES)
+    check_word("reduction", reduction, REDUCTIONS)
+    check_options(temperature=temperature, tiles=tiles, backend=backend)
+    if divergence in MIXTURES and not MIXTURES[divergence][1](beta):
+        raise ValueError(f"{divergence} takes {MIXTURES[divergence][0]}, got {beta}; ask for an end point by its name")
+    check_numbers(hard_weight=hard_weight, floor=floor, num_items=num_items, memory=memory)
+    law = teacher.law if isinstance(teacher, Purified) else None
+    branches = [teacher.clean, *teacher.noisy] if law else [teacher]
+    lead = tuple(student.shape[:-1])
+    for branch in branches:
+        if tuple(branch.shape[:-1]) != lead:
+            raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(branch.shape)} differ in their rows")
+        check_same_place("student", student, "teacher", branch)
+    words = check_vocab([student, *branches], vocab)
+    check_rows(lead, labels=labels, weight=weight, device=device_of(student))
+    if labels is None and hard_weight:
+        raise ValueError(f"hard_weight {hard_weight} needs labels")
+    if law and law.confidence == "target" and law.weight in ("linear", "gate") and labels is None:
+        raise ValueError('confidence "target" needs labels')
+    if law and law.outside == "drop" and law.plausibility and divergence in INFINITE and floor is None:
+        raise ValueError(
+            f'{divergence} to a teacher that drops words is infinite: give a floor, e.g. floor=-30, or outside="clean"'
+        )
+    if tiles == "difference":
+        check_shared([student, *branches])
+
+    n = math.prod(lead)
+    several = len(branches) > 2
+    parted = [parts(branch, n) for branch in branches]
+    objective = Objective(
+        divergence=divergence,
+        beta=float(beta),
+        temperature=float(temperature),
+        soft_weight=float(temperature) ** 2 if t_squared else 1.0,
+        hard_weight=float(hard_weight),
+        ignore_index=ignore_index,
+        floor=-math.inf if floor is None else float(floor),
+        difference=tiles == "difference",
+        student=transform_of(student),
+        teacher=transform_of(branches[0]),
+        noisy=transform_of(branches[1]) if len(branches) == 2 else Transform(),
+        law=law,
+    )
+    labels, weight = (t if t is None else t.detach().reshape(n) for t in (labels, weight))
+    x, head, bias = parts(student, n)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    if num_items is None:
+        num_items = n if labels is None else (labels != ignore_index).sum()
+    share = (
+        1.0
+        if reduction != "mean"
+        else 1 / max(num_items, 1)
+        if isinstance(num_items, (int, float))
+        else (1 / num_items.to(exact).clamp(min=1))
+    )
+    # logits keep the gradient that backward returns, so the mean goes into it before it is rounded to their dtype; a
+    # head keeps float32 sums, which the mean scales late, so that no tile of a 16-bit dtype underflows
+    early = head is None and reduction == "mean"
+    weight = None if weight is None else weight.to(exact)
+    if early:
+        weight = (torch.ones(n, dtype=exact, device=x.device) if weight is None else weight) * share
+    call = Call(
+        xs=[t[0].detach() for t in parted],
+        weights=[t[1] if t[1] is None else t[1].detach() for t in parted],
+        biases=[t[2] if t[2] is None else t[2].detach() for t in parted],
+        labels=labels,
+        weight=weight,
+        alpha=teacher.alpha.reshape(n).to(exact) if law and teacher.alpha is not None else None,
+        objective=objective,
+        draws=[transform_of(branch) for branch in branches[1:]] if several else [],
+        vocab=words,
+        metrics=bool(metrics),
+        tiles=tiles,
+        memory=memory,
+        backend=backend,
+    )
+    grad = torch.is_grad_enabled()
+    wants = [grad and t is not None and t.requires_grad for t in (x, head, bias)]
+    loss, table = (Rows if reduction == "none" else Total).apply(x, head, bias, call, wants)
+    if reduction == "none":
+        loss = loss.reshape(lead)
+    elif reduction == "mean" and not early:
+        loss = loss * share
+    if not metrics:
+        return loss
+    return loss, {name: row.reshape(lead) for name, row in zip(METRICS, table, strict=True)}
+
+
+def check_numbers(*, hard_weight, floor, num_items, memory):
+    if not 0 <= hard_weight < math.inf:
+        raise ValueError(f"hard_weight must be finite and not negative, got {hard_weight}")
+    if floor is not None and not -math.inf < floor <= 0:
+        raise ValueError(f"floor is a log-probability, finite and not above 0, got {floor}")
+    if isinstance(num_items, (int, float)) and not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items must be finite and not negative, got {num_items}")
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"memory must be a positive number of bytes, got {memory}")
+
+
+def check_rows(lead, *, labels, weight, device):
+    for name, rows in (("labels", labels), ("weight", weight)):
+        if rows is None:
+            continue
+        if tuple(rows.shape) != lead:
+            raise ValueError(f"{name} {tuple(rows.shape)} must be one number per row, {lead}")
+        if rows.device != device:
+            raise ValueError(f"{name} is on {rows.device} but the student is on {device}")
+    if labels is not None and labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if weight is not None and not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point, got {weight.dtype}")
+
+
+def check_shared(sides):
+    """Tiles of differences need one head that all sides share."""
+    first = sides[0]
+    for one in sides:
+        if not isinstance(one, Head):
+            raise ValueError(f'tiles="difference" needs heads on all sides, got {type(one).__name__}')
+        same = one.weight.data_ptr() == first.weight.data_ptr() and one.weight.shape == first.weight.shape
+        if not same or one.bias is not first.bias or one.scale != first.scale or one.softcap or first.softcap:
+            raise ValueError('tiles="difference" needs one weight, bias and scale on all sides, and no softcap')

@@ -1,0 +1,87 @@
+"""The tile loop as a torch.library operator: opaque to torch.compile, with a fake implementation.
+
+Eager calls go to tiles.run itself, so that FLOP counters and profilers see its matrix products.
+"""
+
+import torch
+from torch import Tensor
+
+from . import tiles
+from .objective import METRICS, Objective
+
+
+def _dense(results, like):
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+@torch.library.custom_op("hkdfast::distill", mutates_args=())
+def distill(
+    xs: list[Tensor],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
+    labels: Tensor | None,
+    weight: Tensor | None,
+    alpha: Tensor | None,
+    objective: str,
+    vocab: int,
+    wants: list[bool],
+    metrics: bool,
+    tiling: str,
+    memory: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    asked, draws = Objective.decode(objective)
+    results = tiles.run(
+        xs,
+        weights,
+        biases,
+        labels,
+        weight,
+        alpha,
+        asked,
+        draws,
+        vocab,
+        wants,
+        metrics,
+        tiling,
+        memory,
+        backend,
+    )
+    return _dense(results, results[0])
+
+
+@distill.register_fake
+def _(
+    xs,
+    weights,
+    biases,
+    labels,
+    weight,
+    alpha,
+    objective,
+    vocab,
+    wants,
+    metrics,
+    tiling,
+    memory,
+    backend,
+):
+    x, n = xs[0], xs[0].shape[0]
+    exact = torch.promote_types(x.dtype, torch.float32)
+    loss = x.new_empty(n, dtype=exact)
+    table = x.new_empty((len(METRICS), n), dtype=exact) if metrics else None
+    if weights[0] is None:
+        kept = torch.float32 if x.dtype == torch.float16 else x.dtype
+        return _dense(
+            (
+                loss,
+                table,
+                x.new_empty(x.shape, dtype=kept) if wants[0] else None,
+                None,
+                None,
+            ),
+            loss,
+        )
+    shapes = (x.shape, weights[0].shape, weights[0].shape[:1])
+    grads = [x.new_empty(shape, dtype=exact) if want else None for shape, want in zip(shapes, wants, strict=True)]
+    return _dense((loss, table, *grads), loss)
