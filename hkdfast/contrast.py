@@ -6,7 +6,7 @@ from .backends import find
 from .checks import check_options, check_same_place, check_vocab, check_word
 from .objective import Law, Objective, Transform
 from .sources import Head, Purified, device_of, parts, transform_of
-from .tiles import plan, sides_of
+from .tiles import autocast_dtype, plan, sides_of
 
 WORDS = {
     "weight": ("constant", "linear", "gate"),
@@ -152,11 +152,12 @@ def contrast(
         teacher=transform_of(purified.clean),
         noisy=Transform() if draws else transform_of(purified.noisy[0]),
     )
-    with torch.no_grad():
+    device = device_of(purified.clean)
+    compute = autocast_dtype(device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         xs, weights, biases = zip(*(parts(branch, n) for branch in branches), strict=True)
-        clean, noisy = sides = sides_of(xs, weights, biases, draws, words, tiles)
+        clean, noisy = sides = sides_of(xs, weights, biases, draws, words, compute, tiles)
         labels, alpha = (t if t is None else t.reshape(n) for t in (labels, purified.alpha))
-        device = device_of(purified.clean)
         out = torch.empty(
             n,
             words,

@@ -1,11 +1,11 @@
 """distill_loss: checks, reductions, autograd. The work is done in tiles.py."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from . import operators, tiles
+from . import operators
+from . import tiles as loop
 from .checks import check_options, check_same_place, check_vocab, check_word
 from .objective import METRICS, Objective, Transform
 from .reference import DIVERGENCES
@@ -22,55 +22,12 @@ MIXTURES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """Everything of one call that is not the student's tensors: what backward needs to run it again."""
-
-    xs: list  # of teacher and disturbed branches
-    weights: list
-    biases: list
-    labels: torch.Tensor | None  # (N,)
-    weight: torch.Tensor | None  # (N,) float32
-    alpha: torch.Tensor | None  # (N,) float32
-    objective: Objective
-    draws: list
-    vocab: int
-    metrics: bool
-    tiles: str
-    memory: int | None
-    backend: str | None
-
-    def run(self, x, weight, bias, row_weight, wants, metrics):
-        xs, weights, biases = (
-            [x, *self.xs],
-            [weight, *self.weights],
-            [bias, *self.biases],
-        )
-        rest = (self.vocab, wants, metrics, self.tiles, self.memory, self.backend)
-        if torch.compiler.is_compiling():
-            results = operators.distill(
-                xs,
-                weights,
-                biases,
-                self.labels,
-                row_weight,
-                self.alpha,
-                self.objective.encode(self.draws),
-                *rest,
-            )
-            asked = (True, metrics, *wants)
-            return tuple(result if want else None for result, want in zip(results, asked, strict=True))
-        return tiles.run(
-            xs,
-            weights,
-            biases,
-            self.labels,
-            row_weight,
-            self.alpha,
-            self.objective,
-            self.draws,
-            *rest,
-        )
+def run(*args):
+    """The tile loop: itself, or as an operator where torch.compile looks on."""
+    if torch.compiler.is_compiling():
+        return operators.run(*args)
+    with torch.autocast(args[1][0].device.type, enabled=False):
+        return loop.run(*args)
 
 
 def scaled(grad, factor, dtype):
@@ -90,11 +47,11 @@ class Total(torch.autograd.Function):
     """sum_i weight_i loss_i of the rows. Forward computes the gradients too; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, call, wants):
-        loss, table, *grads = call.run(x, weight, bias, call.weight, wants, call.metrics)
+    def forward(ctx, x, weight, bias, call, row_weight, wants, metrics):
+        loss, table, *grads = run(call, (x, weight, bias), row_weight, wants, metrics)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
-        total = loss.sum() if call.weight is None else (loss * call.weight).sum()
+        total = loss.sum() if row_weight is None else (loss * row_weight).sum()
         if table is None:
             table = loss.new_empty(0)
         ctx.mark_non_differentiable(table)
@@ -104,7 +61,7 @@ class Total(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, factor, _):
         grads = (scaled(g, factor, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *grads, None, None
+        return *grads, None, None, None, None
 
 
 class Rows(torch.autograd.Function):
@@ -112,36 +69,26 @@ class Rows(torch.autograd.Function):
     row and scale it, heads are run again."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, call, wants):
-        again = weight is not None
-        loss, table, *grads = call.run(x, weight, bias, call.weight, [False] * 3 if again else wants, call.metrics)
-        ctx.call, ctx.wants = call, wants
-        ctx.save_for_backward(*((x, weight, bias) if again else grads))
-        ctx.again, ctx.dtypes = (
-            again,
-            [None if t is None else t.dtype for t in (x, weight, bias)],
-        )
+    def forward(ctx, x, weight, bias, call, row_weight, wants, metrics):
+        ctx.again = (call, row_weight, wants) if weight is not None else None
+        loss, table, *grads = run(call, (x, weight, bias), row_weight, [False] * 3 if ctx.again else wants, metrics)
+        ctx.save_for_backward(*((x, weight, bias) if ctx.again else grads))
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
         if table is None:
             table = loss.new_empty(0)
         ctx.mark_non_differentiable(table)
-        return loss if call.weight is None else loss * call.weight, table
+        return loss if row_weight is None else loss * row_weight, table
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, factor, _):
         if not ctx.again:
-            return (
-                scaled(ctx.saved_tensors[0], factor.unsqueeze(-1), ctx.dtypes[0]),
-                None,
-                None,
-                None,
-                None,
-            )
-        # an upstream factor may be negative, a row's weight in the loss may not: no check of signs stands in the way
-        row_weight = factor if ctx.call.weight is None else factor * ctx.call.weight
-        _, _, *grads = ctx.call.run(*ctx.saved_tensors, row_weight, ctx.wants, False)
+            return scaled(ctx.saved_tensors[0], factor.unsqueeze(-1), ctx.dtypes[0]), *[None] * 6
+        call, row_weight, wants = ctx.again
+        factor = factor if row_weight is None else factor * row_weight
+        _, _, *grads = run(call, ctx.saved_tensors, factor, wants, False)
         grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return *grads, None, None
+        return *grads, None, None, None, None
 
 
 def distill_loss(
@@ -278,24 +225,23 @@ def distill_loss(
     weight = None if weight is None else weight.to(exact)
     if early:
         weight = (torch.ones(n, dtype=exact, device=x.device) if weight is None else weight) * share
-    call = Call(
+    call = loop.Call(
         xs=[t[0].detach() for t in parted],
         weights=[t[1] if t[1] is None else t[1].detach() for t in parted],
         biases=[t[2] if t[2] is None else t[2].detach() for t in parted],
         labels=labels,
-        weight=weight,
         alpha=teacher.alpha.reshape(n).to(exact) if law and teacher.alpha is not None else None,
         objective=objective,
         draws=[transform_of(branch) for branch in branches[1:]] if several else [],
         vocab=words,
-        metrics=bool(metrics),
+        compute=loop.autocast_dtype(x.device),
         tiles=tiles,
         memory=memory,
         backend=backend,
     )
     grad = torch.is_grad_enabled()
     wants = [grad and t is not None and t.requires_grad for t in (x, head, bias)]
-    loss, table = (Rows if reduction == "none" else Total).apply(x, head, bias, call, wants)
+    loss, table = (Rows if reduction == "none" else Total).apply(x, head, bias, call, weight, wants, metrics)
     if reduction == "none":
         loss = loss.reshape(lead)
     elif reduction == "mean" and not early:
@@ -328,6 +274,10 @@ def check_rows(lead, *, labels, weight, device):
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if weight is not None and not weight.is_floating_point():
         raise ValueError(f"weight must be floating point, got {weight.dtype}")
+    if weight is not None and not weight.is_cuda and not torch.compiler.is_compiling():
+        wrong = weight[~((weight >= 0) & weight.isfinite())]  # NaN is neither
+        if wrong.numel():
+            raise ValueError(f"weights must be finite and not negative, got {wrong[0].item()}")
 
 
 def check_shared(sides):

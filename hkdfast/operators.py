@@ -10,7 +10,39 @@ from . import tiles
 from .objective import METRICS, Objective
 
 
+def autograd_keys():
+    """Autograd works inside: an operator switches it off, and the reference backend differentiates by it."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(included, excluded)
+
+
+def run(call, student, weight, wants, metrics):
+    """tiles.run through the operator."""
+    x, head, bias = student
+    results = distill(
+        [x, *call.xs],
+        [head, *call.weights],
+        [bias, *call.biases],
+        call.labels,
+        weight,
+        call.alpha,
+        call.objective.encode(call.draws),
+        call.vocab,
+        call.compute,
+        wants,
+        metrics,
+        call.tiles,
+        call.memory,
+        call.backend,
+    )
+    given = (True, metrics, *wants)
+    return tuple(result if there else None for result, there in zip(results, given, strict=True))
+
+
 def _dense(results, like):
+    """An operator returns tensors: an empty one for what was not asked for."""
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
@@ -24,6 +56,7 @@ def distill(
     alpha: Tensor | None,
     objective: str,
     vocab: int,
+    compute: torch.dtype | None,
     wants: list[bool],
     metrics: bool,
     tiling: str,
@@ -31,41 +64,16 @@ def distill(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     asked, draws = Objective.decode(objective)
-    results = tiles.run(
-        xs,
-        weights,
-        biases,
-        labels,
-        weight,
-        alpha,
-        asked,
-        draws,
-        vocab,
-        wants,
-        metrics,
-        tiling,
-        memory,
-        backend,
+    call = tiles.Call(
+        xs[1:], weights[1:], biases[1:], labels, alpha, asked, draws, vocab, compute, tiling, memory, backend
     )
+    with autograd_keys(), torch.no_grad():
+        results = tiles.run(call, (xs[0], weights[0], biases[0]), weight, wants, metrics)
     return _dense(results, results[0])
 
 
 @distill.register_fake
-def _(
-    xs,
-    weights,
-    biases,
-    labels,
-    weight,
-    alpha,
-    objective,
-    vocab,
-    wants,
-    metrics,
-    tiling,
-    memory,
-    backend,
-):
+def _(xs, weights, biases, labels, weight, alpha, objective, vocab, compute, wants, metrics, *loop):
     x, n = xs[0], xs[0].shape[0]
     exact = torch.promote_types(x.dtype, torch.float32)
     loss = x.new_empty(n, dtype=exact)

@@ -37,7 +37,7 @@ def reverse_kl(log_p, log_q, beta):
 
 
 def jensen_shannon(log_p, log_q, beta):
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al., 2024, eq. 1 (arXiv:2306.13649)."""
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al., 2024 (arXiv:2306.13649)."""
     log_m = mix(log_p, log_q, beta)
     return beta * cross(log_p, log_m) + (1 - beta) * cross(log_q, log_m)
 

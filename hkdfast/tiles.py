@@ -6,11 +6,12 @@ student's and the teacher's head: 3S + T with all gradients, 2S + T with a froze
 
 import logging
 import warnings
+from dataclasses import dataclass
 
 import torch
 
 from .backends import find
-from .objective import METRICS
+from .objective import METRICS, Objective
 from .sources import Average, Logits, Projection
 
 logger = logging.getLogger("hkdfast")
@@ -55,12 +56,15 @@ def side(x, weight, bias, vocab, tiles, compute):
     return Logits(x, vocab) if weight is None else Projection(x, weight, bias, vocab, tiles, compute)
 
 
-def sides_of(xs, weights, biases, draws, vocab, tiles):
+def autocast_dtype(device):
+    """In which a linear layer would compute here, or None for its operands' own dtype."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def sides_of(xs, weights, biases, draws, vocab, compute, tiles):
     """The sides of the loop, the several draws of a disturbed branch (the last ones) made one."""
-    device = xs[0].device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     made = [
-        side(x, weight, bias, vocab, tiles, autocast or x.dtype)
+        side(x, weight, bias, vocab, tiles, compute or x.dtype)
         for x, weight, bias in zip(xs, weights, biases, strict=True)
     ]
     return [*made[: -len(draws)], Average(made[-len(draws) :], draws)] if draws else made
@@ -73,85 +77,82 @@ def counted(labels, objective, sides):
     return (labels != objective.ignore_index).nonzero().squeeze(-1)
 
 
-def check_rows(labels, weight, objective, vocab):
-    """Values that can be looked at for nothing on the CPU; on CUDA a bad label is an assertion of the device."""
-    if labels is not None and labels.numel():
-        known = (labels == objective.ignore_index) | ((labels >= 0) & (labels < vocab))
-        if labels.is_cuda:
-            torch._assert_async(
-                known.all(),
-                "a label is neither a word of the vocabulary nor ignore_index",
-            )
-        elif not known.all():
-            wrong = labels[~known][0].item()
-            raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor ignore_index {objective.ignore_index}")
-    if weight is not None and not weight.is_cuda and not (weight >= 0).all():
-        raise ValueError(f"weights must be finite and not negative, got {weight[~(weight >= 0)][0].item()}")
+def check_labels(labels, objective, vocab):
+    """Looked at for nothing on the CPU; on CUDA a bad label is an assertion of the device."""
+    if labels is None or not labels.numel():
+        return
+    known = (labels == objective.ignore_index) | ((labels >= 0) & (labels < vocab))
+    if labels.is_cuda:
+        torch._assert_async(known.all(), "a label is neither a word of the vocabulary nor ignore_index")
+    elif not known.all():
+        wrong = labels[~known][0].item()
+        raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor ignore_index {objective.ignore_index}")
 
 
-def run(
-    xs,
-    weights,
-    biases,
-    labels,
-    weight,
-    alpha,
-    objective,
-    draws,
-    vocab,
-    wants,
-    metrics,
-    tiles,
-    memory,
-    backend,
-):
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Everything that is asked of the loop but the student's own tensors."""
+
+    xs: list  # of the teacher and of the disturbed branches: logits (N, V), or hidden states (N, H)
+    weights: list  # (V, H) of their heads, or None for logits
+    biases: list  # (V,) or None
+    labels: torch.Tensor | None  # (N,) int64
+    alpha: torch.Tensor | None  # (N,) float32, purification weights of the rows
+    objective: Objective
+    draws: list  # Transform of each disturbed branch if there are several, else empty
+    vocab: int  # words compared, the first so many on every side
+    compute: torch.dtype | None  # in which heads are multiplied; None: their own
+    tiles: str
+    memory: int | None
+    backend: str | None
+
+
+def run(call, student, weight, wants, metrics):
     """Per-row loss, metrics and the gradients of sum_i weight_i loss_i.
 
     Args:
-        xs, weights, biases: of the student, the teacher and the disturbed branches: logits (N, V) with weight and bias
-            None, or hidden states (N, H) with their head's weight (V, H) and bias (V,) or None.
-        labels, weight, alpha: (N,) int64, float32, float32, or None.
-        objective: Objective.
-        draws: Transform of each disturbed branch if there are several, else empty.
-        vocab: words compared, the first so many on every side.
-        wants: gradients wanted of the student's x, weight, bias.
+        call: Call.
+        student: (x, weight, bias): logits (N, V), None, None; or hidden states (N, H) and their head's (V, H), (V,).
+        weight: (N,) float32 or None for 1.
+        wants: which gradients of x, weight, bias are wanted.
         metrics: whether to return METRICS.
-        tiles, memory, backend: as in distill_loss.
 
     Returns:
-        loss (N,), metrics (7, N) or (0,), d_x, d_weight, d_bias (empty where not wanted). Gradients of hidden states
-        and weights are float32, those of logits have the logits' dtype (fp16: float32).
+        loss (N,), metrics (7, N) or None, d_x, d_weight, d_bias (None where not wanted). Gradients of hidden states
+        and weights are float32, those of logits have the logits' dtype (fp16: float32). float64 stays float64.
     """
-    check_rows(labels, weight, objective, vocab)
-    sides = sides_of(xs, weights, biases, draws, vocab, tiles)
-    student, teacher, noisy = sides if len(sides) == 3 else (*sides, None)
+    objective, labels, alpha = call.objective, call.labels, call.alpha
+    check_labels(labels, objective, call.vocab)
+    everyone = ([one, *others] for one, others in zip(student, (call.xs, call.weights, call.biases), strict=True))
+    sides = sides_of(*everyone, call.draws, call.vocab, call.compute, call.tiles)
+    main, teacher, noisy = sides if len(sides) == 3 else (*sides, None)
     if objective.difference:
         for other in sides[1:]:
-            other.subtract(student)
-    n, device = len(xs[0]), xs[0].device
+            other.subtract(main)
+    n, device = len(student[0]), student[0].device
     index = counted(labels, objective, sides)
     if index is not None:
         for one in sides:
             one.select(index)
         labels, weight, alpha = (t if t is None else t[index] for t in (labels, weight, alpha))
     rows = n if index is None else len(index)
-    module = find(device, student.dtype, backend)
-    dtype = torch.promote_types(student.dtype, torch.float32)
+    module = find(device, main.dtype, call.backend)
+    dtype = torch.promote_types(main.dtype, torch.float32)
     loss = torch.empty(rows, dtype=dtype, device=device)
     table = torch.empty(len(METRICS), rows, dtype=dtype, device=device) if metrics else None
     if any(wants):
-        student.want(*wants)
+        main.want(*wants)
 
     def sweep(step):
         if any(wants):
-            student.reset()
+            main.reset()
         for one in sides:
             one.allocate(min(step, rows))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             block = slice(start, stop)
-            z = student.tile(start, stop)
-            grad = student.gradient(start, stop, z) if any(wants) else None
+            z = main.tile(start, stop)
+            grad = main.gradient(start, stop, z) if any(wants) else None
             module.rows(
                 objective,
                 z,
@@ -165,9 +166,9 @@ def run(
                 None if table is None else table[:, block],
             )
             if grad is not None:
-                student.back(grad, start, stop)
+                main.back(grad, start, stop)
 
-    step = plan(sides, rows, device, memory)
+    step = plan(sides, rows, device, call.memory)
     try:
         sweep(step)
     except torch.OutOfMemoryError:
@@ -179,4 +180,4 @@ def run(
     if index is not None:
         loss = loss.new_zeros(n).index_copy_(0, index, loss)
         table = table if table is None else table.new_zeros(len(METRICS), n).index_copy_(1, index, table)
-    return loss, table, *(student.gradients() if any(wants) else (None, None, None))
+    return loss, table, *(main.gradients() if any(wants) else (None, None, None))

@@ -1,0 +1,55 @@
+"""The command hkdfast. Every subcommand is `add_arguments(parser, ...)` and a `run(args)` in the module that does it."""
+
+import argparse
+import sys
+
+from . import __version__, bench, demo, doctor, extras
+from .evaluate import command as evaluate
+
+EXPLAIN = argparse.ArgumentDefaultsHelpFormatter
+COMMANDS = {
+    "seed": "distil a vision-language model's hallucinations out of it (SEED)",
+    "evaluate": "score a model, or answers that exist, on POPE or MME",
+    "doctor": "what is installed here, which backends run, and why one does not",
+    "demo": "distill_loss against plain PyTorch on this machine: time, error, memory",
+    "bench": "run the speed benchmarks of a checkout",
+}
+
+
+def main(argv=None):
+    """Run one command. Returns the exit code: 0 for success, 2 for bad input, told in one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        args = make_parser(argv).parse_args(argv)
+        return args.run(args) or 0
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        why = extras.hint(error) if isinstance(error, ImportError) else ""
+        print(f"hkdfast: error: {' '.join(str(error).split())}{why}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser(argv):
+    """The parser of all commands. That of `seed` is filled only when it is asked for: it may need transformers."""
+    parser = argparse.ArgumentParser("hkdfast", description="Distillation of language and vision-language models.")
+    parser.add_argument("--version", action="version", version=f"hkdfast {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    made = {
+        name: commands.add_parser(name, help=text, description=text.capitalize() + ".", formatter_class=EXPLAIN)
+        for name, text in COMMANDS.items()
+    }
+    evaluate.add_arguments(made["evaluate"], EXPLAIN)
+    for name, module in (("doctor", doctor), ("demo", demo), ("bench", bench)):
+        module.add_arguments(made[name])
+        made[name].set_defaults(run=module.run)
+    if next((word for word in argv if not word.startswith("-")), None) == "seed":
+        from .hf import command as seed
+
+        seed.add_arguments(made["seed"])
+        made["seed"].set_defaults(run=seed.run)
+    return parser
