@@ -20,9 +20,7 @@ TILES = ("float32", "bfloat16", "difference")
 BUDGET = {"cpu": 512 << 20, "cuda": 4 << 30}  # bytes of tiles, unless the caller says
 
 
-def budget(device, memory):
-    if memory is not None:
-        return memory
+def budget(device):
     most = BUDGET.get(device.type, BUDGET["cpu"])
     if device.type == "cuda":
         most = min(most, torch.cuda.mem_get_info(device)[0] // 2)
@@ -31,24 +29,15 @@ def budget(device, memory):
 
 def plan(sides, rows, device, memory):
     """Rows per block: the fewest, evenly filled blocks whose tiles fit the budget."""
-    per_row, fixed = (
-        sum(side.bytes_per_row for side in sides),
-        max(side.fixed_bytes for side in sides),
-    )
+    per_row, fixed = sum(side.bytes_per_row for side in sides), max(side.fixed_bytes for side in sides)
     if not per_row or not rows:
         return max(rows, 1)
     if memory is not None and memory < fixed + per_row:
         raise ValueError(f"memory of {memory} bytes is too small: one row of tiles takes {fixed + per_row}")
-    fit = max(1, (budget(device, memory) - fixed) // per_row)
-    blocks = -(-rows // fit)
+    room = budget(device) if memory is None else memory - fixed
+    blocks = -(-rows // max(1, room // per_row))
     step = -(-rows // blocks)
-    logger.info(
-        "%d rows in %d blocks of %d, %.1f MB of tiles",
-        rows,
-        blocks,
-        step,
-        (fixed + step * per_row) / 1e6,
-    )
+    logger.info("%d rows in %d blocks of %d, %.1f MB of tiles", rows, blocks, step, (fixed + step * per_row) / 1e6)
     return step
 
 
