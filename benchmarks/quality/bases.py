@@ -188,5 +188,7 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         model, processor = train(seed, options.work)
-        model.save_pretrained(BASES / f"seed{seed}")
+        # half the bytes; the configuration still says float32, so that is what it loads as
+        halves = {name: weight.half() for name, weight in model.state_dict().items()}
+        model.save_pretrained(BASES / f"seed{seed}", state_dict=halves)
         processor.save_pretrained(BASES / f"seed{seed}")
