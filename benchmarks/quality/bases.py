@@ -1,14 +1,15 @@
-"""Train the base models of the picture world: LLaVAs of 1.4 million parameters, each from nothing and from its own seed.
+"""Train the base models of the picture world: LLaVAs of 1.4 million parameters, each from a seed of its own.
 
     python benchmarks/quality/bases.py 1 2
 
-Five stages: the vision tower learns what is in each quadrant, the language model learns to name one object, to caption and
-to answer questions whose negatives are any absent object (two stages), and last to answer questions whose negatives never
-belong to the scene. The last stage is short and is what instruction data does to real models: the model can tell apart the
-objects of a scene, but no longer needs to, and the prior of the scene grows over the evidence.
+Five stages: the vision tower learns what is in each quadrant, the language model learns to name one object, to
+caption and to answer questions whose negatives are any absent object (two stages), and last to answer questions
+whose negatives never belong to the scene. The last stage is short and is what instruction data does to real models:
+the model can tell apart the objects of a scene, but no longer needs to, and the prior of the scene grows over the
+evidence.
 
-The result loads with `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`. A stage that is
-done is kept under --work and not run again.
+The result loads with `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`. A stage
+that is done is kept under --work and not run again.
 """
 
 import argparse
@@ -18,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from tinyllava import PATCH, WIDTH, make_model, make_processor, named, normalised, question, read
+from torch import nn
 from world import OBJECTS, PER_SCENE, SCENE_OF, SCENES, SIZE, pictures, render
 
 BASES = Path(__file__).parent / "bases"
@@ -51,7 +51,7 @@ def descend(parameters, lr, steps, decay, losses, say):
 
 
 def learn_to_see(model, rng, steps=1500, batch=64, pool=6000):
-    """Train the vision tower to tell the object of each quadrant, or that it is empty, and the scene of the background."""
+    """Train the vision tower to tell what each quadrant holds, if anything, and the scene of the background."""
     tower = model.model.vision_tower
     what, where = nn.Linear(WIDTH, len(OBJECTS) + 1), nn.Linear(WIDTH, len(SCENES))
     images = np.empty((pool, SIZE, SIZE, 3), np.uint8)
@@ -84,7 +84,7 @@ def learn_to_see(model, rng, steps=1500, batch=64, pool=6000):
 def encode(tokenizer, turns):
     questions = tokenizer([f"{asked} ASSISTANT:" for asked, _ in turns], add_special_tokens=False).input_ids
     answers = tokenizer([f"{answer}</s>" for _, answer in turns], add_special_tokens=False).input_ids
-    return list(zip(questions, answers))
+    return list(zip(questions, answers, strict=True))
 
 
 def talk_loss(model, tokenizer, pixels, talks):

@@ -3,9 +3,9 @@
     python benchmarks/quality/questions.py 1001 /tmp/pope --images 500
     hkdfast evaluate pope ...
 
-POPE (Li et al., 2023, arXiv:2305.10355) asks "Is there a X in the image?", as often about objects that are there as about
-objects that are not. The splits differ in the latter: random ones; those most frequent in the set; those that most often
-accompany what the image shows.
+POPE (Li et al., 2023, arXiv:2305.10355) asks "Is there a X in the image?", as often about objects that are there as
+about objects that are not. The splits differ in the latter: random ones; those most frequent in the set; those that
+most often accompany what the image shows.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
 from tinyllava import ask, normalised, question
 from world import OBJECTS, company, pictures
 
@@ -37,7 +36,8 @@ def pope(count, seed):
     """A question set over `count` new images.
 
     Returns:
-        the images (count, 64, 64, 3) uint8, and for each split an array (4 * count, 3) of image, object and whether it is there.
+        the images (count, 64, 64, 3) uint8, and for each split an array (4 * count, 3) of image, object and whether it
+        is there.
     """
     rng = np.random.default_rng(seed)
     images, contents = pictures(count, rng)
@@ -46,7 +46,9 @@ def pope(count, seed):
     for split in SPLITS:
         rows = []
         for image, objects in enumerate(contents):
-            for there, not_there in zip(rng.permutation(objects), absent(objects, rng, split, frequency)):
+            for there, not_there in zip(
+                rng.permutation(objects)[:EACH], absent(objects, rng, split, frequency), strict=True
+            ):
                 rows += [(image, there, 1), (image, not_there, 0)]
         splits[split] = np.array(rows)
     return images, splits
@@ -55,8 +57,8 @@ def pope(count, seed):
 def prompts(model, tokenizer, count, seed, yes=0.65, device="cpu"):
     """Training prompts: eight unlabelled questions about each of `count` new images.
 
-    Four are asked as instruction data asks, `yes` of them about something that is there; their answers are dropped. Four are
-    drawn from sixteen objects chosen blindly, the more likely the less sure the model is of its answer.
+    Four are asked as instruction data asks, a share `yes` of them about something that is there; their answers are
+    dropped. Four are drawn from sixteen objects chosen blindly, the more likely the less sure the model is.
 
     Returns:
         the images, and an array (8 * count, 2) of image and object.
@@ -71,10 +73,11 @@ def prompts(model, tokenizer, count, seed, yes=0.65, device="cpu"):
         asked[image, 4:] = rng.permutation(len(OBJECTS))[:16]
     blind = asked[:, 4:]
     logits = ask(model, tokenizer, normalised(images).to(device), np.arange(count).repeat(16), blind.reshape(-1))
-    doubt = 1.02 - logits.softmax(-1).amax(-1).double().numpy().reshape(
-        blind.shape
-    )  # never zero, so that four can be drawn
-    chosen = [rng.choice(row, 4, replace=False, p=weight / weight.sum()) for row, weight in zip(blind, doubt)]
+    sure = logits.softmax(-1).amax(-1).double().numpy().reshape(blind.shape)
+    doubt = 1.02 - sure  # never zero, so that four can be drawn
+    chosen = [
+        rng.choice(row, 4, replace=False, p=weight / weight.sum()) for row, weight in zip(blind, doubt, strict=True)
+    ]
     asked = np.concatenate([asked[:, :4], chosen], 1)
     return images, np.stack([np.arange(count).repeat(8), asked.reshape(-1)], 1)
 

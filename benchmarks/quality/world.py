@@ -1,7 +1,7 @@
 """The picture world: photo cut-outs of 48 objects, scattered over the background of one of six scenes.
 
-An image shows two to four objects, one per quadrant. Objects of one scene keep each other's company (`BIAS`), which is the
-statistical prior that a language model learns and later mistakes for sight.
+An image shows two to four objects, one per quadrant. Objects of one scene keep each other's company (`BIAS`), which
+is the statistical prior that a language model learns and later mistakes for sight.
 """
 
 from functools import cache
@@ -75,7 +75,7 @@ def render(objects, rng, scene=None):
     image = image + rng.normal(0, 6, (SIZE, SIZE, 1))
     half = SIZE // 2
     quadrants = rng.permutation(4)[: len(objects)]
-    for index, quadrant in zip(objects, quadrants):
+    for index, quadrant in zip(objects, quadrants, strict=True):
         colours, opacity = sprite(index, int(rng.integers(SPRITES[0], SPRITES[1] + 1)), bool(rng.integers(2)))
         height, width, _ = colours.shape
         top = half * (quadrant // 2) + rng.integers(half - height + 1)
