@@ -1,0 +1,30 @@
+"""hkdfast bench: the speed benchmarks, which come with a checkout and not with the wheel."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "speed"
+
+
+def add_arguments(parser):
+    parser.add_argument("-k", dest="select", metavar="WORDS", help="only benchmarks whose name fits, as pytest's -k")
+    parser.add_argument("--json", metavar="FILE", help="where pytest-benchmark writes its figures")
+    parser.add_argument("--list", action="store_true", help="name the benchmarks and run none")
+
+
+def run(args):
+    if not any(FOLDER.glob("bench_*.py")):
+        raise FileNotFoundError(
+            f"no benchmarks in {FOLDER}: they come with the repository. "
+            "In a clone of it: pip install -e '.[bench]' && hkdfast bench"
+        )
+    for module in ("pytest", "pytest_benchmark"):
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"the benchmarks need {module}", name=module)
+    command = [sys.executable, "-m", "pytest", str(FOLDER)]
+    command += ["-k", args.select] if args.select else []
+    command += ["--benchmark-json", args.json] if args.json else []
+    command += ["--collect-only", "-q"] if args.list else []
+    return subprocess.run(command, cwd=FOLDER.parents[1], check=False).returncode

@@ -1,0 +1,126 @@
+"""hkdfast demo: distill_loss against plain PyTorch on this machine, through the public API, with torch only."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import Head, distill_loss
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser):
+    parser.description = (
+        "Loss and gradient of a forward KL between two models over a vocabulary, as plain PyTorch writes it and by "
+        "distill_loss: once from logits that exist, once from the two language-model heads, which PyTorch has to "
+        "multiply out. Error is that of the gradient against float64, relative to its largest entry; memory is the "
+        "peak above the inputs."
+    )
+    parser.add_argument("--rows", type=int, default=512, help="tokens of the batch")
+    parser.add_argument("--vocab", type=int, default=32000, help="words of the vocabulary")
+    parser.add_argument("--hidden", type=int, default=512, help="width of both models")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of logits, hidden states and heads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the fastest counts")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+
+
+def run(args):
+    for name in ("rows", "vocab", "hidden", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch finds no GPU here")
+    print(f"{args.rows} rows, vocabulary {args.vocab}, width {args.hidden}, {args.dtype} on {device}")
+    print(f"{'forward KL, loss and gradient':32}{'time':>12}{'error':>12}{'memory':>12}")
+    for title, inputs, cases in problems(args, device):
+        truth = gradients(lambda *x: plain(*x, dtype=torch.float64), [x.double() for x in inputs])
+        for name, loss in cases.items():
+            found, seconds, memory = measure(loss, inputs, args.repeats, device)
+            error = max(
+                ((got.double() - exact).abs().max() / exact.abs().max()).item()
+                for got, exact in zip(found, truth, strict=True)
+            )
+            size = "unknown" if memory is None else f"{memory / 2**20:.0f} MiB"
+            print(f"{title + ', ' + name:32}{seconds * 1e3:>9.1f} ms{error:>12.1e}{size:>12}")
+
+
+def problems(args, device):
+    """(title, tensors, {name: loss of the tensors}): the student's tensors first, its gradients are what is compared."""
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def random(*shape, scale=1.0):
+        x = torch.randn(*shape, generator=generator) * scale
+        return x.to(device, DTYPES[args.dtype])
+
+    student, weight = random(args.rows, args.hidden), random(args.vocab, args.hidden, scale=2 * args.hidden**-0.5)
+    teacher, teacher_weight = (
+        random(args.rows, args.hidden),
+        random(args.vocab, args.hidden, scale=2 * args.hidden**-0.5),
+    )
+    yield "logits", [student @ weight.T, teacher @ teacher_weight.T], {"PyTorch": plain, "hkdfast": distill_loss}
+    yield (
+        "heads",
+        [student, weight, teacher, teacher_weight],
+        {
+            "PyTorch": plain,
+            "hkdfast": lambda x, w, y, v: distill_loss(Head(x, w), Head(y, v)),
+        },
+    )
+
+
+def plain(*tensors, dtype=torch.float32):
+    """What a training loop writes today: logits in the models' dtype, log-softmax and KL in float32."""
+    if len(tensors) == 4:
+        x, w, y, v = tensors
+        tensors = x @ w.T, y @ v.T
+    student, teacher = (x.to(dtype).log_softmax(-1) for x in tensors)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def gradients(loss, inputs):
+    half = len(inputs) // 2
+    leaves = [x.detach().requires_grad_() for x in inputs[:half]]
+    return torch.autograd.grad(loss(*leaves, *inputs[half:]), leaves)
+
+
+def measure(loss, inputs, repeats, device):
+    """(gradients, seconds of the fastest run, bytes at the peak above what was there, or None where it is not known)."""
+    found = gradients(loss, inputs)  # warm-up: builds and caches are not timed
+    best = float("inf")
+    for _ in range(repeats):
+        del found
+        synchronize(device)
+        start = time.perf_counter()
+        found = gradients(loss, inputs)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    del found
+    before = peak(device, reset=True)
+    found = gradients(loss, inputs)
+    synchronize(device)
+    memory = None if before is None else peak(device) - before
+    return found, best, memory
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak(device, reset=False):
+    """Bytes at the peak since the last reset; with reset, bytes now. The process's own on Linux, else None."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    except OSError:
+        return None
+    return int(status["VmHWM"].split()[0]) * 1024

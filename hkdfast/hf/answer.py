@@ -1,0 +1,201 @@
+"""Ask a vision-language model the questions of a file about their images, and keep the answers as POPE's scripts do."""
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from ..evaluate.decoding import Decoding
+
+GREEDY = Decoding()
+
+
+def load(path, adapter=None, *, device=None, dtype="auto"):
+    """(model in eval mode, processor) from a folder or a Hub name, with a PEFT adapter on it if one is given.
+
+    Args:
+        path: what `AutoModelForImageTextToText` and `AutoProcessor` load.
+        adapter: folder with adapter_config.json, or None.
+        device: torch device; None takes a GPU if there is one.
+        dtype: "auto" (as the weights are saved), "float32", "bfloat16" or "float16".
+
+    Raises:
+        OSError: no model or processor under that name.
+        FileNotFoundError: no adapter in that folder.
+        ValueError: a model whose processor reads no images, an adapter made of virtual tokens.
+    """
+    if adapter is not None and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"no adapter_config.json in {str(adapter)!r}, expected a folder saved by PEFT")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    processor = AutoProcessor.from_pretrained(path)
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise ValueError(f"{str(path)!r} has a {type(processor).__name__}, expected a processor of images and text")
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, Path(adapter).expanduser())
+        if model.active_peft_config.is_prompt_learning:
+            kind = model.active_peft_config.peft_type.value
+            raise ValueError(f"{str(adapter)!r} is of type {kind}, whose virtual tokens do not mix with image tokens")
+    return model.to(device).eval(), processor
+
+
+def read_image(path):
+    """The image as RGB; ValueError naming the file if it does not decode to the end."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    # Pillow's plug-ins raise whatever their format stumbles over: OSError, SyntaxError, struct.error, ValueError
+    except Exception as error:
+        raise ValueError(f"image {str(path)!r} does not decode: {error}") from error
+
+
+def check_images(questions, folder, progress=True):
+    """Decode every image once, so that a broken one is known before a model is loaded and half the answers are made."""
+    names = dict.fromkeys(question.image for question in questions)
+    for name in tqdm(names, desc="images", unit="image", disable=None if progress else True, leave=False):
+        read_image(Path(folder).expanduser() / name)
+
+
+def prompts(processor, texts):
+    """The texts as the model wants to be asked, each about one image: by its chat template, else image then text."""
+    if getattr(processor, "chat_template", None):
+        turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+        return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    token = getattr(processor, "image_token", None)
+    # the processors of the BLIP family put their query tokens in front by themselves
+    if token is None or hasattr(processor, "num_query_tokens"):
+        return list(texts)
+    return [f"{token}\n{text}" for text in texts]
+
+
+def encode(processor, texts, images):
+    """Model inputs for one image and one text each, padded on the left: generation goes on where the prompt ends."""
+    tokenizer = processor.tokenizer
+    asked = prompts(processor, texts)
+    # a template that writes the first token itself must not get a second one
+    begun = bool(tokenizer.bos_token) and asked[0].startswith(tokenizer.bos_token)
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    try:
+        tokenizer.padding_side = "left"
+        tokenizer.pad_token = pad or tokenizer.eos_token
+        return processor(
+            text=asked,
+            images=[[image] for image in images],
+            padding=True,
+            return_tensors="pt",
+            **({"add_special_tokens": False} if begun else {}),
+        )
+    finally:
+        tokenizer.padding_side, tokenizer.pad_token = side, pad
+
+
+@contextmanager
+def plain_generation(model, tokenizer):
+    """Only the special tokens of the model's generation config: its penalties and top-k would bias the comparison."""
+    kept = model.generation_config
+    ends = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
+    pad = next(
+        token for token in (kept.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None
+    )
+    try:
+        model.generation_config = GenerationConfig(**ends, pad_token_id=pad)
+        yield
+    finally:
+        model.generation_config = kept
+
+
+@torch.inference_mode()
+def reply(model, processor, texts, images, decoding, number=0):
+    """The model's replies to a batch of texts, one image each; `number` of the batch picks its random numbers."""
+    # the layers of an adapter sit in the base model, and its generate() is not wrapped
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = encode(processor, texts, images).to(model.device, dtype=model.dtype)
+    how = {"do_sample": False}
+    if decoding.sample:
+        how = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    name = f"{decoding.seed} {decoding.draw} {number}".encode()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), plain_generation(model, processor.tokenizer):
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest()))
+        output = model.generate(**inputs, max_new_tokens=decoding.max_new_tokens, **how)
+    prompt = inputs["input_ids"]
+    # some families return the prompt in front of the reply, some the reply alone
+    if output.shape[1] >= prompt.shape[1] and torch.equal(output[:, : prompt.shape[1]], prompt):
+        output = output[:, prompt.shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, name="", resume=False, progress=True):
+    """Answer every question and write the answers, in the format of VCD's scripts, to a file that appears when whole.
+
+    Args:
+        model, processor: as `load` gives them.
+        questions: list of `pope.Question`.
+        images: folder of their images.
+        path: the JSON-lines file to write. Until it is whole, what is done stands in `path` with ".partial" added.
+        decoding: Decoding.
+        name: model_id of each line.
+        resume: take over the answers of a run that was stopped, or that is whole, if questions, name and decoding are
+            the same; the answers are those of an uninterrupted run. Weights that changed under the name go unnoticed.
+        progress: show a bar.
+
+    Returns:
+        list of str, the answers.
+    """
+    path = Path(path).expanduser()
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"question_id": q.question_id, "prompt": q.text, "text": None, "model_id": name, "image": q.image}
+        | {"metadata": asdict(decoding)}
+        for q in questions
+    ]
+    size = decoding.batch_size
+    done = kept_answers(path if path.is_file() else partial, lines) if resume else []
+    if len(done) < len(lines):
+        done = done[: len(done) // size * size]
+    with partial.open("w", encoding="utf-8") as file:
+
+        def write(texts, start):
+            for line, text in zip(lines[start:], texts, strict=False):
+                file.write(json.dumps(line | {"text": text}) + "\n")
+            file.flush()
+
+        write(done, 0)
+        with tqdm(total=len(lines), initial=len(done), desc=path.stem, unit="question", disable=not progress) as bar:
+            for start in range(len(done), len(lines), size):
+                batch = questions[start : start + size]
+                texts = [f"{q.text} {decoding.instruction}".strip() for q in batch]
+                pictures = [read_image(Path(images).expanduser() / q.image) for q in batch]
+                replies = reply(model, processor, texts, pictures, decoding, start // size)
+                write(replies, start)
+                done += replies
+                bar.update(len(batch))
+    partial.replace(path)
+    return done
+
+
+def kept_answers(path, lines):
+    """The answers that an earlier run left in `path`, as far as its lines are those expected."""
+    if not path.is_file():
+        return []
+    done = []
+    for expected, text in zip(lines, path.read_text(encoding="utf-8").split("\n"), strict=False):
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:  # the line that the stop cut in two
+            break
+        if {**found, "text": None} != expected:
+            break
+        done.append(found["text"])
+    return done

@@ -1,0 +1,324 @@
+"""Models are asked and answer files are written: on a real, tiny LLaVA with random weights, built here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hkdfast.evaluate.decoding import Decoding
+from hkdfast.evaluate.pope import Question, read_answers, read_questions
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+image = pytest.importorskip("PIL.Image")
+
+from hkdfast.hf import answer  # noqa: E402
+
+WORDS = "is there a an cat dog in the image ? yes no . user assistant : please answer this question with one word and"
+TEMPLATE = (
+    "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}"
+    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def make_processor(template):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS.split()]
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokens.normalizer = normalizers.Lowercase()
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="right",  # what a processor saved after training often says
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return transformers.LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+def make_model(vocab):
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            image_size=32, patch_size=16,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        ),
+        image_token_index=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # random answers that depend on image and question, not one word for all
+        model.lm_head.weight[[0, 1, 3, 4]] = 0  # an image token in an answer would ask for an image
+    # what a checkpoint may bring along and a comparison must not inherit
+    model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=2.0, top_k=2, num_beams=3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with model/, adapter/, images/ and questions.json."""
+    home = tmp_path_factory.mktemp("pope")
+    processor = make_processor(TEMPLATE)
+    processor.save_pretrained(home / "model")
+    model = make_model(len(processor.tokenizer))
+    model.save_pretrained(home / "model")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(home / "adapter")
+    (home / "images").mkdir()
+    generator = torch.Generator().manual_seed(1)
+    for i in range(5):
+        # few and large patches of colour: 32 x 32 noise would look alike to a random tower
+        patches = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
+        image.fromarray(patches).resize((40, 32)).save(home / f"images/{i}.png")
+    texts = ["Is there a cat in the image?", "Is there a dog in the image?", "Is there a cat and a dog in the image ?"]
+    with (home / "questions.json").open("w") as file:
+        for i in range(13):
+            line = {"question_id": i, "image": f"{i % 5}.png", "text": texts[i % 3], "label": ["yes", "no"][i % 2]}
+            file.write(json.dumps(line) + "\n")
+    return home
+
+
+@pytest.fixture(scope="module")
+def loaded(home):
+    return answer.load(home / "model", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def questions(home):
+    return read_questions(home / "questions.json", images=home / "images")
+
+
+def ask(loaded, questions, home, path, **options):
+    resume = options.pop("resume", False)
+    decoding = Decoding(**{"max_new_tokens": 5, "batch_size": 4} | options)
+    return answer.answer_file(
+        *loaded, questions, home / "images", path, decoding, name="tiny", resume=resume, progress=False
+    )
+
+
+def by_hand(loaded, question, home, decoding):
+    """Greedy answer of one question without padding, cache or generate()."""
+    model, processor = loaded
+    prompt = f"USER: <image>\n{question.text} {decoding.instruction} ASSISTANT:"
+    inputs = processor(text=prompt, images=answer.read_image(home / "images" / question.image), return_tensors="pt")
+    for _ in range(decoding.max_new_tokens):
+        with torch.no_grad():
+            word = model(**inputs, use_cache=False).logits[0, -1].argmax()
+        if word == 2:
+            break
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], word.view(1, 1)], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    start = len(processor(text=prompt, images=answer.read_image(home / "images/0.png"))["input_ids"][0])
+    return processor.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True).strip()
+
+
+def test_greedy_batches_equal_one_question_at_a_time_by_hand(loaded, questions, home, tmp_path):
+    found = ask(loaded, questions, home, tmp_path / "a.jsonl")
+    decoding = Decoding(max_new_tokens=5)
+    assert found == [by_hand(loaded, question, home, decoding) for question in questions]
+    assert len(set(found)) > 3  # else equality would say little
+
+
+def test_the_answer_depends_on_the_image(loaded, questions, home, tmp_path):
+    one = [Question(i, f"{i}.png", "Is there a cat in the image?", "yes") for i in range(5)]
+    assert len(set(ask(loaded, one, home, tmp_path / "a.jsonl"))) > 1
+
+
+def test_the_file_is_in_the_official_format(loaded, questions, home, tmp_path):
+    path = tmp_path / "deep" / "a.jsonl"
+    found = ask(loaded, questions, home, path)
+    assert read_answers(path, questions) == found
+    line = json.loads(path.read_text().split("\n")[3])
+    assert {**line, "metadata": None} == {
+        "question_id": 3, "prompt": questions[3].text, "text": found[3], "model_id": "tiny", "image": "3.png",
+        "metadata": None,
+    }  # fmt: skip
+    assert [file.name for file in path.parent.iterdir()] == ["a.jsonl"]
+
+
+def test_draws_differ_and_repeat(loaded, questions, home, tmp_path):
+    state = torch.get_rng_state()
+    first = ask(loaded, questions, home, tmp_path / "a.jsonl", sample=True)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first == ask(loaded, questions, home, tmp_path / "b.jsonl", sample=True)
+    assert first != ask(loaded, questions, home, tmp_path / "c.jsonl", sample=True, draw=1)
+    assert first != ask(loaded, questions, home, tmp_path / "d.jsonl", sample=True, seed=1)
+    # nearly no temperature is greedy: temperature reaches the model, and the checkpoint's own settings do not
+    cold = ask(loaded, questions, home, tmp_path / "e.jsonl", sample=True, temperature=1e-4)
+    assert cold == ask(loaded, questions, home, tmp_path / "f.jsonl")
+
+
+def test_sampling_draws_from_the_whole_vocabulary_at_the_temperature(loaded, home):
+    model, processor = loaded
+    picture, text = answer.read_image(home / "images/0.png"), "Is there a cat in the image?"
+    with torch.no_grad():
+        inputs = answer.encode(processor, [text], [picture])
+        p = (model(**inputs).logits[0, -1] / 3).softmax(-1)
+    n = 4000
+    decoding = Decoding(sample=True, temperature=3.0, max_new_tokens=1, batch_size=n)
+    drawn = answer.reply(model, processor, [text] * n, [picture] * n, decoding)
+    words = processor.tokenizer.batch_decode(torch.arange(len(p)).view(-1, 1), skip_special_tokens=True)
+    expected = {word: sum(p[i].item() for i, other in enumerate(words) if other == word) for word in set(words)}
+    for word, share in expected.items():
+        assert abs(drawn.count(word) / n - share) < 5 * (share * (1 - share) / n) ** 0.5 + 1e-3, word
+
+
+def test_resume_gives_the_answers_of_an_uninterrupted_run(loaded, questions, home, tmp_path, monkeypatch):
+    whole = ask(loaded, questions, home, tmp_path / "whole.jsonl", sample=True)
+    reply, asked = answer.reply, []
+
+    def failing(model, processor, texts, images, decoding, number):
+        if number == 2:
+            raise RuntimeError("power cut")
+        return reply(model, processor, texts, images, decoding, number)
+
+    def counting(model, processor, texts, images, decoding, number):
+        asked.append(number)
+        return reply(model, processor, texts, images, decoding, number)
+
+    path = tmp_path / "cut.jsonl"
+    monkeypatch.setattr(answer, "reply", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        ask(loaded, questions, home, path, sample=True)
+    assert not path.exists()
+    with (tmp_path / "cut.jsonl.partial").open("a") as file:
+        file.write('{"question_id": 8, "prompt": "Is th')  # a line that the stop cut in two
+    monkeypatch.setattr(answer, "reply", counting)
+    assert ask(loaded, questions, home, path, sample=True, resume=True) == whole
+    assert asked == [2, 3]
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert ask(loaded, questions, home, path, sample=True, resume=True) == whole
+    assert asked == [2, 3]
+    # other settings are another run
+    ask(loaded, questions, home, path, sample=True, temperature=0.5, resume=True)
+    assert asked == [2, 3, 0, 1, 2, 3]
+
+
+def test_without_a_chat_template_the_image_token_comes_first(loaded, home):
+    processor = make_processor(None)
+    assert answer.prompts(processor, ["Is there a cat?"]) == ["<image>\nIs there a cat?"]
+    inputs = answer.encode(processor, ["Is there a cat?", "cat ?"], [answer.read_image(home / "images/0.png")] * 2)
+    assert (inputs["input_ids"] == 4).sum(1).tolist() == [4, 4]  # 2 x 2 patches
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+    assert inputs["attention_mask"][1, 0] == 0  # padded on the left
+    assert processor.tokenizer.padding_side == "right"
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one(home):
+    inputs = answer.encode(make_processor("<s>" + TEMPLATE), ["cat ?"], [answer.read_image(home / "images/0.png")])
+    assert (inputs["input_ids"] == 1).sum() == 1
+
+
+def test_the_models_own_generation_config_is_left_as_it_was(loaded, questions, home, tmp_path):
+    before = loaded[0].generation_config.to_dict()
+    ask(loaded, questions[:2], home, tmp_path / "a.jsonl")
+    assert loaded[0].generation_config.to_dict() == before
+    assert before["repetition_penalty"] == 5.0
+
+
+def test_a_broken_image_is_named(tmp_path):
+    whole = tmp_path / "whole.png"
+    image.frombytes("RGB", (64, 64), torch.randint(256, (64 * 64 * 3,), dtype=torch.uint8).numpy().tobytes()).save(
+        whole
+    )
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("not an image")
+    for name in ("cut.png", "text.png"):
+        with pytest.raises(ValueError, match=name):
+            answer.check_images([Question(0, "whole.png", "?", None), Question(1, name, "?", None)], tmp_path, False)
+    answer.check_images([Question(0, "whole.png", "?", None)], tmp_path, False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": 0}, {"temperature": float("nan")}, {"max_new_tokens": 0}, {"batch_size": 0}]
+)
+def test_decoding_refuses(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Decoding(**wrong)
+
+
+def test_load_refuses(home, tmp_path):
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        answer.load(home / "model", tmp_path)
+    make_processor(None).tokenizer.save_pretrained(tmp_path / "text")
+    transformers.LlamaConfig().save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="expected a processor of images and text"):
+        answer.load(tmp_path / "text")
+
+
+def hkdfast(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "hkdfast", *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_asks_a_model_with_and_without_its_adapter(home, tmp_path):
+    options = [
+        "--model",
+        home / "model",
+        "--adapter",
+        home / "adapter",
+        "--base",
+        "--questions",
+        home / "questions.json",
+    ]
+    options += ["--images", home / "images", "--sample", "--draws", 2, "--max-new-tokens", 3, "--resamples", 200]
+    done = hkdfast("evaluate", "pope", *options, "--output", tmp_path / "scores.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "scores.json").read_text())
+    found = report["sets"]["questions"]
+    assert len(found["draws"]) == len(found["against"]["draws"]) == 2
+    assert report["difference"]["f1"]["pairs"] == 2
+    names = sorted(file.name for file in (tmp_path / "scores.answers").iterdir())
+    assert names == [f"questions{kind}.{draw}.jsonl" for kind in ("", ".base") for draw in (0, 1)]
+    texts = [
+        read_answers(tmp_path / "scores.answers" / name, read_questions(home / "questions.json")) for name in names
+    ]
+    assert len(set(map(tuple, texts))) == 4  # adapter and draws matter
+    # the answers score again to the same numbers
+    files = [tmp_path / "scores.answers" / name for name in names]
+    again = hkdfast(
+        "evaluate", "pope", "--questions", home / "questions.json", "--answers", *files[:2], "--against", *files[2:],
+        "--resamples", 200, "--output", tmp_path / "again.json",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    assert json.loads((tmp_path / "again.json").read_text())["sets"] == report["sets"]
+
+
+def test_the_command_refuses_a_broken_image_before_the_model_is_loaded(home, tmp_path):
+    (tmp_path / "0.png").write_text("not an image")
+    (tmp_path / "q.json").write_text('{"question_id": 0, "image": "0.png", "text": "Is there a cat?", "label": "yes"}')
+    done = hkdfast(
+        "evaluate", "pope", "--model", tmp_path / "none", "--questions", tmp_path / "q.json", "--images", tmp_path,
+        "--output", tmp_path / "out.json",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("hkdfast: error: image ")
+    assert "0.png" in done.stderr
+    assert not (tmp_path / "out.json").exists()
