@@ -1,4 +1,4 @@
-"""The command hkdfast. Every subcommand is `add_arguments(parser, ...)` and a `run(args)` in the module that does it."""
+"""The command hkdfast. A subcommand is `add_arguments(parser, ...)` and `run(args)` of the module that does it."""
 
 import argparse
 import sys

@@ -49,7 +49,7 @@ def run(args):
 
 
 def problems(args, device):
-    """(title, tensors, {name: loss of the tensors}): the student's tensors first, its gradients are what is compared."""
+    """(title, tensors, {name: loss of the tensors}); the first half is the student's, whose gradients count."""
     generator = torch.Generator().manual_seed(args.seed)
 
     def random(*shape, scale=1.0):
@@ -88,7 +88,7 @@ def gradients(loss, inputs):
 
 
 def measure(loss, inputs, repeats, device):
-    """(gradients, seconds of the fastest run, bytes at the peak above what was there, or None where it is not known)."""
+    """(gradients, seconds of the fastest run, bytes of the peak above what was there or None where that is unknown)."""
     found = gradients(loss, inputs)  # warm-up: builds and caches are not timed
     best = float("inf")
     for _ in range(repeats):

@@ -148,7 +148,7 @@ def mark(questions, answers, rule="vcd", source=""):
 
 
 def confusion(marks):
-    """(N, 4) float64, one 1 per question: true positive, false positive, true negative, false negative; yes is positive."""
+    """(N, 4) float64, one 1 a row: true positive, false positive, true negative, false negative. Yes is positive."""
     label, right = marks.label, marks.right
     return torch.stack([label & right, ~label & ~right, ~label & right, label & ~right], -1).double()
 
