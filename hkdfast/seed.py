@@ -81,11 +81,15 @@ def noised(batch, step=500, *, sigma=None, seed=None, first=0, draw=0):
     Raises:
         ValueError: if the batch has no such tensor, or a step or sigma is out of range.
     """
-    names = [name for name, x in batch.items() if name.startswith("pixel_values") and torch.is_floating_point(x)]
+    names = [name for name, x in batch.items() if name.startswith("pixel_values") and is_image(x)]
     if not names:
         raise ValueError(f"the batch has no images to put noise on: no 'pixel_values' among {', '.join(batch)}")
     examples = len(batch["input_ids"])
     return batch | {name: noise(batch[name], examples, step, sigma, seed, first, draw) for name in names}
+
+
+def is_image(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def noise(images, examples, step, sigma, seed, first, draw):

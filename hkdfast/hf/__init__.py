@@ -1,0 +1,26 @@
+"""hkdfast for Hugging Face models: the only folder that imports transformers and peft."""
+
+try:
+    import accelerate  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f'hkdfast.hf needs transformers, peft and accelerate: pip install "hkdfast[hf]" ({error})'
+    ) from error
+
+from .adapter import language_linears, seed_adapter
+from .collator import QuestionCollator
+from .head import LanguageHead, answers, as_teacher
+from .seed import SeedConfig, SeedTrainer
+
+__all__ = [
+    "LanguageHead",
+    "QuestionCollator",
+    "SeedConfig",
+    "SeedTrainer",
+    "answers",
+    "as_teacher",
+    "language_linears",
+    "seed_adapter",
+]

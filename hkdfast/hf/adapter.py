@@ -1,0 +1,174 @@
+"""The Hallucination Elimination Adapter: LoRA on the language model alone, and what self-evolving rounds do with it."""
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from .head import plain
+
+ADAPTER = "default"
+MOVES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that change the frozen weights
+
+
+def language_linears(model):
+    """Names of the linear layers of a model's language model: not of its vision tower, projector or head.
+
+    The language model is what directly holds the input embeddings.
+    """
+    embedding = model.get_input_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    if embedding not in names:
+        raise ValueError(f"{type(model).__name__} has no input embeddings among its modules")
+    prefix = names[embedding].rpartition(".")[0]
+    linears = [
+        name
+        for name, module in model.get_submodule(prefix).named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not model.get_output_embeddings()
+    ]
+    return [f"{prefix}.{name}" if prefix else name for name in linears]
+
+
+def pattern_of(names):
+    """A regular expression for these module names and no others, the same in every layer but for its number."""
+    forms = {re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) for name in names}
+    shared, dot, _ = os.path.commonprefix(sorted(forms)).rpartition(r"\.")
+    start = shared + dot
+    return start + "(" + "|".join(sorted(form.removeprefix(start) for form in forms)) + ")"
+
+
+def seed_adapter(model, *, r=16, alpha=32, dropout=0.0, targets=None):
+    """LoraConfig of the Hallucination Elimination Adapter for a model.
+
+    Args:
+        model: a Hugging Face model.
+        r, alpha, dropout: LoRA's rank, scale (alpha / r times the product) and dropout.
+        targets: last names of the layers to adapt, e.g. ["q_proj", "v_proj"]; None: every linear layer of the language
+            model.
+
+    Raises:
+        ValueError: if a target is not among the language model's linear layers.
+    """
+    linears = language_linears(model)
+    last = sorted({name.rpartition(".")[2] for name in linears})
+    unknown = [name for name in targets or () if name not in last]
+    if unknown or not last:
+        raise ValueError(
+            f"no layer {', '.join(unknown)} in the language model, its linear layers are {', '.join(last)}"
+        )
+    chosen = [name for name in linears if targets is None or name.rpartition(".")[2] in targets]
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern_of(chosen))
+
+
+def check_adapter(model, rounds):
+    """Refuse an adapter that cannot be taught by the model without it, or not in several rounds.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"one active adapter can be trained, the model has {', '.join(model.active_adapters) or 'none'}"
+        )
+    config = model.peft_config[model.active_adapters[0]]
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{config.peft_type.value} adds tokens to the prompt: use an adapter of the weights, e.g. LoRA"
+        )
+    how = str(getattr(config, "init_lora_weights", True)).lower()
+    if how.startswith(MOVES_BASE):
+        raise ValueError(f"init_lora_weights {how!r} changes the frozen weights, which are the teacher's: use True")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("no parameter of the adapter is trainable: load it with is_trainable=True")
+    if rounds == 1:
+        return
+    reasons = [
+        (not isinstance(config, LoraConfig), f"is {config.peft_type.value}"),
+        (getattr(config, "use_dora", False), "is DoRA"),
+        (getattr(config, "bias", "none") != "none" or getattr(config, "lora_bias", False), "trains biases"),
+        (any(quantized(layer) for layer in lora_layers(model)), "stands on quantized weights"),
+        (any(tied(model, layer) for layer in adapted_layers(model)), "adapts a weight that the model uses twice"),
+    ]
+    for wrong, what in reasons:
+        if wrong:
+            raise ValueError(f"rounds={rounds} adds the rounds' LoRA products up, but the adapter {what}: use rounds=1")
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def adapted_layers(model):
+    return lora_layers(model) + [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def quantized(layer):
+    return not layer.get_base_layer().weight.is_floating_point()
+
+
+def tied(model, layer):
+    base = layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer.get_base_layer()
+    inner = plain(model)
+    ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in ends]
+    return weights[0] is weights[1] and getattr(base, "weight", None) is weights[0]
+
+
+@torch.no_grad()
+def absorb(model):
+    """Merge the active adapter into the weights below it and start it anew: the student becomes the next teacher."""
+    name = model.active_adapters[0]
+    for layer in lora_layers(model):
+        weight = layer.get_base_layer().weight
+        weight += layer.get_delta_weight(name).to(weight.dtype)
+        layer.reset_lora_parameters(name, model.peft_config[name].init_lora_weights)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
+
+
+def state_of(model):
+    """What the active adapter has learnt: {PEFT's name: CPU tensor}."""
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    return {name: x.detach().cpu().clone() for name, x in state.items() if ".base_layer." not in name}
+
+
+def added_up(states):
+    """One adapter that does what the adapters of all rounds do, one upon the other.
+
+    LoRA products add: [B1 B2] [A1; A2] = B1 A1 + B2 A2. Whatever else was trained is as the last round left it.
+    """
+    total = dict(states[-1])
+    for name in total:
+        parts = [state[name] for state in states]
+        if ".lora_A." in name or name.endswith("lora_embedding_A"):
+            total[name] = torch.cat(parts, 0)
+        elif ".lora_B." in name or name.endswith("lora_embedding_B"):
+            total[name] = torch.cat(parts, 1)
+    return total
+
+
+def added_config(config, rounds):
+    """The LoraConfig of `added_up`: as many times the rank, and the alpha that leaves the scaling as it was."""
+    config = copy.deepcopy(config)
+    gain = rounds**0.5 if config.use_rslora else rounds
+    config.r, config.lora_alpha = config.r * rounds, config.lora_alpha * gain
+    config.rank_pattern = {name: r * rounds for name, r in config.rank_pattern.items()}
+    config.alpha_pattern = {name: alpha * gain for name, alpha in config.alpha_pattern.items()}
+    config.inference_mode = True
+    return config
+
+
+def save_adapter(model, states, folder):
+    """Write the rounds' sum as an ordinary PEFT adapter on the original model."""
+    folder = Path(folder)
+    added_config(model.peft_config[model.active_adapters[0]], len(states)).save_pretrained(folder)
+    save_file(added_up(states), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -1,0 +1,275 @@
+"""A model's language-model head: where it is, what it computes, and how to work inside its forward.
+
+The forward of the head, inside the forward of whatever wraps the model (DDP, FSDP, autocast), is the one place where the
+head's weight is whole, cast and synchronised. Its forward is therefore replaced for one call at a time: to take the
+hidden states out, or to turn them into the loss there and then. No logits are made either way.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+
+from ..seed import answer_rows
+from ..sources import Head
+
+LABELS = ("labels", "shift_labels", "num_items_in_batch")  # never shown to the model: it would make logits for them
+PROBE = 60.0  # the probe's logits run from -60 to 60: a softcap shows there
+
+
+def plain(model):
+    """The Hugging Face model inside a PEFT model."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def forward_replaced(module, function):
+    """While this is open, module.forward(...) is function(forward, ...)."""
+    forward, own = module.forward, "forward" in vars(module)
+    module.forward = lambda *args, **kwargs: function(forward, *args, **kwargs)
+    try:
+        yield
+    finally:
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
+
+
+@contextmanager
+def evaluating(model):
+    """No gradients and no dropout; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def as_teacher(model):
+    """The frozen model behind a PEFT model: adapter off, no gradients, no dropout. One copy of the weights serves both."""
+    with evaluating(model), model.disable_adapter():
+        yield
+
+
+def model_inputs(batch):
+    return {name: x for name, x in batch.items() if name not in LABELS} | {"use_cache": False}
+
+
+class LanguageHead:
+    """The head of a model.
+
+    Args:
+        model: a Hugging Face model with a language-model head, or a PEFT model around one. LoRA on the head and a head
+            among `modules_to_save` are understood.
+
+    Raises:
+        ValueError: if there is no head, or one that cannot be written as hidden @ weight.T + bias.
+    """
+
+    def __init__(self, model):
+        inner = plain(model)
+        find = getattr(inner, "get_output_embeddings", None)
+        self.module = find() if find is not None else None
+        if self.module is None:
+            raise ValueError(
+                f"{type(inner).__name__} has no language-model head (get_output_embeddings): load the model with one, "
+                "e.g. through AutoModelForImageTextToText or AutoModelForCausalLM"
+            )
+        self.name = type(inner).__name__
+        self.scale, self.softcap = 1.0, None
+        self.verified = False
+        self.matrices(adapted=True)
+
+    def base(self):
+        """The head without its adapter."""
+        if isinstance(self.module, ModulesToSaveWrapper):
+            return self.module.original_module
+        return self.module.get_base_layer() if isinstance(self.module, BaseTunerLayer) else self.module
+
+    def matrices(self, adapted):
+        """(weight, bias, [(A, B, scaling, dropout), ...]) of the head, with or without its adapter."""
+        module, base = self.module, self.base()
+        low_rank = []
+        if adapted and isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
+            base = module.modules_to_save[module.active_adapters[0]]
+        elif isinstance(module, BaseTunerLayer):
+            if not isinstance(module, LoraLayer):
+                raise ValueError(
+                    f"the head is adapted by {type(module).__name__}: only LoRA or modules_to_save are known"
+                )
+            if module.merged:
+                raise ValueError("the head's adapter is merged into its weight: unmerge it, so that it can be trained")
+            if adapted and not module.disable_adapters:
+                low_rank = [low_rank_of(module, name) for name in module.active_adapters if name in module.lora_A]
+        weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(f"the head of {self.name} is a {type(base).__name__}, which has no plain (V, H) weight")
+        return weight, bias, low_rank
+
+    def source(self, hidden, adapted=True):
+        """Head of hidden states (..., H), as the adapted student's or the frozen teacher's.
+
+        LoRA's path stands as r more columns, so that its dropout acts as in the layer itself and A and B get their
+        gradients through autograd.
+        """
+        weight, bias, low_rank = self.matrices(adapted)
+        for a, b, scaling, dropout in low_rank:
+            down = scaling * a(dropout(hidden.to(a.weight.dtype)))
+            hidden = torch.cat([hidden, down.to(hidden.dtype)], -1)
+            weight = torch.cat([weight, b.weight.to(weight.dtype)], -1)
+        return Head(hidden, weight, bias, self.scale, self.softcap)
+
+    def candidates(self, config):
+        """The (scale, softcap) that the configurations of a model may mean; a wrapper often does not apply its text
+        model's."""
+        found = {(1.0, None): None}
+        for part in (config.get_text_config(), config):
+            scale = next((getattr(part, name) for name in SCALES if getattr(part, name, None)), None)
+            if scale is None and getattr(part, "logits_scaling", None):
+                scale = 1 / part.logits_scaling
+            cap = getattr(part, "final_logit_softcapping", None)
+            for pair in ((scale or 1.0, cap), (scale or 1.0, None), (1.0, cap)):
+                found[pair] = None
+        return list(found)
+
+    @torch.no_grad()
+    def verify(self, model, batch, config):
+        """Find scale and softcap by what the model makes of one token, and see that the head is what it seems.
+
+        The model runs once on the batch. Its head returns a ramp of known logits instead, which shows what becomes of
+        logits behind the head, whatever the configuration says.
+
+        Raises:
+            ValueError: if no candidate of the configuration explains it, or the head computes something else than
+                hidden @ weight.T + bias.
+        """
+        seen = []
+
+        def probe(forward, hidden):
+            row = hidden[:1, -1:]
+            logits = forward(row)
+            exact = self.source(row)
+            ours = torch.nn.functional.linear(exact.hidden.double(), exact.weight.double())
+            ours = ours if exact.bias is None else ours + exact.bias.double()
+            ramp = torch.linspace(-PROBE, PROBE, logits.shape[-1], device=row.device).to(logits.dtype)
+            seen.append((logits, ours, ramp))
+            return ramp.expand_as(logits)
+
+        with evaluating(model), forward_replaced(self.module, probe):
+            output = model(**model_inputs(batch))
+        ((logits, ours, ramp),) = seen
+        off, slack = (logits - ours).abs().max().item(), tolerance(logits.dtype) * ours.abs().max().item()
+        if off > slack:
+            raise ValueError(
+                f"the head of {self.name} does not compute hidden @ weight.T + bias: its logits differ by {off:.2g}, "
+                f"more than {slack:.2g}"
+            )
+        made = output.logits.flatten().double()
+        pairs = self.candidates(config)
+        gaps = [(made - bent(ramp.double(), *pair)).abs().max().item() for pair in pairs]
+        best = min(range(len(pairs)), key=gaps.__getitem__)
+        if gaps[best] > tolerance(ramp.dtype) * PROBE * max(1, abs(pairs[best][0])):
+            told = ", ".join(
+                f"scale {scale:g} softcap {cap} (off by {gap:.2g})"
+                for (scale, cap), gap in zip(pairs, gaps, strict=True)
+            )
+            raise ValueError(
+                f"{self.name} changes the logits behind its head in a way that its configuration does not tell; tried {told}"
+            )
+        self.scale, self.softcap = pairs[best]
+        self.verified = True
+
+
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+def tolerance(dtype):
+    """Largest error of a logit, relative to the largest logit: a few roundings of its dtype."""
+    return max(8 * torch.finfo(dtype).eps, 1e-4)
+
+
+def bent(x, scale, softcap):
+    x = x * scale
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def low_rank_of(module, name):
+    if name in module.lora_variant or module.lora_bias[name]:
+        raise ValueError(f"the head's adapter {name!r} is not plain LoRA (DoRA, a bias, ...): hkdfast cannot fuse it")
+    return module.lora_A[name], module.lora_B[name], module.scaling[name], module.lora_dropout[name]
+
+
+def take_rows(hidden, rows):
+    if hidden.shape[:2] != rows.shape:
+        raise ValueError(
+            f"the head sees hidden states {tuple(hidden.shape)}, but input_ids are {tuple(rows.shape)}: the processor "
+            "must expand each image into its tokens"
+        )
+    return hidden[rows]
+
+
+def hidden_states(model, head, batch, rows):
+    """Run the model and take out what enters its head at these rows: (N, H). No logits are made."""
+    taken = []
+
+    def take(_, hidden):
+        taken.append(take_rows(hidden, rows))
+        return hidden[:1, :1, :1]
+
+    with forward_replaced(head.module, take):
+        model(**model_inputs(batch))
+    (hidden,) = taken
+    return hidden
+
+
+def inside_head(model, inner, head, batch, rows, loss):
+    """Run the model with a loss in the place of its head: loss(hidden (N, H)) -> (scalar, metrics), whose result is what
+    the wrapper's forward returns. So the wrapper sees every parameter used where it expects it.
+
+    Args:
+        model: the model as it is wrapped (DDP, ...), or not.
+        inner: the same without its wrapper.
+    """
+
+    def at_head(_, hidden):
+        value, metrics = loss(take_rows(hidden, rows))
+        results.append((value.reshape(1, 1, 1), metrics))
+        return results[-1][0]  # the very tensor: a sharding wrapper of the head hangs its hooks on it
+
+    def at_top(forward, **inputs):
+        with forward_replaced(head.module, at_head):
+            forward(**inputs)
+        ((value, metrics),) = results
+        return value.reshape(()), metrics
+
+    results = []
+    with forward_replaced(inner, at_top):
+        return model(**model_inputs(batch))
+
+
+def answers(model, *, head=None):
+    """The model as hkdfast.seed wants one: a function from a batch to the Head at its answer rows.
+
+    For models that are not wrapped. Scale and softcap are verified on the first batch.
+
+    Args:
+        model: a Hugging Face model, or a PEFT model; then the Head is the student's, or under `as_teacher` the
+            teacher's.
+        head: its LanguageHead, if there is one already.
+    """
+    head = head or LanguageHead(model)
+
+    def run(batch):
+        if not head.verified:
+            head.verify(model, batch, plain(model).config)
+        return head.source(hidden_states(model, head, batch, answer_rows(batch)[0]))
+
+    return run

@@ -1,0 +1,130 @@
+"""Self-evolving rounds: a Trainer whose adapted model, merged, is the teacher of its next round."""
+
+import json
+from pathlib import Path
+
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .adapter import absorb, save_adapter, state_of
+
+ROUNDS = "rounds"  # folder beside a saved adapter: what each round has learnt, where there was more than one
+HISTORY = "history.json"  # in it: what earlier rounds have logged
+
+
+class RoundsTrainer(Trainer):
+    """Trainer of a PEFT model that runs `args.rounds` trainings, each with its own optimizer, schedule and checkpoints.
+
+    Between rounds the adapter is merged into the weights below it and starts anew. What is saved is the sum of all
+    rounds: one PEFT adapter on the original model.
+    """
+
+    round = 1  # the one that is trained
+
+    def __init__(self, *args, **others):
+        super().__init__(*args, **others)
+        self.states, self.history = [], []  # of the rounds before this one: what they learnt and logged
+        if self.args.rounds > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(f"rounds={self.args.rounds} merges whole weights, which FSDP and DeepSpeed split: use DDP")
+
+    def train(self, resume_from_checkpoint=None, **others):
+        """Train all rounds, or from a checkpoint on those that are left.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint; True for the last one under output_dir.
+            others: as in Trainer.train.
+
+        Returns:
+            TrainOutput of the last round.
+        """
+        if self.args.rounds == 1:
+            set_seed(self.args.seed)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **others)
+        if self.states:
+            raise ValueError("the model has been through its rounds: make a new trainer for more")
+        output_dir, result = self.args.output_dir, None
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        resumed = round_of(checkpoint)
+        set_seed(self.args.seed)
+        try:
+            for self.round in range(1, self.args.rounds + 1):
+                if self.round < resumed:
+                    self.load_round(checkpoint)
+                else:
+                    self.args.output_dir = str(Path(output_dir) / f"round-{self.round}")
+                    result = self.train_round(checkpoint if self.round == resumed else None, others)
+                if self.round < self.args.rounds:
+                    self.evolve()
+        finally:
+            self.args.output_dir = output_dir
+        self.state.log_history = self.history + self.state.log_history
+        return result
+
+    def train_round(self, checkpoint, others):
+        if checkpoint is not None:
+            self.history = read_history(checkpoint)
+            if is_finished(checkpoint):
+                self._load_from_checkpoint(checkpoint)
+                self.state = type(self.state).load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+                return None
+        self.optimizer = self.lr_scheduler = None
+        return super().train(resume_from_checkpoint=checkpoint, **others)
+
+    def evolve(self):
+        """The student becomes the next teacher, with a new adapter."""
+        self.states.append(state_of(self.model))
+        self.history = self.history + self.state.log_history
+        set_seed(self.args.seed + self.round)  # the adapter starts from the same numbers in every process and every run
+        absorb(self.model)
+
+    def find_checkpoint(self, asked):
+        if not asked or asked is not True:
+            return asked or None
+        folders = sorted(Path(self.args.output_dir).glob("round-*"), key=lambda folder: int(folder.name[6:]))
+        found = [get_last_checkpoint(str(folder)) for folder in folders]
+        found = [checkpoint for checkpoint in found if checkpoint is not None]
+        if not found:
+            raise ValueError(f"no checkpoint in the round-* folders of {self.args.output_dir}")
+        return found[-1]
+
+    def load_round(self, checkpoint):
+        state = load_file(Path(checkpoint) / ROUNDS / f"{self.round}.safetensors")
+        set_peft_model_state_dict(self.model, state, adapter_name=self.model.active_adapters[0])
+
+    # Trainer has no public hook for what a checkpoint holds: these two stand in the way of its own.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if round_of(resume_from_checkpoint) > 1:
+            self.load_round(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if not self.states or not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        states = [*self.states, state_of(self.model)]
+        save_adapter(self.model, states, folder)
+        (folder / ROUNDS).mkdir(exist_ok=True)
+        for number, state in enumerate(states, 1):
+            save_file(state, folder / ROUNDS / f"{number}.safetensors")
+        (folder / ROUNDS / HISTORY).write_text(json.dumps(self.history))
+
+
+def round_of(checkpoint):
+    """The round that a checkpoint was made in; 1 for none."""
+    return max(1, len(list((Path(checkpoint) / ROUNDS).glob("*.safetensors")))) if checkpoint else 1
+
+
+def read_history(checkpoint):
+    file = Path(checkpoint) / ROUNDS / HISTORY
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def is_finished(checkpoint):
+    """Whether a checkpoint stands at the end of its round: Trainer would train one more step from there."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]

@@ -1,0 +1,313 @@
+"""SEED as a Trainer: one copy of the weights, the frozen model teaches the model with the adapter."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import TrainingArguments, set_seed
+
+from ..contrast import WORDS, purify
+from ..distill import distill_loss
+from .. import DIVERGENCES
+from ..seed import answer_rows, isolate, mixed
+from ..tiles import TILES
+from .adapter import check_adapter, seed_adapter
+from .collator import QuestionCollator
+from .head import LanguageHead, as_teacher, hidden_states, inside_head, plain
+from .rounds import RoundsTrainer
+
+
+def option(default, text, choices=None):
+    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class SeedConfig(TrainingArguments):
+    """Options of SeedTrainer; those of TrainingArguments hold for each round."""
+
+    divergence: str = option(
+        "reverse_kl",
+        "What the student minimises against the purified teacher; reverse_kl seeks its modes.",
+        DIVERGENCES,
+    )
+    beta: float = option(0.5, "Weight of the teacher in the mixture, for jensen_shannon, skew_kl and skew_reverse_kl.")
+    temperature: float = option(1.0, "Divides the logits of both sides.")
+    hard_weight: float = option(0.0, "The cross entropy on the labels is added this many times; needs labels.")
+    floor: float | None = option(
+        None, "Least log-probability (nats) of the teacher for a word, needed by reverse_kl where outside is drop."
+    )
+    alpha: list[float] = option(
+        [1.5, 1.0], "Strength of the contrast (1 + a) clean - a noisy, one number per round; the last holds on."
+    )
+    weight: str = option(
+        "constant", "How the strength of a row follows its confidence c: constant, alpha (1 - c), or c < threshold.",
+        WORDS["weight"],
+    )  # fmt: skip
+    confidence: str = option("max_prob", "What is taken for confidence.", WORDS["confidence"])
+    threshold: float = option(0.5, "The gate opens below this confidence.")
+    mode: str = option("extrapolate", "(1 + a) clean - a noisy, or clean - a noisy.", WORDS["mode"])
+    plausibility: float = option(
+        0.0, "Contrast only words of at least this times the largest probability; 0 contrasts all."
+    )
+    outside: str = option(
+        "clean", "What becomes of the other words: their clean probability, or none.", WORDS["outside"]
+    )
+    noise_step: int = option(500, "Noise on the images: step 0 to 999 of VCD's schedule. Not read with noise_sigma.")
+    noise_sigma: float | None = option(None, "Add noise of this standard deviation in normalised pixels instead.")
+    noise_draws: int = option(1, "Noise draws per step whose logits are averaged, one forward each. Fresh every step.")
+    rounds: int = option(1, "Self-evolving rounds: after each, the adapted model, merged, is the next teacher.")
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_alpha: int = option(32, "The adapter's product is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout before the adapter, in the student only.")
+    lora_targets: list[str] | None = option(
+        None, "Layers to adapt, by the last part of their name; by default every linear layer of the language model."
+    )
+    yes_rate: bool = option(False, "Log how many answers lean to yes rather than no; for questions of that kind.")
+    tiles: str = option("float32", "How logits are multiplied out, tile by tile.", TILES)
+    memory: int | None = option(None, "Bytes for tiles; by default 512 MiB on the CPU, 4 GiB on CUDA.")
+    backend: str | None = option(None, "cpu, triton or reference; by default the fastest that is built here.")
+    learning_rate: float = option(2e-4, "The largest learning rate.")
+    logging_steps: float = option(10, "Log every so many steps.")
+    remove_unused_columns: bool = option(False, "Datasets keep the columns that only the collator reads.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.alpha, (int, float)):
+            self.alpha = [float(self.alpha)]
+        for name, words in CHOICES.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(words)}")
+        for name in ("rounds", "noise_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.alpha or not all(0 <= alpha < float("inf") for alpha in self.alpha):
+            raise ValueError(f"alpha must be finite numbers, not negative, one per round, got {self.alpha}")
+        if self.rounds > 1 and self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end compares checkpoints of one round: use rounds=1")
+
+    def alpha_of(self, round_):
+        return self.alpha[min(round_, len(self.alpha)) - 1]
+
+
+OWN = [f for f in fields(SeedConfig) if f.name in SeedConfig.__annotations__]
+CHOICES = {f.name: f.metadata["choices"] for f in OWN if "choices" in f.metadata}
+LAW = ("weight", "confidence", "threshold", "mode", "plausibility", "outside")  # handed to purify as they are
+LOSS = ("divergence", "beta", "temperature", "hard_weight", "floor", "tiles", "memory", "backend")  # to distill_loss
+
+
+class SeedTrainer(RoundsTrainer):
+    """Trainer that purges a vision-language model of hallucinations it can find by itself: reconstruction of SEED
+    (arXiv:2507.04680).
+
+    At every answer position the frozen model is run on the image and on a noised image; the second is subtracted from
+    the first, and the model with its adapter learns what is left. Batches need "pixel_values". With labels the answer
+    positions are the labelled ones; without, the last token of each prompt, so that unlabelled questions suffice.
+
+    Args:
+        model: a Hugging Face model with vision and a language-model head, which gets a LoRA adapter on its language
+            model; or a PEFT model with a trainable adapter of its own. With rounds > 1 its weights change.
+        args: SeedConfig.
+        train_dataset, eval_dataset, callbacks, optimizers, ...: as in Trainer.
+        data_collator: default: QuestionCollator(processing_class), if that is a processor.
+        processing_class: the processor, saved with the adapter.
+        peft_config: an adapter of the caller's own making instead of the default LoRA.
+
+    Raises:
+        ValueError: before any work, if the model has no head or the adapter cannot be used; at the first batch, if the
+            head's scale or softcap cannot be told, or the batch has no images.
+
+    The result is one ordinary PEFT adapter on the original model, whatever the number of rounds: save it with
+    save_model(folder), load it with PeftModel.from_pretrained(model, folder). Round n's product stands beside the
+    others' in it, at n times the rank. Checkpoints are such adapters too, under output_dir/round-n when there are
+    several rounds, and train(resume_from_checkpoint=...) goes on from any of them, to the same losses bit for bit.
+
+    Logged beside the loss, as means over answer positions: divergence, confidence, purification, agreement,
+    student_entropy, teacher_entropy; with labels cross_entropy; with SeedConfig.yes_rate yes_rate.
+    """
+
+    loss_is_scaled_for_ga = False  # set anew by every compute_loss
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        **others,
+    ):
+        args = SeedConfig("seed") if args is None else args
+        if not isinstance(args, SeedConfig):
+            raise TypeError(f"args must be a SeedConfig, got {type(args).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch"
+            )
+        if args.torch_compile:
+            raise ValueError(
+                "torch_compile would trace the loss away that runs inside the head: compile layers instead"
+            )
+        if args.rounds > 1 and others.get("optimizers", (None, None)) != (None, None):
+            raise ValueError("each round has its own optimizer: pass optimizer_cls_and_kwargs instead of optimizers")
+        LanguageHead(model)
+        if not isinstance(model, PeftModel):
+            set_seed(args.seed)
+            model = get_peft_model(model, peft_config or default_adapter(model, args))
+        elif peft_config is not None:
+            raise ValueError("the model has an adapter already: pass either the bare model or no peft_config")
+        check_adapter(model, args.rounds)
+        if data_collator is None and hasattr(processing_class, "tokenizer"):
+            data_collator = QuestionCollator(processing_class)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **others,
+        )
+        self.head = LanguageHead(self.model)
+        self.yes_no = yes_no_tokens(processing_class) if args.yes_rate else None
+        self.sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self.places = {"train": None, "eval": None}  # (round, step, batches of it so far): which noise comes next
+        if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            self.model.enable_input_require_grads()
+
+    # the loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if not self.head.verified:
+            self.head.verify(model, inputs, plain(self.model).config)
+        rows, labels = answer_rows(inputs)
+        with as_teacher(self.model):
+            clean = hidden_states(model, self.head, inputs, rows)
+            noisy = isolate(
+                lambda batch: hidden_states(model, self.head, batch, rows),
+                inputs,
+                step=self.args.noise_step,
+                sigma=self.args.noise_sigma,
+                draws=self.args.noise_draws,
+                **self.next_noise(len(rows)),
+            )
+
+        def loss(hidden):
+            student = self.head.source(hidden)
+            teacher = [self.head.source(x, adapted=False) for x in (clean, *noisy)]
+            value, metrics = distill_loss(
+                student, self.purify(*teacher), labels=labels, num_items=num_items_in_batch, metrics=True,
+                **{name: getattr(self.args, name) for name in LOSS},
+            )  # fmt: skip
+            return value, metrics | self.leaning(student, labels)
+
+        value, metrics = inside_head(model, self.accelerator.unwrap_model(model), self.head, inputs, rows, loss)
+        self.note(metrics, labelled=labels is not None)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            value = value * (self.accelerator.num_processes // self.get_tp_size())
+        return (value, {"loss": value}) if return_outputs else value
+
+    def purify(self, clean, *noisy):
+        alpha = self.args.alpha_of(self.round)
+        return purify(clean, list(noisy), alpha, **{name: getattr(self.args, name) for name in LAW})
+
+    def next_noise(self, examples):
+        """Seed and index of a batch's first example. They follow from the place of the example in its step alone, not
+        from how the step is split over batches and processes, nor from what ran before it."""
+        mode = "train" if self.model.training else "eval"
+        step = (self.round, self.state.global_step) if mode == "train" else ()
+        last = self.places[mode]
+        batch = last[1] + 1 if last and last[0] == step else 0
+        self.places[mode] = (step, batch)
+        size = max(self.args.per_device_train_batch_size, examples)
+        return {
+            "seed": mixed(self.args.seed, mode, *step),
+            "first": (batch * self.accelerator.num_processes + self.accelerator.process_index) * size,
+        }
+
+    @torch.no_grad()
+    def leaning(self, student, labels):
+        """Per row, whether the student's logits are higher for yes than for no; nothing for rows of other words."""
+        if self.yes_no is None:
+            return {}
+        yes, no = (torch.tensor(words, device=student.hidden.device) for words in self.yes_no)
+        tops = []
+        for words in (yes, no):
+            logits = student.hidden @ student.weight[words].T.to(student.hidden.dtype)
+            tops.append((logits if student.bias is None else logits + student.bias[words]).amax(-1))
+        said = (tops[0] > tops[1]).float()
+        return {"yes_rate": said if labels is None else said[torch.isin(labels, torch.cat([yes, no]))]}
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # Trainer counts labels only, and not for every model: answers are counted here, labelled or not
+        if not batch_samples:
+            return None
+        count = sum(answer_rows(batch)[0].sum() for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    # metrics
+
+    def note(self, metrics, labelled):
+        sums = self.sums["train" if self.model.training else "eval"]
+        for name, rows in metrics.items():
+            if name != "cross_entropy" or labelled:
+                sums[name] = sums[name] + torch.stack([rows.sum(), rows.new_tensor(rows.numel())])
+
+    def log(self, logs, *rest):
+        mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
+        if f"{prefix}loss" in logs:
+            for name, total in sorted(self.sums[mode].items()):
+                value, count = self.accelerator.reduce(total, "sum").tolist()
+                logs[prefix + name] = value / count if count else float("nan")
+            self.sums[mode].clear()
+        if self.args.rounds > 1:
+            logs["round"] = self.round
+        super().log(logs, *rest)
+
+    def evaluate(self, *args, **others):
+        self.places["eval"] = None  # each evaluation under the same noise
+        return super().evaluate(*args, **others)
+
+
+def default_adapter(model, args):
+    return seed_adapter(
+        model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets
+    )
+
+
+def yes_no_tokens(processor):
+    """The tokens that an answer beginning with yes, and one beginning with no, may start with.
+
+    Raises:
+        ValueError: if there is no tokenizer, or it does not tell the two words apart by their first token.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is None:
+        raise ValueError("yes_rate needs the processor: pass processing_class")
+    found = []
+    for word in ("yes", "no"):
+        starts = set()
+        for text in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):
+            for token in tokenizer(text, add_special_tokens=False).input_ids:
+                start = tokenizer.decode([token]).strip().lower()
+                if start:
+                    starts |= {token} if word.startswith(start) else set()
+                    break
+        found.append(starts)
+    if not all(found) or found[0] & found[1]:
+        raise ValueError("yes_rate: the tokenizer does not tell yes from no by the first token")
+    return [sorted(starts) for starts in found]
