@@ -5,9 +5,7 @@ try:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f'hkdfast.hf needs transformers, peft and accelerate: pip install "hkdfast[hf]" ({error})'
-    ) from error
+    raise ImportError(f'hkdfast.hf needs Hugging Face libraries: pip install "hkdfast[hf]" ({error})') from error
 
 from .adapter import language_linears, seed_adapter
 from .collator import QuestionCollator

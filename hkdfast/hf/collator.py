@@ -1,5 +1,6 @@
 """Questions about images as batches of a model: prompts alone, or with their answers."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,7 @@ class QuestionCollator:
         labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORE)
         pairs = zip(*(self.tokenizer(list(column)).input_ids for column in (texts, prompts)), strict=True)
         for row, (text, prompt) in enumerate(pairs):
-            shared = next((i for i, (a, b) in enumerate(zip(text, prompt)) if a != b), min(len(text), len(prompt)))
-            count = len(text) - shared
+            count = len(text) - len(os.path.commonprefix([text, prompt]))
             if not count:
                 raise ValueError(f"the answer of {texts[row]!r} adds no token to its prompt")
             places = batch["attention_mask"][row].nonzero().squeeze(-1)[-count:]

@@ -1,7 +1,7 @@
 """A model's language-model head: where it is, what it computes, and how to work inside its forward.
 
-The forward of the head, inside the forward of whatever wraps the model (DDP, FSDP, autocast), is the one place where the
-head's weight is whole, cast and synchronised. Its forward is therefore replaced for one call at a time: to take the
+The forward of the head, inside the forward of whatever wraps the model (DDP, FSDP, autocast), is the one place where
+the head's weight is whole, cast and synchronised. Its forward is therefore replaced for one call at a time: to take the
 hidden states out, or to turn them into the loss there and then. No logits are made either way.
 """
 
@@ -54,9 +54,14 @@ def evaluating(model):
 
 @contextmanager
 def as_teacher(model):
-    """The frozen model behind a PEFT model: adapter off, no gradients, no dropout. One copy of the weights serves both."""
-    with evaluating(model), model.disable_adapter():
-        yield
+    """The frozen model behind a PEFT model: adapter off, no gradients, no dropout. There is one copy of the weights."""
+    # not model.disable_adapter(): it inspects every module each time, for longer than a small model runs
+    with evaluating(model):
+        model.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            model.base_model.enable_adapter_layers()
 
 
 def model_inputs(batch):
@@ -177,12 +182,10 @@ class LanguageHead:
         gaps = [(made - bent(ramp.double(), *pair)).abs().max().item() for pair in pairs]
         best = min(range(len(pairs)), key=gaps.__getitem__)
         if gaps[best] > tolerance(ramp.dtype) * PROBE * max(1, abs(pairs[best][0])):
-            told = ", ".join(
-                f"scale {scale:g} softcap {cap} (off by {gap:.2g})"
-                for (scale, cap), gap in zip(pairs, gaps, strict=True)
-            )
+            tried = [f"scale {a:g} softcap {b} (off by {gap:.2g})" for (a, b), gap in zip(pairs, gaps, strict=True)]
             raise ValueError(
-                f"{self.name} changes the logits behind its head in a way that its configuration does not tell; tried {told}"
+                f"{self.name} changes the logits behind its head as its configuration does not tell; tried "
+                f"{', '.join(tried)}"
             )
         self.scale, self.softcap = pairs[best]
         self.verified = True
@@ -231,10 +234,11 @@ def hidden_states(model, head, batch, rows):
 
 
 def inside_head(model, inner, head, batch, rows, loss):
-    """Run the model with a loss in the place of its head: loss(hidden (N, H)) -> (scalar, metrics), whose result is what
-    the wrapper's forward returns. So the wrapper sees every parameter used where it expects it.
+    """Run the model with a loss in the place of its head, and return the loss from the wrapper's own forward, where it
+    looks for what is used.
 
     Args:
+        loss: function from the hidden states at the rows (N, H) to (scalar, dict of metrics).
         model: the model as it is wrapped (DDP, ...), or not.
         inner: the same without its wrapper.
     """

@@ -49,13 +49,14 @@ class RoundsTrainer(Trainer):
         resumed = round_of(checkpoint)
         set_seed(self.args.seed)
         try:
-            for self.round in range(1, self.args.rounds + 1):
-                if self.round < resumed:
+            for number in range(1, self.args.rounds + 1):
+                self.round = number
+                if number < resumed:
                     self.load_round(checkpoint)
                 else:
-                    self.args.output_dir = str(Path(output_dir) / f"round-{self.round}")
-                    result = self.train_round(checkpoint if self.round == resumed else None, others)
-                if self.round < self.args.rounds:
+                    self.args.output_dir = str(Path(output_dir) / f"round-{number}")
+                    result = self.train_round(checkpoint if number == resumed else None, others)
+                if number < self.args.rounds:
                     self.evolve()
         finally:
             self.args.output_dir = output_dir

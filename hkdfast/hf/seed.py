@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
+from .. import DIVERGENCES
 from ..contrast import WORDS, purify
 from ..distill import distill_loss
-from .. import DIVERGENCES
 from ..seed import answer_rows, isolate, mixed
 from ..tiles import TILES
 from .adapter import check_adapter, seed_adapter
@@ -187,6 +187,7 @@ class SeedTrainer(RoundsTrainer):
         if not self.head.verified:
             self.head.verify(model, inputs, plain(self.model).config)
         rows, labels = answer_rows(inputs)
+        noise = self.next_noise(len(rows))
         with as_teacher(self.model):
             clean = hidden_states(model, self.head, inputs, rows)
             noisy = isolate(
@@ -195,7 +196,7 @@ class SeedTrainer(RoundsTrainer):
                 step=self.args.noise_step,
                 sigma=self.args.noise_sigma,
                 draws=self.args.noise_draws,
-                **self.next_noise(len(rows)),
+                **noise,
             )
 
         def loss(hidden):
