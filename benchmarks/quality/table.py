@@ -1,0 +1,138 @@
+"""Tables of the study: scores, and differences with 95 % paired bootstrap intervals over images."""
+
+import numpy as np
+import torch
+from questions import SPLITS
+
+from hkdfast.evaluate.bootstrap import paired
+from hkdfast.evaluate.pope import Marks, score
+
+MODES = {"greedy": 1, "sampled": 5}  # draws of every answer, from the whole vocabulary at temperature 1
+RESAMPLES = 2000
+YES, NO = 0, 1  # columns of a cell, see Exam.take
+
+
+def read_cell(file):
+    """{question set: (splits, questions, 3) float64}"""
+    with np.load(file) as cell:
+        return {int(name): cell[name].astype(np.float64) for name in cell.files}
+
+
+def margin(cell):
+    """Log-odds of yes over no, all sets, splits and questions in one row."""
+    return np.concatenate([(part[..., YES] - part[..., NO]).ravel() for part in cell.values()])
+
+
+def shifted(cell, shift):
+    """The cell after a constant is taken from the logit of yes."""
+    out = {}
+    for name, part in cell.items():
+        part = part.copy()
+        p = np.exp(part[..., YES])
+        part[..., YES] -= shift
+        out[name] = part - np.log1p(p * np.expm1(-shift))[..., None]
+    return out
+
+
+def equal_yes_rate(cell, other):
+    """The shift under which `cell` says yes as often as `other` does."""
+    return float(np.quantile(margin(cell), 1 - (margin(other) > 0).mean()))
+
+
+def tuned_shift(cell, exams, slack=0.005):
+    """The shift that labels recommend: most adversarial F1, while random and popular lose no more than `slack`."""
+
+    def f1(part):
+        pairs = marked(part, exams, "greedy")
+        return np.array([np.mean([score(marks)["f1"] for marks in pairs[split]]) for split in SPLITS])
+
+    best, before = (0.0, 0.0), f1(cell)
+    for shift in np.arange(0.1, 4.0, 0.1):
+        gain = f1(shifted(cell, shift)) - before
+        if gain[:-1].min() >= -slack:
+            best = max(best, (gain[-1], shift))
+    return best[1]
+
+
+def marked(cell, exams, mode):
+    """{split: [Marks of each set and draw]}. Draws take the same random numbers whatever the system."""
+    pairs = {split: [] for split in SPLITS}
+    for exam in exams:
+        for number, split in enumerate(SPLITS):
+            image, _, label = exam.splits[split].T
+            label = torch.from_numpy(label == 1)
+            names = tuple(f"{exam.seed}/{i}" for i in image)
+            log_p = cell[exam.seed][number]
+            for draw in range(MODES[mode]):
+                words = log_p.argmax(-1)
+                if mode == "sampled":
+                    u = np.random.default_rng([exam.seed, number, draw]).random(len(log_p))
+                    yes, no = np.exp(log_p[:, YES]), np.exp(log_p[:, NO])
+                    words = np.where(u < yes, YES, np.where(u < yes + no, NO, 2))
+                right = torch.where(label, torch.from_numpy(words == YES), torch.from_numpy(words == NO))
+                pairs[split].append(Marks(names, label, right))
+    return pairs
+
+
+def auc(cell, exams, split):
+    """Chance that a question to be answered yes has a larger margin than one to be answered no; mean over the sets."""
+    areas = []
+    for exam in exams:
+        log_p = cell[exam.seed][SPLITS.index(split)]
+        label = exam.splits[split][:, 2] == 1
+        order = (log_p[:, YES] - log_p[:, NO]).argsort()
+        rank = np.empty(len(order))
+        rank[order] = np.arange(1, len(order) + 1)
+        yes, no = label.sum(), (~label).sum()
+        areas.append((rank[label].sum() - yes * (yes + 1) / 2) / (yes * no))
+    return float(np.mean(areas))
+
+
+def compare(ours, theirs, exams):
+    """One row of a table.
+
+    Args:
+        ours: cells of a system, one per base and seed.
+        theirs: cells of what it is compared with, as many.
+        exams: the question sets.
+
+    Returns:
+        {mode: {split: {"f1", "accuracy", "yes_rate", "auc", "f1_gain", "accuracy_gain"}}}, percent and percentage
+        points, a gain as [difference, low, high].
+    """
+    row = {}
+    for mode in MODES:
+        row[mode] = {}
+        sides = [[marked(cell, exams, mode) for cell in cells] for cells in (ours, theirs)]
+        for split in SPLITS:
+            mine, yours = ([marks for pairs in side for marks in pairs[split]] for side in sides)
+            scores = [score(marks) for marks in mine]
+            entry = {name: 100 * float(np.mean([s[name] for s in scores])) for name in ("f1", "accuracy", "yes_rate")}
+            entry["auc"] = float(np.mean([auc(cell, exams, split) for cell in ours]))
+            for metric in ("f1", "accuracy"):
+                gap = paired(mine, yours, metric, resamples=RESAMPLES)
+                entry[f"{metric}_gain"] = [round(100 * x, 3) for x in (gap.difference, gap.low, gap.high)]
+            row[mode][split] = {name: x if isinstance(x, list) else round(x, 4) for name, x in entry.items()}
+    return row
+
+
+def line(name, forwards, row, mode):
+    cells = []
+    for split in SPLITS:
+        entry = row[mode][split]
+        gain, low, high = entry["f1_gain"]
+        gained = "" if gain == low == high == 0 else f" ({gain:+.1f} [{low:+.1f}, {high:+.1f}])"
+        cells.append(f"{entry['f1']:.1f}{gained}")
+    cells.append(f"{row[mode]['adversarial']['accuracy_gain'][0]:+.1f}")
+    return f"| {name} | {forwards} | " + " | ".join(cells) + " |"
+
+
+def markdown(rows, mode):
+    """A table of F1 with its change against the base.
+
+    Args:
+        rows: list of (name, forwards at inference, row of `compare`).
+        mode: one of MODES.
+    """
+    head = f"| {mode} | forwards | " + " | ".join(f"{split} F1" for split in SPLITS) + " | adversarial accuracy |"
+    return "\n".join([head, "|" + " --- |" * 6, *(line(*row, mode) for row in rows)])
