@@ -1,0 +1,80 @@
+"""Purified log-probabilities for decoding: three sweeps, 14 bytes per word of two bf16 tiles and a float32 result."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import law_numbers, law_words, tile_choice, transforms
+from .law import confidence, contrasted, purification, purified
+from .row import Tile, Tiles, columns, log_prob, statistics, words
+
+
+@triton.jit
+def contrast_kernel(
+    clean_ptr,  # (N, V)
+    noisy_ptr,  # (N, V)
+    alpha_ptr,  # (N,) or None
+    labels_ptr,  # (N,) int64 or None
+    out_ptr,  # (N, V)
+    clean_stride,
+    noisy_stride,
+    out_stride,
+    vocab,
+    clean_scale,
+    clean_cap,  # or None
+    noisy_scale,
+    noisy_cap,  # or None
+    rate,  # 1 / temperature
+    alpha,
+    threshold,
+    least,  # log of the plausibility beta, or None
+    WEIGHT: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    MODE: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tiles = Tiles(
+        None,
+        Tile(clean_ptr + row * clean_stride, clean_scale, clean_cap),
+        Tile(noisy_ptr + row * noisy_stride, noisy_scale, noisy_cap),
+    )
+    label = 0
+    if labels_ptr is not None:
+        label = tl.maximum(tl.load(labels_ptr + row), 0)
+    if WEIGHT == "rows":
+        alpha = tl.load(alpha_ptr + row).to(tl.float32)
+    found = statistics(tiles, vocab, rate, False, CONFIDENCE == "entropy", False, False, False, False, BLOCK)
+    sure = confidence(tiles, vocab, found.teacher, found.entropy, label, CONFIDENCE, False)
+    a = purification(sure, alpha, threshold, WEIGHT)
+    branches, teacher, _, _ = purified(
+        tiles, vocab, rate, None, found.teacher, found.noisy, a, least, MODE, OUTSIDE, False, False, False, BLOCK
+    )
+    for start in range(0, vocab, BLOCK):
+        z = contrasted(words(tiles, start, vocab, False, BLOCK), branches, MODE, OUTSIDE)
+        col = columns(start, BLOCK)
+        log_p = log_prob(z, teacher, rate)
+        tl.store(out_ptr + row * out_stride + col, log_p.to(out_ptr.dtype.element_ty), col < vocab)
+
+
+def contrast(objective, clean, noisy, alpha, labels, out):
+    """Purified log-probabilities; `hkdfast.reference.contrast` states the contract."""
+    n, vocab = clean.shape
+    with torch.cuda.device_of(clean):
+        contrast_kernel[(n,)](
+            clean,
+            noisy,
+            alpha,
+            labels,
+            out,
+            clean.stride(0),
+            noisy.stride(0),
+            out.stride(0),
+            vocab,
+            *transforms(objective.teacher, objective.noisy),
+            1 / objective.temperature,
+            *law_numbers(objective.law),
+            *law_words(objective.law),
+            **tile_choice(vocab),
+        )
