@@ -2,8 +2,10 @@
 
 import math
 
+import torch
+
 from .backends import check as check_backend
-from .sources import Head, device_of
+from .sources import Head, device_of, same
 from .tiles import TILES
 
 
@@ -12,17 +14,31 @@ def check_word(name, word, words):
         raise ValueError(f"unknown {name} {word!r}, expected one of {', '.join(words)}")
 
 
-def check_options(*, temperature, tiles, backend):
+def check_options(*, temperature, tiles, memory, backend):
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     check_word("tiles", tiles, TILES)
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"memory must be a positive number of bytes, got {memory}")
     check_backend(backend)
 
 
-def check_same_place(name, source, other_name, other):
-    for each, one in ((name, source), (other_name, other)):
-        if not isinstance(one, Head) and not one.is_floating_point():
-            raise ValueError(f"{each} must be floating point, got {one.dtype}")
+def check_source(name, source):
+    """Logits or a head."""
+    if isinstance(source, Head):
+        return
+    if not isinstance(source, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor of logits or a Head, got {type(source).__name__}")
+    if not source.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {source.dtype}")
+    if not source.dim():
+        raise ValueError(f"{name} must be logits (..., V), got a number without dimensions")
+
+
+def check_pair(name, source, other_name, other):
+    """Two sources of the same rows, of one device."""
+    if tuple(source.shape[:-1]) != tuple(other.shape[:-1]):
+        raise ValueError(f"{name} {tuple(source.shape)} and {other_name} {tuple(other.shape)} differ in their rows")
     if device_of(source) != device_of(other):
         raise ValueError(f"{name} is on {device_of(source)} but {other_name} is on {device_of(other)}")
 
@@ -30,6 +46,8 @@ def check_same_place(name, source, other_name, other):
 def check_vocab(sources, vocab):
     """Words to compare: all, if the sides agree; the common ones or a given number, if the caller says so."""
     sizes = [int(source.shape[-1]) for source in sources]
+    if not min(sizes):
+        raise ValueError(f"vocabularies of {' and '.join(map(str, sizes))} words: one is empty")
     if vocab is None:
         if len(set(sizes)) > 1:
             raise ValueError(
@@ -42,3 +60,50 @@ def check_vocab(sources, vocab):
     if isinstance(vocab, bool) or not isinstance(vocab, int) or not 1 <= vocab <= min(sizes):
         raise ValueError(f'vocab must be None, "common" or a number of words from 1 to {min(sizes)}, got {vocab!r}')
     return vocab
+
+
+def check_per_row(name, numbers, lead, device):
+    if not isinstance(numbers, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor {lead}, one number per row, got {type(numbers).__name__}")
+    if tuple(numbers.shape) != lead:
+        raise ValueError(f"{name} {tuple(numbers.shape)} must be one number per row, {lead}")
+    if numbers.device != device:
+        raise ValueError(f"{name} is on {numbers.device} but the logits are on {device}")
+
+
+def check_labels(labels, lead, device):
+    if labels is None:
+        return
+    check_per_row("labels", labels, lead, device)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+
+
+def check_weights(name, weights, lead, device):
+    """Finite and not negative; numbers on CUDA are not looked at, for the host would wait."""
+    if weights is None:
+        return
+    check_per_row(name, weights, lead, device)
+    if not weights.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {weights.dtype}")
+    if weights.is_cuda or torch.compiler.is_compiling():
+        return
+    wrong = weights[~((weights >= 0) & weights.isfinite())]  # NaN is neither
+    if wrong.numel():
+        raise ValueError(f"every {name} must be finite and not negative, got {wrong[0].item()}")
+
+
+def check_target(law, labels):
+    if law and law.confidence == "target" and law.weight in ("linear", "gate") and labels is None:
+        raise ValueError('confidence "target" needs labels')
+
+
+def check_shared(sides):
+    """Tiles of differences need one head that all sides share."""
+    first = sides[0]
+    for one in sides:
+        if not isinstance(one, Head):
+            raise ValueError(f'tiles="difference" needs heads on all sides, got {type(one).__name__}')
+        shared = same(one.weight, first.weight) and same(one.bias, first.bias) and one.scale == first.scale
+        if not shared or one.softcap is not None or first.softcap is not None:
+            raise ValueError('tiles="difference" needs one weight, bias and scale on all sides, and no softcap')

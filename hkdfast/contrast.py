@@ -1,12 +1,23 @@
 """Contrast of a clean and a disturbed branch: as a teacher (`purify`) and for decoding (`contrast`)."""
 
+import math
+
 import torch
 
+from . import tiles as loop
 from .backends import find
-from .checks import check_options, check_same_place, check_vocab, check_word
-from .objective import Law, Objective, Transform
-from .sources import Head, Purified, device_of, parts, transform_of
-from .tiles import autocast_dtype, plan, sides_of
+from .checks import (
+    check_labels,
+    check_options,
+    check_pair,
+    check_source,
+    check_target,
+    check_vocab,
+    check_weights,
+    check_word,
+)
+from .objective import Law, Objective
+from .sources import Purified, device_of, disturbed, parts, transform_of
 
 WORDS = {
     "weight": ("constant", "linear", "gate"),
@@ -40,7 +51,7 @@ def purify(
 
     Args:
         clean: logits (..., V) or a Head: the model on what it should see.
-        noisy: the same on disturbed input, the same shape; or a list of them, whose logits are averaged. Heads through
+        noisy: the same on disturbed input, the same rows; or a list of them, whose logits are averaged. Heads through
             one weight without softcap are averaged as hidden states: one product, not one per draw.
         alpha: strength of the subtraction, finite and not negative: the weight of every row, or the most a row can get
             under "linear" and "gate". A tensor (...) gives each row its own weight; `weight` must then be "constant".
@@ -57,7 +68,8 @@ def purify(
         A teacher for `distill_loss`, or what `contrast` evaluates. Nothing in it gets a gradient.
 
     Raises:
-        ValueError: on unknown words, numbers out of range, or shapes and devices that differ.
+        ValueError: on unknown words, numbers out of range, or rows and devices that differ. Vocabularies are compared
+            by the loss or `contrast`, which know the policy.
 
     Source: contrast and plausibility set: Leng et al., 2024 (VCD, arXiv:2311.16922). Confidence, weights and "subtract"
     are a reconstruction of SEED (arXiv:2507.04680), whose internals are not published in code.
@@ -67,10 +79,10 @@ def purify(
     draws = tuple(noisy) if isinstance(noisy, (list, tuple)) else (noisy,)
     if not draws:
         raise ValueError("noisy is an empty list, expected at least one disturbed branch")
+    check_source("clean", clean)
     for draw in draws:
-        if tuple(draw.shape) != tuple(clean.shape):
-            raise ValueError(f"clean {tuple(clean.shape)} and noisy {tuple(draw.shape)} must have one shape")
-        check_same_place("clean", clean, "noisy", draw)
+        check_source("noisy", draw)
+        check_pair("clean", clean, "noisy", draw)
     for name, number in (("threshold", threshold), ("plausibility", plausibility)):
         if not 0 <= number <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {number}")
@@ -78,30 +90,13 @@ def purify(
     if isinstance(alpha, torch.Tensor) and alpha.dim():
         if weight != "constant":
             raise ValueError(f'a tensor of alphas is the weight of each row: weight must be "constant", got {weight!r}')
-        if alpha.shape != torch.Size(clean.shape[:-1]):
-            raise ValueError(f"alpha {tuple(alpha.shape)} must be one number per row, {tuple(clean.shape[:-1])}")
+        check_weights("alpha", alpha, tuple(clean.shape[:-1]), device_of(clean))
         rows, alpha, weight = alpha.detach(), 0.0, "rows"
     alpha = float(alpha)
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha must be finite and not negative, got {alpha}")
     law = Law(weight, alpha, confidence, float(threshold), mode, float(plausibility), outside)
-    return Purified(clean, mean_head(draws), law, rows)
-
-
-def mean_head(draws):
-    """Several heads that differ in their hidden states alone, as one: a head without softcap is linear."""
-    first = draws[0]
-    if len(draws) == 1 or not all(
-        isinstance(draw, Head)
-        and draw.softcap is None
-        and draw.weight is first.weight
-        and draw.bias is first.bias
-        and draw.scale == first.scale
-        for draw in draws
-    ):
-        return draws
-    hidden = torch.stack([draw.hidden.detach().float() for draw in draws]).mean(0).to(first.hidden.dtype)
-    return (Head(hidden, first.weight, first.bias, first.scale),)
+    return Purified(clean, draws, law, rows)
 
 
 def contrast(
@@ -128,53 +123,45 @@ def contrast(
         (..., V) float32 log-probabilities that sum to one (float64 from float64 logits). No gradient.
 
     Raises:
-        ValueError: on numbers out of range or a confidence "target" without labels.
+        ValueError: on numbers out of range, vocabularies that differ, labels that do not fit, or a confidence "target"
+            without labels.
         ImportError: if the backend asked for is not built here.
 
     Source: Leng et al., 2024 (VCD, arXiv:2311.16922).
     """
     if not isinstance(purified, Purified):
         raise ValueError(f"contrast takes what purify returns, got {type(purified).__name__}")
-    check_options(temperature=temperature, tiles=tiles, backend=backend)
+    check_options(temperature=temperature, tiles=tiles, memory=memory, backend=backend)
     if tiles == "difference":
         raise ValueError('tiles="difference" needs a student; contrast takes "float32" or "bfloat16"')
-    branches = (purified.clean, *purified.noisy)
+    branches, law = (purified.clean, *purified.noisy), purified.law
     words = check_vocab(branches, vocab)
-    law = purified.law
-    if law.confidence == "target" and law.weight in ("linear", "gate") and labels is None:
-        raise ValueError('confidence "target" needs labels')
-    lead = purified.shape[:-1]
-    n = torch.Size(lead).numel()
-    draws = [transform_of(draw) for draw in purified.noisy] if len(purified.noisy) > 1 else []
-    objective = Objective(
-        temperature=float(temperature),
-        law=law,
-        teacher=transform_of(purified.clean),
-        noisy=Transform() if draws else transform_of(purified.noisy[0]),
-    )
-    device = device_of(purified.clean)
-    compute = autocast_dtype(device)
+    lead, device = purified.shape[:-1], device_of(purified.clean)
+    check_labels(labels, lead, device)
+    check_target(law, labels)
+    noisy, draws = disturbed(purified.noisy)
+    objective = Objective(temperature=float(temperature), law=law, teacher=transform_of(purified.clean), noisy=noisy)
+    n, compute = math.prod(lead), loop.autocast_dtype(device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        labels, alpha = (t if t is None else t.reshape(n).contiguous() for t in (labels, purified.alpha))
+        loop.check_labels(labels, objective, words)
         xs, weights, biases = zip(*(parts(branch, n) for branch in branches), strict=True)
-        clean, noisy = sides = sides_of(xs, weights, biases, draws, words, compute, tiles)
-        labels, alpha = (t if t is None else t.reshape(n) for t in (labels, purified.alpha))
-        out = torch.empty(
-            n,
-            words,
-            dtype=torch.promote_types(clean.dtype, torch.float32),
-            device=device,
-        )
-        step = plan(sides, n, device, memory)
+        clean, noisy = sides = loop.sides_of(xs, weights, biases, draws, words, compute, tiles)
+        dtype = torch.promote_types(clean.dtype, torch.float32)
+        alpha = alpha if alpha is None else alpha.to(dtype)
+        out = torch.empty(n, words, dtype=dtype, device=device)
+        step = loop.plan(sides, n, device, memory)
         for one in sides:
             one.allocate(min(step, n))
-        module = find(device, clean.dtype, backend)
+        module = find(device, dtype, backend)
         for start in range(0, n, step):
-            block = slice(start, min(start + step, n))
+            stop = min(start + step, n)
+            block = slice(start, stop)
             module.contrast(
                 objective,
-                clean.tile(block.start, block.stop),
-                noisy.tile(block.start, block.stop),
-                None if alpha is None else alpha[block].float(),
+                clean.tile(start, stop),
+                noisy.tile(start, stop),
+                None if alpha is None else alpha[block],
                 None if labels is None else labels[block],
                 out[block],
             )

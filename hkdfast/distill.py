@@ -6,15 +6,23 @@ import torch
 
 from . import operators
 from . import tiles as loop
-from .checks import check_options, check_same_place, check_vocab, check_word
+from .checks import (
+    check_labels,
+    check_options,
+    check_pair,
+    check_shared,
+    check_source,
+    check_target,
+    check_vocab,
+    check_weights,
+    check_word,
+)
 from .objective import METRICS, Objective, Transform
 from .reference import DIVERGENCES
-from .sources import Head, Purified, device_of, parts, transform_of
+from .sources import Purified, device_of, disturbed, parts, transform_of
 
 REDUCTIONS = ("mean", "sum", "none")
-# KL(q || p) is infinite where p is 0: these ask a teacher that drops words for a floor
-INFINITE = ("reverse_kl",)
-# domain of beta where a divergence reads it: (least, most), an end point that is not allowed, what it would be
+# domain of beta, in words and as a test, for the divergences that read it
 MIXTURES = {
     "jensen_shannon": ("0 < beta < 1", lambda beta: 0 < beta < 1),
     "skew_kl": ("0 <= beta < 1", lambda beta: 0 <= beta < 1),
@@ -34,13 +42,16 @@ def scaled(grad, factor, dtype):
     """grad * factor in dtype; in grad's own memory when this backward is the last to read it."""
     if grad is None:
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (grad * factor).to(dtype)
-    if factor.numel() == 1 and not factor.is_cuda and factor.item() == 1 and grad.dtype == dtype:
-        return grad
-    if grad.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad.mul_(factor)
-    return (grad * factor).to(dtype)
+    if factor.is_cuda or factor.numel() != 1 or factor.item() != 1:
+        grad.mul_(factor)
+    return grad.to(dtype)
+
+
+def weighted(loss, weight):
+    """loss * weight; a row of weight 0 does not count, though its loss be infinite."""
+    return loss if weight is None else (loss * weight).where(weight != 0, 0)
 
 
 class Total(torch.autograd.Function):
@@ -51,7 +62,7 @@ class Total(torch.autograd.Function):
         loss, table, *grads = run(call, (x, weight, bias), row_weight, wants, metrics)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
-        total = loss.sum() if row_weight is None else (loss * row_weight).sum()
+        total = weighted(loss, row_weight).sum()
         if table is None:
             table = loss.new_empty(0)
         ctx.mark_non_differentiable(table)
@@ -77,7 +88,7 @@ class Rows(torch.autograd.Function):
         if table is None:
             table = loss.new_empty(0)
         ctx.mark_non_differentiable(table)
-        return loss if row_weight is None else loss * row_weight, table
+        return weighted(loss, row_weight), table
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -85,7 +96,7 @@ class Rows(torch.autograd.Function):
         if not ctx.again:
             return scaled(ctx.saved_tensors[0], factor.unsqueeze(-1), ctx.dtypes[0]), *[None] * 6
         call, row_weight, wants = ctx.again
-        factor = factor if row_weight is None else factor * row_weight
+        factor = (factor if row_weight is None else factor * row_weight).contiguous()
         _, _, *grads = run(call, ctx.saved_tensors, factor, wants, False)
         grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return *grads, None, None, None, None
@@ -136,7 +147,7 @@ def distill_loss(
             the mean. No gradient.
         reduction: "mean" over num_items, "sum", or "none": (...) losses. With "none" and a Head, backward computes the
             tiles again, for it alone knows each row's upstream gradient; no other case computes anything twice.
-        num_items: denominator of the mean, a number or a scalar tensor; None: the rows not ignored, at least 1.
+        num_items: denominator of the mean, a number or a tensor of one; None: the rows not ignored. 0 counts as 1.
         ignore_index: the label of rows that do not count.
         vocab: None: both sides must have the same words. "common": the first words that both have. A number: the first
             so many. Words beyond count as absent, on both sides; they get a zero gradient.
@@ -166,24 +177,24 @@ def distill_loss(
     """
     check_word("divergence", divergence, DIVERGENCES)
     check_word("reduction", reduction, REDUCTIONS)
-    check_options(temperature=temperature, tiles=tiles, backend=backend)
-    if divergence in MIXTURES and not MIXTURES[divergence][1](beta):
-        raise ValueError(f"{divergence} takes {MIXTURES[divergence][0]}, got {beta}; ask for an end point by its name")
-    check_numbers(hard_weight=hard_weight, floor=floor, num_items=num_items, memory=memory)
+    check_options(temperature=temperature, tiles=tiles, memory=memory, backend=backend)
+    check_numbers(divergence=divergence, beta=beta, hard_weight=hard_weight, floor=floor)
+    check_num_items(num_items, reduction)
     law = teacher.law if isinstance(teacher, Purified) else None
     branches = [teacher.clean, *teacher.noisy] if law else [teacher]
-    lead = tuple(student.shape[:-1])
+    check_source("student", student)
     for branch in branches:
-        if tuple(branch.shape[:-1]) != lead:
-            raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(branch.shape)} differ in their rows")
-        check_same_place("student", student, "teacher", branch)
+        check_source("teacher", branch)
+        check_pair("student", student, "teacher", branch)
     words = check_vocab([student, *branches], vocab)
-    check_rows(lead, labels=labels, weight=weight, device=device_of(student))
+    lead, device = tuple(student.shape[:-1]), device_of(student)
+    check_labels(labels, lead, device)
+    check_weights("weight", weight, lead, device)
     if labels is None and hard_weight:
         raise ValueError(f"hard_weight {hard_weight} needs labels")
-    if law and law.confidence == "target" and law.weight in ("linear", "gate") and labels is None:
-        raise ValueError('confidence "target" needs labels')
-    if law and law.outside == "drop" and law.plausibility and divergence in INFINITE and floor is None:
+    check_target(law, labels)
+    reverse = divergence == "reverse_kl" or (divergence == "skew_reverse_kl" and beta == 1)
+    if law and law.outside == "drop" and law.plausibility and reverse and floor is None:
         raise ValueError(
             f'{divergence} to a teacher that drops words is infinite: give a floor, e.g. floor=-30, or outside="clean"'
         )
@@ -191,11 +202,14 @@ def distill_loss(
         check_shared([student, *branches])
 
     n = math.prod(lead)
-    several = len(branches) > 2
+    x, head, bias = parts(student, n)
+    if tiles != "float32" and x.dtype == torch.float64:
+        raise ValueError(f'tiles={tiles!r} are of 16 bits: heads of float64 take "float32", which then is float64')
     parted = [parts(branch, n) for branch in branches]
+    noisy, draws = disturbed(branches[1:]) if law else (Transform(), [])
     objective = Objective(
         divergence=divergence,
-        beta=float(beta),
+        beta=float(beta) if divergence in MIXTURES else 0.5,
         temperature=float(temperature),
         soft_weight=float(temperature) ** 2 if t_squared else 1.0,
         hard_weight=float(hard_weight),
@@ -204,25 +218,18 @@ def distill_loss(
         difference=tiles == "difference",
         student=transform_of(student),
         teacher=transform_of(branches[0]),
-        noisy=transform_of(branches[1]) if len(branches) == 2 else Transform(),
+        noisy=noisy,
         law=law,
     )
-    labels, weight = (t if t is None else t.detach().reshape(n) for t in (labels, weight))
-    x, head, bias = parts(student, n)
     exact = torch.promote_types(x.dtype, torch.float32)
-    if num_items is None:
-        num_items = n if labels is None else (labels != ignore_index).sum()
-    share = (
-        1.0
-        if reduction != "mean"
-        else 1 / max(num_items, 1)
-        if isinstance(num_items, (int, float))
-        else (1 / num_items.to(exact).clamp(min=1))
+    labels, weight, alpha = (
+        t if t is None else t.detach().reshape(n).contiguous() for t in (labels, weight, teacher.alpha if law else None)
     )
+    weight, alpha = (t if t is None else t.to(exact) for t in (weight, alpha))
+    share = 1.0 if reduction != "mean" else reciprocal(num_items, n, labels, ignore_index, exact)
     # logits keep the gradient that backward returns, so the mean goes into it before it is rounded to their dtype; a
     # head keeps float32 sums, which the mean scales late, so that no tile of a 16-bit dtype underflows
     early = head is None and reduction == "mean"
-    weight = None if weight is None else weight.to(exact)
     if early:
         weight = (torch.ones(n, dtype=exact, device=x.device) if weight is None else weight) * share
     call = loop.Call(
@@ -230,13 +237,13 @@ def distill_loss(
         weights=[t[1] if t[1] is None else t[1].detach() for t in parted],
         biases=[t[2] if t[2] is None else t[2].detach() for t in parted],
         labels=labels,
-        alpha=teacher.alpha.reshape(n).to(exact) if law and teacher.alpha is not None else None,
+        alpha=alpha,
         objective=objective,
-        draws=[transform_of(branch) for branch in branches[1:]] if several else [],
+        draws=draws,
         vocab=words,
         compute=loop.autocast_dtype(x.device),
         tiles=tiles,
-        memory=memory,
+        memory=None if memory is None else int(memory),
         backend=backend,
     )
     grad = torch.is_grad_enabled()
@@ -251,41 +258,32 @@ def distill_loss(
     return loss, {name: row.reshape(lead) for name, row in zip(METRICS, table, strict=True)}
 
 
-def check_numbers(*, hard_weight, floor, num_items, memory):
+def reciprocal(num_items, n, labels, ignore_index, dtype):
+    """1 / the denominator of the mean, 1 where that is 0; on the device where only the device knows it."""
+    if num_items is None:
+        num_items = n if labels is None else (labels != ignore_index).sum()
+    if not isinstance(num_items, torch.Tensor):
+        return 1 / num_items if num_items else 1.0
+    num_items = num_items.detach().reshape(()).to(dtype)
+    return 1 / num_items.where(num_items > 0, 1)
+
+
+def check_numbers(*, divergence, beta, hard_weight, floor):
+    if divergence in MIXTURES and not MIXTURES[divergence][1](beta):
+        raise ValueError(f"{divergence} takes {MIXTURES[divergence][0]}, got {beta}; ask for an end point by its name")
     if not 0 <= hard_weight < math.inf:
         raise ValueError(f"hard_weight must be finite and not negative, got {hard_weight}")
     if floor is not None and not -math.inf < floor <= 0:
         raise ValueError(f"floor is a log-probability, finite and not above 0, got {floor}")
-    if isinstance(num_items, (int, float)) and not 0 <= num_items < math.inf:
+
+
+def check_num_items(num_items, reduction):
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f'num_items is the denominator of reduction="mean", which is {reduction!r} here')
+    if isinstance(num_items, torch.Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor {tuple(num_items.shape)}")
+    elif not 0 <= num_items < math.inf:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")
-    if memory is not None and not 0 < memory < math.inf:
-        raise ValueError(f"memory must be a positive number of bytes, got {memory}")
-
-
-def check_rows(lead, *, labels, weight, device):
-    for name, rows in (("labels", labels), ("weight", weight)):
-        if rows is None:
-            continue
-        if tuple(rows.shape) != lead:
-            raise ValueError(f"{name} {tuple(rows.shape)} must be one number per row, {lead}")
-        if rows.device != device:
-            raise ValueError(f"{name} is on {rows.device} but the student is on {device}")
-    if labels is not None and labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, got {labels.dtype}")
-    if weight is not None and not weight.is_floating_point():
-        raise ValueError(f"weight must be floating point, got {weight.dtype}")
-    if weight is not None and not weight.is_cuda and not torch.compiler.is_compiling():
-        wrong = weight[~((weight >= 0) & weight.isfinite())]  # NaN is neither
-        if wrong.numel():
-            raise ValueError(f"weights must be finite and not negative, got {wrong[0].item()}")
-
-
-def check_shared(sides):
-    """Tiles of differences need one head that all sides share."""
-    first = sides[0]
-    for one in sides:
-        if not isinstance(one, Head):
-            raise ValueError(f'tiles="difference" needs heads on all sides, got {type(one).__name__}')
-        same = one.weight.data_ptr() == first.weight.data_ptr() and one.weight.shape == first.weight.shape
-        if not same or one.bias is not first.bias or one.scale != first.scale or one.softcap or first.softcap:
-            raise ValueError('tiles="difference" needs one weight, bias and scale on all sides, and no softcap')

@@ -1,20 +1,24 @@
 """Noise on images: how a vision-language model is made to lean on what its language already believes."""
 
-from functools import lru_cache
+import math
+from functools import cache
+from itertools import accumulate
+from operator import mul
 
 import torch
 
 STEPS = 1000
 
 
-@lru_cache
+@cache
 def survival():
-    """Share of the signal's variance left at each of VCD's 1000 steps: (1000,) float64.
+    """Share of the signal's variance left at each of VCD's 1000 steps.
 
     The schedule of VCD's published code (DAMO-NLP-SG/VCD, vcd_add_noise.py), which is not the one its paper states.
     """
-    rate = torch.linspace(-6, 6, STEPS, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
-    return (1 - rate).cumprod(0)
+    exponents = (-6 + 12 * i / (STEPS - 1) for i in range(STEPS))
+    rates = ((0.5e-2 - 1e-5) / (1 + math.exp(-x)) + 1e-5 for x in exponents)
+    return tuple(accumulate((1 - rate for rate in rates), mul))
 
 
 def diffuse(images, step=500, *, sigma=None, generator=None):
@@ -36,15 +40,16 @@ def diffuse(images, step=500, *, sigma=None, generator=None):
 
     Source: Leng et al., 2024 (arXiv:2311.16922) and its code.
     """
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floating point, as a processor normalises them, got {images.dtype}")
-    if sigma is None and (step != int(step) or not 0 <= step < STEPS):
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        what = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"images must be a floating point tensor, as a processor normalises them, got {what}")
+    if sigma is None and step not in range(STEPS):
         raise ValueError(f"step must be a whole number from 0 to {STEPS - 1}, got {step}")
     if sigma is not None and not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma must be finite and not negative, got {sigma}")
     noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device=images.device)
-    images = images.detach()
-    if sigma is not None:
-        return (images + sigma * noise).to(images.dtype)
-    left = survival()[int(step)].item()
-    return (left**0.5 * images + (1 - left) ** 0.5 * noise).to(images.dtype)
+    signal = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+    if sigma is None:
+        left = survival()[int(step)]
+        return (left**0.5 * signal + (1 - left) ** 0.5 * noise).to(images.dtype)
+    return (signal + sigma * noise).to(images.dtype)

@@ -74,22 +74,13 @@ def distill(
 
 @distill.register_fake
 def _(xs, weights, biases, labels, weight, alpha, objective, vocab, compute, wants, metrics, *loop):
-    x, n = xs[0], xs[0].shape[0]
-    exact = torch.promote_types(x.dtype, torch.float32)
+    x, head, n = xs[0], weights[0], xs[0].shape[0]
+    exact = torch.promote_types(x.dtype if head is None else head.dtype, torch.float32)
     loss = x.new_empty(n, dtype=exact)
     table = x.new_empty((len(METRICS), n), dtype=exact) if metrics else None
-    if weights[0] is None:
-        kept = torch.float32 if x.dtype == torch.float16 else x.dtype
-        return _dense(
-            (
-                loss,
-                table,
-                x.new_empty(x.shape, dtype=kept) if wants[0] else None,
-                None,
-                None,
-            ),
-            loss,
-        )
-    shapes = (x.shape, weights[0].shape, weights[0].shape[:1])
-    grads = [x.new_empty(shape, dtype=exact) if want else None for shape, want in zip(shapes, wants, strict=True)]
-    return _dense((loss, table, *grads), loss)
+    if head is None:
+        shapes, kept = (x.shape,), torch.float32 if x.dtype == torch.float16 else x.dtype
+    else:
+        shapes, kept = (x.shape, head.shape, head.shape[:1]), exact
+    grads = [x.new_empty(shape, dtype=kept) if want else None for shape, want in zip(shapes, wants, strict=False)]
+    return _dense((loss, table, *grads, *[None] * (3 - len(grads))), loss)

@@ -11,7 +11,7 @@ import torch
 
 from .objective import Law, Transform
 
-CAST_BYTES = 32 << 20  # of float32 copies of 16-bit weights at a time, on devices whose GEMM cannot widen its result
+PIECE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # of a weight's copies in another dtype, at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Head:
     Args:
         hidden: (..., H) states that enter the head, any float dtype. Gets a gradient as the student's.
         weight: (V, H), hidden's dtype unless autocast is on. Gets a gradient as the student's.
-        bias: (V,) or None, weight's dtype. Gets a gradient as the student's.
+        bias: (V,) or None, weight's dtype unless autocast is on. Gets a gradient as the student's.
         scale: factor of the logits (Granite and Cohere call it logit scale), finite and not 0.
         softcap: if given, logits become softcap * tanh(logits / softcap), as in Gemma 2. Positive.
 
@@ -37,18 +37,22 @@ class Head:
 
     def __post_init__(self):
         hidden, weight, bias = self.hidden, self.weight, self.bias
+        named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+        for name, tensor in named.items():
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                what = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise ValueError(f"{name} must be a floating point tensor, got {what}")
         if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (..., H) and (V, H) with one H"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias {tuple(bias.shape)} must be ({weight.shape[0]},) for weight {tuple(weight.shape)}")
-        if not hidden.is_floating_point() or not weight.is_floating_point():
-            raise ValueError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
-        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}: cast one, or use autocast")
-        if hidden.device != weight.device:
-            raise ValueError(f"hidden is on {hidden.device} but weight is on {weight.device}")
+        for name, tensor in named.items():
+            if tensor.device != hidden.device:
+                raise ValueError(f"hidden is on {hidden.device} but {name} is on {tensor.device}")
+            if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+                raise ValueError(f"hidden is {hidden.dtype} but {name} is {tensor.dtype}: cast one, or use autocast")
         if not (self.scale and abs(self.scale) < float("inf")):
             raise ValueError(f"scale must be finite and not 0, got {self.scale}")
         if self.softcap is not None and not 0 < self.softcap < float("inf"):
@@ -89,20 +93,39 @@ def transform_of(source):
 def parts(source, rows):
     """The tensors of a source, its leading dimensions made one: (x, weight, bias)."""
     if isinstance(source, Head):
-        return (
-            source.hidden.reshape(rows, source.hidden.shape[-1]),
-            source.weight,
-            source.bias,
-        )
+        return source.hidden.reshape(rows, source.hidden.shape[-1]), source.weight, source.bias
     return source.reshape(rows, source.shape[-1]), None, None
+
+
+def same(a, b):
+    """Whether two tensors are one memory, or one object where torch.compile looks on, which knows no addresses."""
+    if a is b:
+        return True
+    if a is None or b is None or torch.compiler.is_compiling():
+        return False
+    return a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def disturbed(branches):
+    """(Transform of the mean of the disturbed branches, Transform of each before it is averaged).
+
+    A scale that all share is left to the mean, a softcap cannot be. The second is empty where there is one branch.
+    """
+    transforms = [transform_of(branch) for branch in branches]
+    if len(branches) == 1:
+        return transforms[0], []
+    if all(each == transforms[0] for each in transforms) and transforms[0].softcap is None:
+        return transforms[0], [Transform()] * len(branches)
+    return Transform(), transforms
 
 
 class Logits:
     """Logits that exist. A tile is a slice."""
 
     def __init__(self, x, vocab):
-        self.x, self.vocab, self.index = x[:, :vocab], vocab, None
-        self.full, self.dtype = x, x.dtype
+        self.full = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        self.x, self.vocab, self.index = self.full[:, :vocab], vocab, None
+        self.dtype, self.grad = x.dtype, None
         self.bytes_per_row = self.fixed_bytes = 0
 
     def select(self, index):
@@ -111,6 +134,9 @@ class Logits:
 
     def allocate(self, rows):
         pass
+
+    def release(self):
+        self.grad = None
 
     def tile(self, start, stop):
         return self.x[start:stop] if self.index is None else self.x[self.index[start:stop]]
@@ -142,88 +168,134 @@ class Logits:
         return self.grad, None, None
 
 
+def accumulate(out, a, b):
+    """out += a @ b, the sum kept in out's dtype."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out += a @ b  # a narrow GEMM of the CPU rounds each product once
+
+
 class Projection:
     """A Head, flattened: a tile costs one GEMM, its gradient one for the hidden states and one for the weight.
 
-    In exact arithmetic (tiles="float32") products are summed and kept in float32, whatever the dtype of the weight:
-    by the GEMM itself on CUDA, from float32 copies of CAST_BYTES of the weight at a time elsewhere. Narrow tiles are
-    made, and their gradient multiplied, in the weight's 16-bit dtype.
+    Exact tiles (tiles="float32") hold products summed in float32, whatever the dtype of the weight: by the GEMM itself
+    where the device can widen (bfloat16 on CUDA), otherwise from float32 copies of a piece of the weight at a time, and
+    the gradient's products likewise. Narrow tiles are made, and their gradient multiplied, in 16 bits. Sums over blocks
+    are float32 or better everywhere.
+
+    Args:
+        hiddens: list of (N, H). Several are draws whose logits are averaged: a head is linear, so their mean is
+            projected, at the cost of one.
+        weight: (V, H). bias: (V,) or None.
+        vocab: words to compare.
+        tiles: one of tiles.TILES.
+        compute: dtype to which autocast casts operands, or None.
     """
 
-    def __init__(self, hidden, weight, bias, vocab, tiles, compute):
-        self.hidden, self.weight = hidden.to(compute), weight[:vocab].to(compute)
+    def __init__(self, hiddens, weight, bias, vocab, tiles, compute):
+        self.hiddens, self.weight = hiddens, weight[:vocab]
         self.bias = None if bias is None else bias[:vocab]
-        self.shapes = hidden.shape, weight.shape
-        self.index, self.vocab, self.minus = None, vocab, None
-        narrow = compute if compute in (torch.bfloat16, torch.float16) else torch.bfloat16
-        exact = torch.promote_types(compute, torch.float32)
-        self.dtype = exact if tiles == "float32" else narrow
-        if tiles != "float32":
-            self.hidden, self.weight = self.hidden.to(narrow), self.weight.to(narrow)
-        self.widens = hidden.is_cuda and self.dtype == torch.float32 and self.weight.dtype != torch.float32
-        self.casts = self.weight.dtype != self.dtype and not self.widens
-        self.grad_dtype = self.weight.dtype if self.widens else self.dtype
-        self.bytes_per_row = self.vocab * self.dtype.itemsize
-        copied = 0 if self.weight.dtype == weight.dtype else self.weight.nbytes
-        self.fixed_bytes = copied + (CAST_BYTES if self.casts else 0)
-        self.wants = (False, False, False)
+        self.shapes = hiddens[0].shape, weight.shape
+        self.index, self.vocab, self.minus, self.wants = None, vocab, None, (False, False, False)
+        self.operand = weight.dtype if compute is None or weight.dtype == torch.float64 else compute
+        wide = torch.promote_types(self.operand, torch.float32)
+        self.exact = tiles == "float32"
+        if self.exact:
+            self.dtype = wide
+            # fp16 is not widened by the GEMM: its gradient tile would underflow
+            self.gemm = self.operand if weight.is_cuda and self.operand == torch.bfloat16 else wide
+        else:
+            self.dtype = self.gemm = self.operand if self.operand != wide else torch.bfloat16
+        self.width, self.device = weight.shape[1], weight.device
+        self.casts = weight.dtype != self.gemm
+        self.release()
 
     @property
-    def width(self):
-        return self.hidden.shape[1]
+    def bytes_per_row(self):
+        tile = self.vocab * self.dtype.itemsize
+        if any(self.wants) and self.gemm != self.dtype:
+            tile += self.vocab * self.gemm.itemsize
+        return tile + 3 * self.width * 4  # hidden states on their way into a GEMM, or their gradient on its way out
+
+    @property
+    def fixed_bytes(self):
+        return 0 if not self.casts and self.exact else PIECE_BYTES[self.kind]
+
+    @property
+    def kind(self):
+        return "cuda" if self.device.type == "cuda" else "cpu"
 
     def select(self, index):
-        self.index, self.hidden = index, self.hidden[index]
+        """Keep these rows alone."""
+        self.index = index
 
     def subtract(self, other):
-        """Make tiles of the difference to another projection through the same weight."""
-        self.minus = other
-        difference = self.hidden.float() - other.hidden.float()
-        self.hidden, self.bias = difference.to(self.weight.dtype), None
+        """Make tiles of the difference to another projection through the same weight and bias."""
+        self.minus, self.bias = other, None
 
     def allocate(self, rows):
-        self.space = torch.empty(rows, self.vocab, dtype=self.dtype, device=self.hidden.device)
-        self.grad_space = None
-        if any(self.wants) and self.grad_dtype != self.dtype:
-            self.grad_space = torch.empty(rows, self.vocab, dtype=self.grad_dtype, device=self.hidden.device)
+        self.space = torch.empty(rows, self.vocab, dtype=self.dtype, device=self.device)
+        if any(self.wants) and self.gemm != self.dtype:
+            self.grad_space = torch.empty(rows, self.vocab, dtype=self.gemm, device=self.device)
 
-    def spans(self):
-        """The vocabulary in pieces: (columns, weight in the tile's dtype)."""
+    def release(self):
+        self.space = self.grad_space = self.d_hidden = self.d_weight = self.d_bias = None
+
+    def pieces(self, depth):
+        """The columns of a tile in pieces of so many rows that, in two dtypes at once, fit PIECE_BYTES."""
+        step = max(1, PIECE_BYTES[self.kind] // (8 * max(depth, 1)))
+        return [slice(start, min(start + step, self.vocab)) for start in range(0, self.vocab, step)]
+
+    def weights(self):
+        """(columns, weight in the GEMM's dtype), over the vocabulary. What autocast would round is rounded."""
         if not self.casts:
             yield slice(0, self.vocab), self.weight
             return
-        step = max(1, CAST_BYTES // (self.width * self.dtype.itemsize))
-        for start in range(0, self.vocab, step):
-            columns = slice(start, min(start + step, self.vocab))
-            yield columns, self.weight[columns].to(self.dtype)
+        space = None
+        for columns in self.pieces(self.width):
+            weight = self.weight[columns]
+            if space is None:
+                space = torch.empty(weight.shape, dtype=self.gemm, device=self.device)
+            if self.operand.itemsize < self.gemm.itemsize:
+                weight = weight.to(self.operand)
+            yield columns, space[: len(weight)].copy_(weight)
+
+    def hidden(self, start, stop):
+        """Hidden states of a block: the mean over the draws, less the student's in the difference form; both are kept
+        in float32 or better."""
+        block = slice(start, stop) if self.index is None else self.index[start:stop]
+        first, *others = (hidden[block].to(self.operand) for hidden in self.hiddens)
+        wide = torch.promote_types(self.operand, torch.float32)
+        if others:
+            first = sum((other.to(wide) for other in others), first.to(wide)) / len(self.hiddens)
+        return first if self.minus is None else first.to(wide) - self.minus.hidden(start, stop)
 
     def tile(self, start, stop):
-        out = self.space[: stop - start]
-        hidden = self.hidden[start:stop]
-        if self.widens:
-            torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=out)
-        else:
-            hidden = hidden.to(self.dtype)
-            for columns, weight in self.spans():
-                torch.mm(hidden, weight.T, out=out[:, columns])
+        out, hidden = self.space[: stop - start], self.hidden(start, stop)
+        high = hidden.to(self.gemm)
+        for columns, weight in self.weights():
+            if self.gemm == self.dtype:
+                torch.mm(high, weight.T, out=out[:, columns])
+                continue
+            torch.mm(high, weight.T, out_dtype=self.dtype, out=out[:, columns])
+            if hidden.dtype != self.gemm:  # a mean of draws: 16 bits hold one half of it, the rest takes a second GEMM
+                accumulate(out[:, columns], (hidden - high).to(self.gemm), weight.T)
         if self.bias is not None:
-            out += self.bias.to(self.dtype)
+            out += self.bias.to(self.operand).to(self.dtype)
         return out
 
     def want(self, x, weight, bias):
         """Say which gradients are asked for: of hidden, weight, bias."""
         self.wants = (x, weight, bias)
-        if self.grad_dtype != self.dtype:
-            self.bytes_per_row += self.vocab * self.grad_dtype.itemsize
 
     def reset(self):
         """Gradients of nothing yet, in float32 or better."""
         x, weight, bias = self.wants
-        like = dict(
-            dtype=torch.promote_types(self.dtype, torch.float32),
-            device=self.hidden.device,
-        )
-        self.d_hidden = torch.empty(self.hidden.shape, **like) if x else None
+        like = dict(dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        self.d_hidden = (torch.empty if self.index is None else torch.zeros)(self.shapes[0], **like) if x else None
         self.d_weight = torch.zeros(self.shapes[1], **like) if weight else None
         self.d_bias = torch.zeros(self.shapes[1][:1], **like) if bias else None
 
@@ -231,41 +303,28 @@ class Projection:
         return tile if self.grad_space is None else self.grad_space[: stop - start]
 
     def back(self, grad, start, stop):
-        x, weight, bias = self.wants
-        if bias:
-            self.d_bias[: self.vocab] += grad.sum(0, dtype=self.d_bias.dtype)
-        if x:
-            self.back_to_hidden(grad, self.d_hidden[start:stop])
-        if weight:
-            self.back_to_weight(grad, self.hidden[start:stop], self.d_weight[: self.vocab])
+        if self.d_bias is not None:
+            for columns in self.pieces(len(grad)):
+                self.d_bias[columns] += grad[:, columns].sum(0, dtype=self.d_bias.dtype)
+        if self.d_hidden is not None:
+            self.back_to_hidden(grad, start, stop)
+        if self.d_weight is not None:
+            hidden = self.hidden(start, stop).to(self.gemm)
+            for columns in [slice(0, self.vocab)] if self.exact else self.pieces(self.width):
+                accumulate(self.d_weight[columns], grad[:, columns].T, hidden)
 
-    def back_to_hidden(self, grad, out):
-        if self.widens:
-            torch.mm(grad, self.weight, out_dtype=out.dtype, out=out)
-        elif not self.casts:
-            out.copy_(grad @ self.weight) if out.dtype != grad.dtype else torch.mm(grad, self.weight, out=out)
+    def back_to_hidden(self, grad, start, stop):
+        if self.index is not None:
+            out = torch.zeros(stop - start, self.width, dtype=self.d_hidden.dtype, device=self.device)
         else:
-            out.zero_()
-            for columns, weight in self.spans():
-                out.addmm_(grad[:, columns], weight)
-
-    def back_to_weight(self, grad, hidden, out):
-        if self.widens:
-            torch.addmm(out, grad.T, hidden, out_dtype=out.dtype, out=out)
-        elif out.dtype == grad.dtype:
-            out.addmm_(grad.T, hidden.to(grad.dtype))
-        else:
-            # narrow tiles: each product is rounded once, the sum over blocks is kept in float32
-            step = max(1, CAST_BYTES // (self.width * grad.element_size()))
-            for start in range(0, self.vocab, step):
-                out[start : start + step] += grad[:, start : start + step].T @ hidden
+            out = self.d_hidden[start:stop].zero_()
+        for columns, weight in self.weights():
+            accumulate(out, grad[:, columns], weight)
+        if self.index is not None:
+            self.d_hidden[self.index[start:stop]] = out
 
     def gradients(self):
-        if self.index is None or self.d_hidden is None:
-            return self.d_hidden, self.d_weight, self.d_bias
-        d_hidden = self.d_hidden.new_zeros(self.shapes[0])
-        d_hidden[self.index] = self.d_hidden
-        return d_hidden, self.d_weight, self.d_bias
+        return self.d_hidden, self.d_weight, self.d_bias
 
 
 class Average:
@@ -274,13 +333,12 @@ class Average:
     def __init__(self, sides, transforms):
         self.sides, self.transforms = sides, transforms
         self.dtype = torch.promote_types(sides[0].dtype, torch.float32)
-        self.vocab = sides[0].vocab
+        self.vocab, self.device = sides[0].vocab, None
 
     @property
     def bytes_per_row(self):
         # the sum, and a draw while it is transformed
-        own = 2 * self.vocab * self.dtype.itemsize
-        return own + sum(side.bytes_per_row for side in self.sides)
+        return 2 * self.vocab * self.dtype.itemsize + max(side.bytes_per_row for side in self.sides)
 
     @property
     def fixed_bytes(self):
@@ -291,13 +349,18 @@ class Average:
             side.select(index)
 
     def allocate(self, rows):
+        self.rows = rows
+
+    def release(self):
         for side in self.sides:
-            side.allocate(rows)
+            side.release()
 
     def tile(self, start, stop):
         total = None
         for side, transform in zip(self.sides, self.transforms, strict=True):
+            side.allocate(self.rows)
             x = side.tile(start, stop).to(self.dtype) * transform.scale
+            side.release()
             if transform.softcap is not None:
                 x = x.div_(transform.softcap).tanh_().mul_(transform.softcap)
             total = x if total is None else total.add_(x)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from .backends import find
-from .objective import METRICS, Objective
-from .sources import Average, Logits, Projection
+from .objective import METRICS, Objective, Transform
+from .sources import Average, Logits, Projection, same
 
 logger = logging.getLogger("hkdfast")
 
@@ -21,10 +21,10 @@ BUDGET = {"cpu": 512 << 20, "cuda": 4 << 30}  # bytes of tiles, unless the calle
 
 
 def budget(device):
-    most = BUDGET.get(device.type, BUDGET["cpu"])
-    if device.type == "cuda":
-        most = min(most, torch.cuda.mem_get_info(device)[0] // 2)
-    return most
+    if device.type != "cuda":
+        return BUDGET["cpu"]
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(BUDGET["cuda"], (torch.cuda.mem_get_info(device)[0] + idle) // 2)
 
 
 def plan(sides, rows, device, memory):
@@ -34,15 +34,11 @@ def plan(sides, rows, device, memory):
         return max(rows, 1)
     if memory is not None and memory < fixed + per_row:
         raise ValueError(f"memory of {memory} bytes is too small: one row of tiles takes {fixed + per_row}")
-    room = budget(device) if memory is None else memory - fixed
+    room = (budget(device) if memory is None else int(memory)) - fixed
     blocks = -(-rows // max(1, room // per_row))
     step = -(-rows // blocks)
     logger.info("%d rows in %d blocks of %d, %.1f MB of tiles", rows, blocks, step, (fixed + step * per_row) / 1e6)
     return step
-
-
-def side(x, weight, bias, vocab, tiles, compute):
-    return Logits(x, vocab) if weight is None else Projection(x, weight, bias, vocab, tiles, compute)
 
 
 def autocast_dtype(device):
@@ -52,11 +48,22 @@ def autocast_dtype(device):
 
 def sides_of(xs, weights, biases, draws, vocab, compute, tiles):
     """The sides of the loop, the several draws of a disturbed branch (the last ones) made one."""
-    made = [
-        side(x, weight, bias, vocab, tiles, compute or x.dtype)
-        for x, weight, bias in zip(xs, weights, biases, strict=True)
-    ]
-    return [*made[: -len(draws)], Average(made[-len(draws) :], draws)] if draws else made
+
+    def side(x, weight, bias):
+        return Logits(x, vocab) if weight is None else Projection([x], weight, bias, vocab, tiles, compute)
+
+    single = len(xs) - len(draws)
+    sides = [side(*tensors) for tensors in zip(xs[:single], weights[:single], biases[:single], strict=True)]
+    if not draws:
+        return sides
+    hiddens, weight, bias = xs[single:], weights[single], biases[single]
+    shared = weight is not None and all(
+        same(w, weight) and same(b, bias) for w, b in zip(weights[single:], biases[single:], strict=True)
+    )
+    if shared and not any(transform != Transform() for transform in draws):
+        return [*sides, Projection(hiddens, weight, bias, vocab, tiles, compute)]
+    several = [side(*tensors) for tensors in zip(hiddens, weights[single:], biases[single:], strict=True)]
+    return [*sides, Average(several, draws)]
 
 
 def counted(labels, objective, sides):
@@ -125,12 +132,30 @@ def run(call, student, weight, wants, metrics):
             one.select(index)
         labels, weight, alpha = (t if t is None else t[index] for t in (labels, weight, alpha))
     rows = n if index is None else len(index)
-    module = find(device, main.dtype, call.backend)
+    wide = next((side.dtype for side in sides if side.dtype == torch.float64), main.dtype)
+    module = find(device, wide, call.backend)
     dtype = torch.promote_types(main.dtype, torch.float32)
     loss = torch.empty(rows, dtype=dtype, device=device)
     table = torch.empty(len(METRICS), rows, dtype=dtype, device=device) if metrics else None
     if any(wants):
         main.want(*wants)
+
+    def block(start, stop):
+        rows_of = slice(start, stop)
+        z = main.tile(start, stop)
+        grad = main.gradient(start, stop, z) if any(wants) else None
+        module.rows(
+            objective,
+            z,
+            teacher.tile(start, stop),
+            None if noisy is None else noisy.tile(start, stop),
+            *(None if t is None else t[rows_of] for t in (alpha, labels, weight)),
+            loss[rows_of],
+            grad,
+            None if table is None else table[:, rows_of],
+        )
+        if grad is not None:
+            main.back(grad, start, stop)
 
     def sweep(step):
         if any(wants):
@@ -138,33 +163,20 @@ def run(call, student, weight, wants, metrics):
         for one in sides:
             one.allocate(min(step, rows))
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            block = slice(start, stop)
-            z = main.tile(start, stop)
-            grad = main.gradient(start, stop, z) if any(wants) else None
-            module.rows(
-                objective,
-                z,
-                teacher.tile(start, stop),
-                None if noisy is None else noisy.tile(start, stop),
-                None if alpha is None else alpha[block],
-                None if labels is None else labels[block],
-                None if weight is None else weight[block],
-                loss[block],
-                grad,
-                None if table is None else table[:, block],
-            )
-            if grad is not None:
-                main.back(grad, start, stop)
+            block(start, min(start + step, rows))
 
     step = plan(sides, rows, device, call.memory)
     try:
         sweep(step)
+        again = False
     except torch.OutOfMemoryError:
-        warnings.warn(
-            f"out of memory with blocks of {step} rows: trying once more with half",
-            stacklevel=2,
-        )
+        if step == 1:
+            raise
+        again = True
+    if again:  # out here the traceback holds no tile of the first try any more
+        for one in sides:
+            one.release()
+        warnings.warn(f"out of memory with blocks of {step} rows: trying once more with half", stacklevel=2)
         sweep(-(-step // 2))
     if index is not None:
         loss = loss.new_zeros(n).index_copy_(0, index, loss)
