@@ -23,7 +23,7 @@ def run(args):
     for module in ("pytest", "pytest_benchmark"):
         if find_spec(module) is None:
             raise ModuleNotFoundError(f"the benchmarks need {module}", name=module)
-    command = [sys.executable, "-m", "pytest", str(FOLDER)]
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "--benchmark-group-by=param:shape"]
     command += ["-k", args.select] if args.select else []
     command += ["--benchmark-json", args.json] if args.json else []
     command += ["--collect-only", "-q"] if args.list else []

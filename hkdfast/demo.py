@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import Head, distill_loss
+from . import Head, devices, distill_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,7 +22,7 @@ def add_arguments(parser):
     parser.add_argument("--vocab", type=int, default=32000, help="words of the vocabulary")
     parser.add_argument("--hidden", type=int, default=512, help="width of both models")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of logits, hidden states and heads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--device", help="torch device; without it a GPU if there is one")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; the fastest counts")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
 
@@ -31,9 +31,7 @@ def run(args):
     for name in ("rows", "vocab", "hidden", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch finds no GPU here")
+    device = devices.find(args.device)
     print(f"{args.rows} rows, vocabulary {args.vocab}, width {args.hidden}, {args.dtype} on {device}")
     print(f"{'forward KL, loss and gradient':32}{'time':>12}{'error':>12}{'memory':>12}")
     for title, inputs, cases in problems(args, device):

@@ -41,11 +41,11 @@ def report():
 
 def processor():
     try:
-        from . import cpu
+        from . import _cpu
 
-        used = cpu.instruction_set()
+        used = ", ".join(_cpu.instruction_sets()) + " (the first is used)"
     except ImportError:
-        used = "cpu backend missing"
+        used = "none, the cpu backend is missing"
     return {
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "instructions of hkdfast": used,

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from .. import devices
 from ..evaluate.decoding import Decoding
 
 GREEDY = Decoding()
@@ -28,11 +29,11 @@ def load(path, adapter=None, *, device=None, dtype="auto"):
     Raises:
         OSError: no model or processor under that name.
         FileNotFoundError: no adapter in that folder.
-        ValueError: a model whose processor reads no images, an adapter made of virtual tokens.
+        ValueError: no such device, a model whose processor reads no images, an adapter made of virtual tokens.
     """
     if adapter is not None and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter_config.json in {str(adapter)!r}, expected a folder saved by PEFT")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = devices.find(device)
     processor = AutoProcessor.from_pretrained(path)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"{str(path)!r} has a {type(processor).__name__}, expected a processor of images and text")

@@ -1,0 +1,19 @@
+"""The device that a command's user names."""
+
+import torch
+
+
+def find(name=None):
+    """The torch device of that name, by default a GPU if there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or finds none here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # torch says "no such word", "not compiled" and "no driver" by different exceptions
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"no device {str(name)!r} here: {str(error).splitlines()[0]}") from error
+    return device
