@@ -1,6 +1,6 @@
 """Train the base models of the picture world: LLaVAs of 1.4 million parameters, each from a seed of its own.
 
-    python benchmarks/quality/bases.py 1 2
+    python benchmarks/quality/bases.py 1 2 3
 
 Five stages: the vision tower learns what is in each quadrant, the language model learns to name one object, to
 caption and to answer questions whose negatives are any absent object (two stages), and last to answer questions
