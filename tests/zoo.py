@@ -182,12 +182,20 @@ def tokenizer():
     )
 
 
+class StillInternVLProcessor(hf.InternVLProcessor):
+    """InternVL's own processor, without its part for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument_name != "video_processor":
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+
 def processor(name="llava"):
     if name == "internvl":
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
         images = GotOcr2ImageProcessorPil(size={"height": SIZE, "width": SIZE}, crop_to_patches=False)
-        return hf.InternVLProcessor(
+        return StillInternVLProcessor(
             images, tokenizer(), image_seq_length=PATCHES // 4, chat_template=CHAT.replace("MARK", "<image>")
         )
     images = CLIPImageProcessorPil(

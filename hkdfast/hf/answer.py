@@ -81,16 +81,20 @@ def prompts(processor, texts):
 
 def encode(processor, texts, images):
     """Model inputs for one image and one text each, padded on the left: generation goes on where the prompt ends."""
+    return tokenize(processor, prompts(processor, texts), images)
+
+
+def tokenize(processor, written, images):
+    """Model inputs for texts as `prompts` writes them and one image each, padded on the left."""
     tokenizer = processor.tokenizer
-    asked = prompts(processor, texts)
     # a template that writes the first token itself must not get a second one
-    begun = bool(tokenizer.bos_token) and asked[0].startswith(tokenizer.bos_token)
+    begun = bool(tokenizer.bos_token) and written[0].startswith(tokenizer.bos_token)
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     try:
         tokenizer.padding_side = "left"
         tokenizer.pad_token = pad or tokenizer.eos_token
         return processor(
-            text=asked,
+            text=written,
             images=[[image] for image in images],
             padding=True,
             return_tensors="pt",

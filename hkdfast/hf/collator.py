@@ -7,127 +7,95 @@ from typing import Any
 
 from PIL import Image
 
-IGNORE = -100
-
-
-def open_image(image):
-    """A PIL image in RGB, from a PIL image or the path of one.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is not an image, or a damaged one; the message names it.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {str(image)!r}: {error}") from error
+from ..evaluate.decoding import Decoding
+from ..seed import IGNORE
+from .answer import prompts, read_image, tokenize
 
 
 @dataclass
 class QuestionCollator:
-    """Makes a batch of questions, each about one image.
+    """Makes a batch of questions, each about one image, as `hkdfast evaluate` asks them.
 
-    An example is a dict with "image" (a PIL image or a path) and "text" (the question); with "answer" (the text to be
-    answered) if `answers` is set. A batch holds what the processor makes of them, padded; with answers also "labels":
-    the tokens of the answer and of the end of its turn, -100 elsewhere.
+    An example is a dict with "image" (a PIL image or a path) and "text" (the question), and with "answer" (the text to
+    be answered) if `answers` is set. A batch holds what the processor makes of them, padded on the left; with answers
+    also "labels": the tokens of the answer and of the end of its turn, -100 elsewhere.
 
     Args:
-        processor: a processor with a tokenizer that has a pad token, as AutoProcessor.from_pretrained gives.
-        answers: whether examples have answers that belong into the batch.
-        prompt: how a prompt is written, with {question} and the processor's image token, e.g.
-            "USER: <image>\\n{question} ASSISTANT:"; None: the processor's chat template writes it.
-        suffix: added to each question, e.g. " Please answer this question with one word."
+        processor: of images and text, as AutoProcessor.from_pretrained gives.
+        answers: whether the answers belong into the batch.
+        instruction: follows every question after a space; "" for none.
 
     Raises:
-        ValueError: if the processor has no tokenizer, no pad token, or neither chat template nor `prompt` is there.
+        ValueError: if the processor has no tokenizer, or that has neither pad nor eos token; while batching, for an
+            image that does not decode.
     """
 
     processor: Any
     answers: bool = False
-    prompt: str | None = None
-    suffix: str = ""
+    instruction: str = Decoding.instruction
 
     def __post_init__(self):
-        kind = type(self.processor).__name__
-        if getattr(self.processor, "tokenizer", None) is None:
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        if tokenizer is None:
+            kind = type(self.processor).__name__
             raise ValueError(f"{kind} has no tokenizer: pass the processor of AutoProcessor.from_pretrained")
-        if self.tokenizer.pad_token is None:
-            raise ValueError(
-                "the tokenizer has no pad token: set one, e.g. processor.tokenizer.pad_token = "
-                "processor.tokenizer.eos_token"
-            )
-        if self.prompt is None and not getattr(self.processor, "chat_template", None):
-            raise ValueError(
-                f"{kind} has no chat template: give a prompt, e.g. 'USER: <image>\\n{{question}} ASSISTANT:'"
-            )
-        if self.prompt is not None and "{question}" not in self.prompt:
-            raise ValueError(f"prompt {self.prompt!r} does not say where the {{question}} goes")
-
-    @property
-    def tokenizer(self):
-        return self.processor.tokenizer
-
-    def written(self, question, answer=None):
-        """A conversation as text: up to where the answer begins, or to the end of the answer's turn."""
-        question = question + self.suffix
-        if self.prompt is not None:
-            text = self.prompt.replace("{question}", question)
-            return text if answer is None else f"{text} {answer}{self.tokenizer.eos_token or ''}"
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        if tokenizer.pad_token is None and tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither pad nor eos token: set processor.tokenizer.pad_token")
 
     def __call__(self, examples):
-        answers = [example["answer"] if self.answers else None for example in examples]
-        texts = [self.written(example["text"], answer) for example, answer in zip(examples, answers, strict=True)]
-        images = [[open_image(example["image"])] for example in examples]
-        batch = dict(self.processor(images=images, text=texts, padding=True, return_tensors="pt"))
-        if self.answers:
-            batch["labels"] = self.labels(batch, texts, [self.written(example["text"]) for example in examples])
+        texts = [f"{example['text']} {self.instruction}".strip() for example in examples]
+        images = [rgb(example["image"]) for example in examples]
+        asked = prompts(self.processor, texts)
+        if not self.answers:
+            return dict(tokenize(self.processor, asked, images))
+        answered = self.answered(texts, asked, [example["answer"] for example in examples])
+        batch = dict(tokenize(self.processor, answered, images))
+        batch["labels"] = self.labels(batch, asked, answered)
         return batch
 
-    def labels(self, batch, texts, prompts):
-        """(B, T): the last tokens of each text, as many as it has beyond its prompt.
+    def answered(self, texts, asked, answers):
+        """The conversations to the end of the answer's turn."""
+        if not getattr(self.processor, "chat_template", None):
+            end = self.processor.tokenizer.eos_token or ""
+            return [f"{prompt} {answer}{end}" for prompt, answer in zip(asked, answers, strict=True)]
+        turns = [
+            [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ]
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        return self.processor.apply_chat_template(turns, tokenize=False)
 
-        Counted on the unexpanded texts: an image's tokens all stand in the prompt.
+    def labels(self, batch, asked, answered):
+        """(B, T): the last tokens of each conversation, as many as it has beyond its prompt.
+
+        They are counted in the texts, where an image is one token: all of its tokens stand in the prompt.
         """
-        labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORE)
-        pairs = zip(*(self.tokenizer(list(column)).input_ids for column in (texts, prompts)), strict=True)
-        for row, (text, prompt) in enumerate(pairs):
-            count = len(text) - len(os.path.commonprefix([text, prompt]))
+        ids = batch["input_ids"]
+        labels = ids.new_full(ids.shape, IGNORE)
+        encoded = (self.processor.tokenizer(texts).input_ids for texts in (asked, answered))
+        for row, (prompt, whole) in enumerate(zip(*encoded, strict=True)):
+            count = len(whole) - len(os.path.commonprefix([prompt, whole]))
             if not count:
-                raise ValueError(f"the answer of {texts[row]!r} adds no token to its prompt")
-            places = batch["attention_mask"][row].nonzero().squeeze(-1)[-count:]
-            labels[row, places] = batch["input_ids"][row, places]
+                raise ValueError(f"the answer adds no token to its prompt: {answered[row]!r}")
+            labels[row, -count:] = ids[row, -count:]
         return labels
 
-    def generate(self, model, examples, **options):
-        """The model's answers to the questions, as texts. Padding is on the left, whatever the tokenizer's side.
 
-        Args:
-            model: the model, or the PEFT model around it.
-            examples: list of dicts with "image" and "text".
-            options: of model.generate, e.g. max_new_tokens=5, do_sample=True.
-        """
-        side, self.tokenizer.padding_side = self.tokenizer.padding_side, "left"
-        try:
-            prompts = QuestionCollator(self.processor, False, self.prompt, self.suffix)
-            batch = {name: x.to(model.device) for name, x in prompts(examples).items()}
-        finally:
-            self.tokenizer.padding_side = side
-        made = model.generate(**batch, **{"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id} | options)
-        return self.tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def rgb(image):
+    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
 
 
 @dataclass
 class Questions:
-    """A dataset of questions about the images of a folder, from what `hkdfast.evaluate.pope.read_questions` gives."""
+    """A dataset of questions about the images of a folder.
+
+    Args:
+        questions: list of `hkdfast.evaluate.pope.Question`.
+        folder: of the images.
+        answers: whether the examples have answers, the labels "Yes" and "No".
+    """
 
     questions: list
     folder: Path
@@ -138,5 +106,5 @@ class Questions:
 
     def __getitem__(self, index):
         question = self.questions[index]
-        example = {"image": Path(self.folder) / question.image, "text": question.text}
+        example = {"image": Path(self.folder).expanduser() / question.image, "text": question.text}
         return example | ({"answer": question.label.capitalize()} if self.answers else {})
