@@ -1,0 +1,370 @@
+// The row operation on the CPU, compiled once per instruction set (rows_*.cpp).
+//
+// A row is swept from memory once, for the softmax sums of all its tiles, and again from the cache: for the divergences
+// whose sum does not follow from those (divergence.h), and for the gradient. A sweep takes blocks that lie in L1, turned
+// into floats. Sums are float inside a block, double beyond; blocks make pieces, and pieces are joined in their order,
+// so that no result depends on the number of threads. Rows are shared out among threads, or the pieces of one row when
+// there are fewer rows than threads.
+#pragma once
+#include "divergence.h"
+#include "law.h"
+#include "sums.h"
+#include "tiles.h"
+
+namespace hkdfast {
+namespace HKDFAST_ISA {
+
+constexpr std::int64_t piece_words = 16384;
+
+inline std::int64_t pieces(std::int64_t vocab) { return (vocab + piece_words - 1) / piece_words; }
+
+// What a piece leaves behind.
+struct Piece {
+  Sums student, student_at_1, teacher, noisy;
+  double offset = 0;  // what the piece's gap lacks
+  Total total{};
+};
+
+template <class Run>
+inline void each_piece(std::int64_t vocab, int threads, Run run) {
+  const std::int64_t count = pieces(vocab);
+  if (threads == 1) {
+    for (std::int64_t i = 0; i < count; ++i) run(i, i * piece_words, least((i + 1) * piece_words, vocab));
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (std::int64_t i = 0; i < count; ++i) run(i, i * piece_words, least((i + 1) * piece_words, vocab));
+}
+
+template <class Run>
+inline void each_block(std::int64_t begin, std::int64_t end, Run run) {
+  for (; begin < end; begin += block_words) run(begin, static_cast<int>(least(block_words, end - begin)));
+}
+
+inline float finite_or_0(float x) { return x - x == 0.f ? x : 0.f; }
+
+// One row on its way through the sweeps.
+struct Row {
+  static std::int64_t scratch(std::int64_t vocab, bool purified) {
+    return (pieces(vocab) * static_cast<std::int64_t>(sizeof(Piece)) + (purified ? (vocab + lanes) * 4 : 0) + 63) / 64 * 64;
+  }
+
+  const Objective& o;
+  const Rows& rows;
+  std::int64_t row;
+  int threads;  // that share the row
+  Piece* piece;
+  float* purified;  // (vocab,) the teacher's contrast, kept from the first sweep that needs it
+  Source student, teacher, noisy;
+  Contrast contrast{};
+  float confidence = 0, a = 0;
+
+  Row(const Objective& o, const Rows& rows, std::int64_t row, int threads, void* scratch)
+      : o(o), rows(rows), row(row), threads(threads), piece(static_cast<Piece*>(scratch)),
+        purified(reinterpret_cast<float*>(piece + pieces(rows.vocab))), student{rows.student, o.student},
+        teacher{rows.teacher, o.teacher}, noisy{rows.noisy, o.noisy} {
+    if (o.difference) teacher.base = noisy.base = &rows.student;
+  }
+
+  std::int64_t label() const { return rows.labels ? (rows.labels[row] < 0 ? 0 : rows.labels[row]) : rows.vocab; }
+
+  // Logit of the label's word; NaN without one, or for one beyond the vocabulary.
+  float label_logit(const Source& source) const {
+    Block buffer;
+    return label() < rows.vocab ? *source.logits(row, label(), 1, buffer) : NAN;
+  }
+
+  template <class Of>
+  Sums joined(double scale, Of of) const {
+    Sums all;
+    for (std::int64_t i = 0; i < pieces(rows.vocab); ++i) all.join(of(piece[i]), scale, piece[i].offset);
+    return all;
+  }
+
+  // Clean and disturbed branch at temperature 1: the law's weight and the constants of the contrast.
+  void purify() {
+    const Law& law = o.law;
+    const bool by_entropy = law.confidence == Confidence::entropy;
+    each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+      piece[i] = Piece();
+      each_block(begin, end, [&](std::int64_t at, int n) {
+        Block x, y;
+        add(piece[i].teacher, teacher.logits(row, at, n, x), n, at, 1, by_entropy);
+        add(piece[i].noisy, noisy.logits(row, at, n, y), n, at, 1);
+      });
+    });
+    const Sums clean = joined(1, [](const Piece& p) { return p.teacher; });
+    const Sums disturbed = joined(1, [](const Piece& p) { return p.noisy; });
+    const double log_clean = clean.log_sum(), log_noisy = disturbed.log_sum();
+    if (law.confidence == Confidence::max_prob)
+      confidence = static_cast<float>(1 / clean.sum);
+    else if (law.confidence == Confidence::target)
+      confidence = static_cast<float>(exp(static_cast<double>(label_logit(teacher)) - clean.peak - log_clean));
+    else
+      confidence = rows.vocab == 1 ? 1.f : static_cast<float>(1 - clean.entropy() / log(static_cast<double>(rows.vocab)));
+    a = purification(law, confidence, rows.alpha ? rows.alpha[row] : 0.f);
+
+    const double gain = law.mode == Mode::extrapolate ? 1 + static_cast<double>(a) : 1;
+    contrast.gain = static_cast<float>(gain), contrast.a = a;
+    contrast.clean_peak = clean.peak, contrast.noisy_peak = finite_or_0(disturbed.peak);
+    // without a single noisy word every word stands alone, and their common constant is free
+    contrast.alone = disturbed.sum == 0 ? 0.f : static_cast<float>((gain - 1) * log_clean - a * log_noisy);
+    contrast.least = -INFINITY;
+    if (law.plausibility == 0) return;
+    contrast.least = static_cast<float>(log(static_cast<double>(law.plausibility)));
+    contrast.outside = law.outside == Outside::drop ? -INFINITY : static_cast<float>(-log_clean);
+    if (law.outside == Outside::drop) return;
+
+    // the words of the set share their clean mass by their purified odds
+    each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+      Sums mass, odds;
+      each_block(begin, end, [&](std::int64_t at, int n) {
+        Block x, y;
+        const float *c = teacher.logits(row, at, n, x), *d = noisy.logits(row, at, n, y);
+        each_lanes(n, [&](int k) {
+          const Lanes own = load(c + k) - contrast.clean_peak, other = load(d + k) - contrast.noisy_peak;
+          const auto in = own >= contrast.least;
+          store(x.words + k, select(in, own, all(-INFINITY)));
+          store(y.words + k, select(in, contrast.odds(own, other), all(-INFINITY)));
+        });
+        add(mass, x.words, n, at, 1);
+        add(odds, y.words, n, at, 1);
+      });
+      piece[i].teacher = mass, piece[i].noisy = odds;
+    });
+    const double mass = joined(1, [](const Piece& p) { return p.teacher; }).lse(1);
+    const double odds = joined(1, [](const Piece& p) { return p.noisy; }).lse(1);
+    contrast.inside = static_cast<float>(mass - log_clean - odds);
+  }
+
+  // The teacher's logits of a block; with a law the purified ones, left in the row's scratch.
+  const float* teacher_logits(std::int64_t at, int n, Block& buffer) const {
+    const float* c = teacher.logits(row, at, n, buffer);
+    if (!o.purified) return c;
+    Block other;
+    const float* d = noisy.logits(row, at, n, other);
+    float* z = purified + at;
+    const Contrast contrast = this->contrast;
+    each_lanes(n, [=](int k) {
+      store(z + k, contrast(load(c + k) - contrast.clean_peak, load(d + k) - contrast.noisy_peak));
+    });
+    return z;
+  }
+
+  // From here on the purified row is the teacher.
+  void take_purified() {
+    if (o.purified) teacher = {{purified, Dtype::float32, 0}, {}, nullptr};
+  }
+};
+
+// The first word that has the peak: the arg max.
+inline std::int64_t first(const Row& r, const Source& source, const Sums& sums) {
+  Block buffer;
+  const int n = static_cast<int>(least(block_words, r.rows.vocab - sums.block));
+  const float* x = source.logits(r.row, sums.block, n, buffer);
+  int k = 0;
+  while (k < n && !(x[k] == sums.peak)) ++k;
+  return sums.block + k;
+}
+
+// One row of each metric, in the order of METRICS in hkdfast/objective.py.
+struct Metrics {
+  double divergence, cross_entropy, student_entropy, teacher_entropy, confidence, purification, agreement;
+};
+
+inline void write_metrics(const Rows& rows, std::int64_t row, Metrics metrics) {
+  const double of[] = {metrics.divergence,      metrics.cross_entropy, metrics.student_entropy,
+                       metrics.teacher_entropy, metrics.confidence,    metrics.purification, metrics.agreement};
+  float* to = rows.metrics + row;
+  for (double x : of) {
+    *to = static_cast<float>(x);
+    to += rows.n;
+  }
+}
+
+inline void ignore(const Rows& rows, std::int64_t row) {
+  rows.loss[row] = 0;
+  if (rows.metrics) write_metrics(rows, row, {});
+}
+
+inline void zero_grad(const Rows& rows, std::int64_t row) {
+  const Block zeros = {};
+  if (rows.grad.data)
+    each_block(0, rows.vocab, [&](std::int64_t at, int n) { store(rows.grad, row, at, n, zeros.words); });
+}
+
+template <class Divergence>
+inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int threads, void* scratch,
+                   Divergence divergence) {
+  if (rows.labels && rows.labels[row] == o.ignore_index) {
+    ignore(rows, row);
+    zero_grad(rows, row);
+    return;
+  }
+  Row r(o, rows, row, threads, scratch);
+  if (o.purified) r.purify();
+
+  const float scale = static_cast<float>(1 / o.temperature);
+  const bool metrics = rows.metrics != nullptr, floored = o.floor > -INFINITY;
+  const bool hard = rows.labels && (o.hard_weight != 0 || metrics), apart = hard && scale != 1.f;
+  const Mean mean = floored ? Mean::none : Divergence::mean;
+
+  each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+    Piece part;
+    float base_x = 0, base_y = 0;
+    each_block(begin, end, [&](std::int64_t at, int n) {
+      Block x_buffer, y_buffer, gap;
+      const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher_logits(at, n, y_buffer);
+      if (mean != Mean::none) {
+        if (at == begin) {  // logits less some logit of their own tile: a common shift of either must not round the gap
+          base_x = finite_or_0(x[0]), base_y = finite_or_0(y[0]);
+          part.offset = static_cast<double>(base_y) - base_x;
+        }
+        each_lanes(n, [&](int k) { store(gap.words + k, (load(y + k) - base_y) - (load(x + k) - base_x)); });
+      }
+      add(part.student, x, n, at, scale, metrics, mean == Mean::gap_under_q ? gap.words : nullptr);
+      add(part.teacher, y, n, at, scale, metrics, mean == Mean::gap_under_p ? gap.words : nullptr);
+      if (apart) add(part.student_at_1, x, n, at, 1);
+    });
+    r.piece[i] = part;
+  });
+  r.take_purified();
+  const Sums q = r.joined(scale, [](const Piece& p) { return p.student; });
+  const Sums p = r.joined(scale, [](const Piece& p) { return p.teacher; });
+  const Sums q1 = apart ? r.joined(1, [](const Piece& p) { return p.student_at_1; }) : q;
+
+  const float peak_q = finite_or_0(q.peak), peak_p = finite_or_0(p.peak);
+  const float share_q = static_cast<float>(1 / q.sum), share_p = static_cast<float>(1 / p.sum);
+  const float shift = static_cast<float>(p.log_sum() - q.log_sum());
+  const float floor = static_cast<float>((o.floor + p.log_sum()) / scale);  // as a logit less the peak
+  const auto word = [=](Lanes x, Lanes y) {
+    const Lanes to_q = x - peak_q;
+    Lanes to_p = y - peak_p;
+    if (floored) to_p = select(x > -INFINITY, larger(to_p, all(floor)), to_p);
+    return Word<Lanes>{exp_(to_p * scale) * share_p, exp_(to_q * scale) * share_q, (to_p - to_q) * scale - shift};
+  };
+
+  Total totals{};
+  if (mean != Mean::none) {
+    const double gap = mean == Mean::gap_under_p ? p.gap / p.sum : q.gap / q.sum;
+    if constexpr (Divergence::mean != Mean::none)
+      totals = divergence.total(gap * scale - (p.lse(scale) - q.lse(scale)));
+  } else {
+    each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+      Sum value, slope;
+      each_block(begin, end, [&](std::int64_t at, int n) {
+        Block x_buffer, y_buffer;
+        const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher.logits(row, at, n, y_buffer);
+        each_lanes(
+            n,
+            [&](int k) {
+              const Term<Lanes> term = divergence(word(load(x + k), load(y + k)));
+              value.add(term.value);
+              slope.add(term.slope);
+            },
+            [&] { value.fold(), slope.fold(); });
+      });
+      r.piece[i].total = {value.total(), slope.total()};
+    });
+    for (std::int64_t i = 0; i < pieces(rows.vocab); ++i)
+      totals.value += r.piece[i].total.value, totals.slope += r.piece[i].total.slope;
+  }
+  // a divergence is never negative; near 0 the sum of its rounded terms can be
+  const double value = totals.value < 0 ? 0 : totals.value;
+  const double target = hard ? static_cast<double>(r.label_logit(r.student)) - q1.peak - q1.log_sum() : 0;
+  const double total = o.soft_weight * value - (o.hard_weight != 0 ? o.hard_weight * target : 0);
+  rows.loss[row] = static_cast<float>(total);
+
+  if (metrics) {
+    if (!o.purified) r.confidence = share_p;
+    const bool agree = first(r, r.student, q) == first(r, r.teacher, p);
+    write_metrics(rows, row, {value, -target, q.entropy(), p.entropy(), r.confidence, r.a, agree ? 1. : 0.});
+  }
+  if (!rows.grad.data) return;
+
+  const float weight = rows.weight ? rows.weight[row] : 1.f;
+  if (!(rows.loss[row] * weight - rows.loss[row] * weight == 0.f)) {  // infinite or NaN
+    zero_grad(rows, row);
+    return;
+  }
+  const float soft_by = static_cast<float>(o.soft_weight * weight / o.temperature);
+  const float hard_by = hard ? static_cast<float>(o.hard_weight * weight) : 0.f, slope = static_cast<float>(totals.slope);
+  const float peak_1 = finite_or_0(q1.peak), share_1 = static_cast<float>(1 / q1.sum);
+  each_piece(rows.vocab, threads, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+    each_block(begin, end, [&](std::int64_t at, int n) {
+      Block x_buffer, y_buffer, grad;
+      const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher.logits(row, at, n, y_buffer);
+      float* g = grad.words;
+      each_lanes(n, [=](int k) {
+        const Word<Lanes> w = word(load(x + k), load(y + k));
+        // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
+        store(g + k, (divergence(w).slope - w.q * slope) * soft_by);
+      });
+      if (hard_by != 0.f) {
+        each_lanes(n, [=](int k) {
+          store(g + k, fused(exp_(load(x + k) - peak_1), share_1 * hard_by, load(g + k)));
+        });
+        if (at <= r.label() && r.label() < at + n) g[r.label() - at] -= hard_by;
+      }
+      r.student.backward(x, n, g);
+      store(rows.grad, row, at, n, g);
+    });
+  });
+}
+
+// Shares out rows among the threads, or each row among all of them if it is long and there are few.
+template <class Run>
+inline void each_row(const Rows& rows, Run run) {
+  char* scratch = static_cast<char*>(rows.scratch);
+  if (rows.n < rows.threads && pieces(rows.vocab) > 1) {
+    for (std::int64_t row = 0; row < rows.n; ++row) run(row, rows.threads, scratch);
+    return;
+  }
+  const std::int64_t chunk = 1 + piece_words / (rows.vocab + 1);  // of rows: a short one is not worth a turn
+#pragma omp parallel num_threads(rows.threads)
+  {
+    char* own = scratch + omp_get_thread_num() * rows.scratch_each;
+#pragma omp for schedule(dynamic, chunk)
+    for (std::int64_t row = 0; row < rows.n; ++row) run(row, 1, own);
+  }
+}
+
+inline bool rows(const Objective& o, const Rows& rows) {
+  return with_divergence(o.divergence.c_str(), o.beta, [&](auto divergence) {
+    each_row(rows, [&](std::int64_t row, int threads, void* scratch) {
+      do_row(o, rows, row, threads, scratch, divergence);
+    });
+  });
+}
+
+inline void contrast(const Objective& o, const Rows& rows) {
+  const float scale = static_cast<float>(1 / o.temperature);
+  each_row(rows, [&](std::int64_t row, int threads, void* scratch) {
+    Row r(o, rows, row, threads, scratch);
+    r.purify();
+    each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+      Sums part;
+      each_block(begin, end, [&](std::int64_t at, int n) {
+        Block buffer;
+        add(part, r.teacher_logits(at, n, buffer), n, at, scale);
+      });
+      r.piece[i] = Piece();
+      r.piece[i].teacher = part;
+    });
+    const Sums p = r.joined(scale, [](const Piece& p) { return p.teacher; });
+    const float peak = finite_or_0(p.peak), log_sum = static_cast<float>(p.log_sum());
+    each_piece(rows.vocab, threads, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+      each_block(begin, end, [&](std::int64_t at, int n) {
+        Block out;
+        const float* z = r.purified + at;
+        each_lanes(n, [&](int k) { store(out.words + k, (load(z + k) - peak) * scale - log_sum); });
+        store(rows.grad, row, at, n, out.words);
+      });
+    });
+  });
+}
+
+constexpr Loops loops = {rows, contrast, Row::scratch};
+
+}  // namespace HKDFAST_ISA
+}  // namespace hkdfast

@@ -1,0 +1,22 @@
+// The row loop for x86-64-v4: AVX-512.
+#include <omp.h>
+
+#include "cpu.h"
+
+#ifdef HKDFAST_X86
+// After the headers of the standard library: what they define inline is shared with the baseline by the linker.
+#ifdef __clang__
+#define HKDFAST_FMA
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,fma,prefer-vector-width=512"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,fma,prefer-vector-width=512")
+#endif
+#define HKDFAST_ISA avx512
+#define HKDFAST_LANES 16
+#include "rows.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+
+const hkdfast::Loops hkdfast::avx512_loops = hkdfast::avx512::loops;
+#endif

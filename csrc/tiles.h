@@ -1,0 +1,96 @@
+// Blocks of a tile as floats, and back.
+#pragma once
+#include "cpu.h"
+#include "numbers.h"
+
+namespace hkdfast {
+namespace HKDFAST_ISA {
+
+constexpr int block_words = 1024;  // of one step of a sweep: a few such buffers of float lie in 32 KiB of L1
+
+struct alignas(64) Block {
+  float words[block_words];
+};
+
+inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+template <class Element>
+inline Element* at(const Tile& tile, std::int64_t row, std::int64_t begin) {
+  return static_cast<Element*>(tile.data) + row * tile.stride + begin;
+}
+
+inline void store(const Tile& tile, std::int64_t row, std::int64_t begin, int n, const float* x) {
+  if (tile.dtype == Dtype::float32) {
+    memcpy(at<float>(tile, row, begin), x, n * sizeof(float));
+    return;
+  }
+  std::uint16_t* to = at<std::uint16_t>(tile, row, begin);
+  if (tile.dtype == Dtype::bfloat16) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) to[i] = to_bf16(x[i]);
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) to[i] = to_fp16(x[i]);
+  }
+}
+
+// Where logits come from: a tile, what it is added to in the difference form, and how its numbers become logits.
+struct Source {
+  Tile tile;
+  Transform transform;
+  const Tile* base = nullptr;
+
+  // Logits of words begin .. begin + n of a row, in the buffer or in the tile itself. Lanes beyond n are masked words.
+  inline const float* logits(std::int64_t row, std::int64_t begin, int n, Block& buffer) const {
+    const bool plain = transform.scale == 1.f && transform.softcap == 0.f && !base;
+    if (plain && n % lanes == 0 && tile.dtype == Dtype::float32) return at<float>(tile, row, begin);
+    float* x = buffer.words;
+    read(tile, row, begin, n, x);
+    if (!plain) transformed(row, begin, n, x);
+    for (int i = n; i % lanes; ++i) x[i] = -INFINITY;
+    return x;
+  }
+
+  // Takes a gradient in the logits back to the tile's numbers.
+  inline void backward(const float* logits, int n, float* grad) const {
+    const float scale = transform.scale, cap = transform.softcap;
+    if (cap > 0.f) {
+      each_lanes(n, [=](int i) {
+        const Lanes part = load(logits + i) / cap;
+        store(grad + i, load(grad + i) * (scale * (1.f - part * part)));
+      });
+    } else if (scale != 1.f) {
+      each_lanes(n, [=](int i) { store(grad + i, load(grad + i) * scale); });
+    }
+  }
+
+ private:
+  static inline void read(const Tile& tile, std::int64_t row, std::int64_t begin, int n, float* to) {
+    const std::uint16_t* from = at<std::uint16_t>(tile, row, begin);
+    if (tile.dtype == Dtype::float32) {
+      memcpy(to, at<float>(tile, row, begin), n * sizeof(float));
+    } else if (tile.dtype == Dtype::bfloat16) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) to[i] = from_bf16(from[i]);
+    } else {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) to[i] = from_fp16(from[i]);
+    }
+  }
+
+  inline void transformed(std::int64_t row, std::int64_t begin, int n, float* x) const {
+    if (base) {
+      Block other;
+      read(*base, row, begin, n, other.words);
+      for (int i = 0; i < n; ++i) x[i] += other.words[i];
+    }
+    const float scale = transform.scale, cap = transform.softcap;
+    each_lanes(n, [=](int i) {
+      const Lanes z = load(x + i) * scale;
+      store(x + i, cap > 0.f ? cap * tanh_(z / cap) : z);
+    });
+  }
+};
+
+}  // namespace HKDFAST_ISA
+}  // namespace hkdfast
