@@ -57,7 +57,7 @@ def report(bases, seeds, exams, tuning, work, systems):
         # ours: {(base, seed): cell}; each is compared with its own base unless told otherwise
         theirs = against or {key: cells[key[0]] for key in ours}
         ours, theirs = ({key: only(cell, sets) for key, cell in side.items()} for side in (ours, theirs))
-        row = {"pooled": compare(list(ours.values()), [theirs[key] for key in ours], exams)}
+        row = {"runs": len(ours), "pooled": compare(list(ours.values()), [theirs[key] for key in ours], exams)}
         for base in bases if len(bases) > 1 else ():
             keys = [key for key in ours if key[0] == base]
             row[base] = compare([ours[key] for key in keys], [theirs[key] for key in keys], exams)
@@ -77,8 +77,7 @@ def report(bases, seeds, exams, tuning, work, systems):
         ours = {key: read_cell(file) for key, file in files.items() if file.exists()}
         if name not in systems or not ours or {base for base, _ in ours} != set(bases):
             continue
-        counted = f"{name} ({len(ours)} runs)" if len(files) > 1 else name
-        rows.append(entry(counted, 1, ours))
+        rows.append(entry(name, 1, ours))
         if name in ("SEED", study.SECOND):
             matched = {}
             for key, cell in ours.items():
@@ -93,11 +92,12 @@ def make_cells(options, bases, seeds, systems, exams, tuning, work):
     decoded = [(base, system) for system in study.DECODED for base in bases if system in systems]
     for base, system in tqdm(decoded, "decode"):
         study.decode(base, system, [*exams, tuning], work, options.device)
-    names = [name for name in study.TRAINED if name in systems]
-    trained = [(base, name, number) for name in names for number in seeds for base in bases]
-    for base, name, number in tqdm(trained, "train"):
-        if name != "alpha 0" or number == seeds[0]:  # it learns nothing: once is enough
-            study.distil(base, name, number, exams, work, options.device, rounds=None if options.full else 1)
+    # the first seed of every system on every base, then more seeds of the one that matters
+    runs = [(base, name, seeds[0]) for name in study.TRAINED if name in systems for base in bases]
+    runs += [(base, "SEED", number) for number in seeds[1:] for base in bases]
+    for base, name, number in tqdm(runs, "train"):
+        rounds = 2 if name == "SEED" and options.full and number == seeds[0] else 1
+        study.distil(base, name, number, exams, work, options.device, rounds)
 
 
 def seed(options):
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     add = command.add_argument
     add("--full", action="store_true", help="every base, system and seed")
     add("--bases", nargs="+", help="folders of bases/; default seed1, with --full all")
-    add("--seeds", type=int, nargs="+", help="default 1, with --full 1 2 3")
+    add("--seeds", type=int, nargs="+", help="default 1, with --full 1 2 3: the first for every system, all for SEED")
     add("--cells", action="store_true", help="stop before the tables: for several processes that share the work")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--threads", type=int, default=torch.get_num_threads())

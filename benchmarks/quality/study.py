@@ -41,11 +41,11 @@ RECIPE = {
     "alpha": [ALPHA],
 }
 TRAINED = {
-    "SEED": {"rounds": 2, "alpha": [ALPHA, 1.0]},  # the first round is the system, the second another one
-    "forward KL": {"divergence": "forward_kl"},
-    "Jensen-Shannon": {"divergence": "jensen_shannon"},
+    "SEED": {"alpha": [ALPHA, 1.0]},  # of two rounds; a second one makes another system
     "sharpened teacher": {},
+    "forward KL": {"divergence": "forward_kl"},
     "blind prompts": {},
+    "Jensen-Shannon": {"divergence": "jensen_shannon"},
     "alpha 0": {"alpha": [0.0]},
 }
 SECOND = "SEED, two rounds"
@@ -215,11 +215,9 @@ def decode(base, system, exams, work, device="cpu"):
     keep(file, exams, answer, yes_no(processor))
 
 
-def distil(base, system, seed, exams, work, device="cpu", rounds=None):
+def distil(base, system, seed, exams, work, device="cpu", rounds=1):
     """Make the cells of a system of TRAINED, one per round, unless they are there."""
-    rounds = rounds or TRAINED[system].get("rounds", 1)
-    names = [system, SECOND][:rounds]
-    files = [cell_file(work, base, name, seed) for name in names]
+    files = [cell_file(work, base, name, seed) for name in (system, SECOND)[:rounds]]
     if all(file.exists() for file in files):
         return
     processor = AutoProcessor.from_pretrained(BASES / base)
