@@ -14,88 +14,50 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 image = pytest.importorskip("PIL.Image")
 
+import zoo  # noqa: E402
+
 from hkdfast.hf import answer  # noqa: E402
 
-WORDS = "is there a an cat dog in the image ? yes no . user assistant : please answer this question with one word and"
-TEMPLATE = (
-    "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}"
-    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-)
 
-
-def make_processor(template):
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS.split()]
-    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokens.normalizer = normalizers.Lowercase()
-    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokens,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        padding_side="right",  # what a processor saved after training often says
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return transformers.LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
-
-
-def make_model(vocab):
-    torch.manual_seed(0)
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            image_size=32, patch_size=16,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        ),
-        image_token_index=4,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )  # fmt: skip
-    model = transformers.LlavaForConditionalGeneration(config)
+def make_model(family):
+    model = zoo.build(family, seed=1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)  # random answers that depend on image and question, not one word for all
-        model.lm_head.weight[[0, 1, 3, 4]] = 0  # an image token in an answer would ask for an image
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and parameter.dim() > 1:
+                parameter.mul_(2)  # so that answers depend on image and question and are not one word for all
+        # a special token in an answer would vanish from its text, an image token would ask for an image
+        model.get_output_embeddings().weight[[0, 1, *range(3, len(zoo.SPECIAL))]] = 0
     # what a checkpoint may bring along and a comparison must not inherit
     model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=2.0, top_k=2, num_beams=3)
+    model.generation_config.eos_token_id = 2
     return model
+
+
+def make_processor(family="llava"):
+    processor = zoo.processor(family)
+    processor.tokenizer.padding_side = "right"  # what a processor saved after training often says
+    return processor
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with model/, adapter/, images/ and questions.json."""
     home = tmp_path_factory.mktemp("pope")
-    processor = make_processor(TEMPLATE)
-    processor.save_pretrained(home / "model")
-    model = make_model(len(processor.tokenizer))
+    make_processor().save_pretrained(home / "model")
+    model = make_model("llava")
     model.save_pretrained(home / "model")
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
     adapted.save_pretrained(home / "adapter")
     (home / "images").mkdir()
-    generator = torch.Generator().manual_seed(1)
     for i in range(5):
-        # few and large patches of colour: 32 x 32 noise would look alike to a random tower
-        patches = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
-        image.fromarray(patches).resize((40, 32)).save(home / f"images/{i}.png")
-    texts = ["Is there a cat in the image?", "Is there a dog in the image?", "Is there a cat and a dog in the image ?"]
+        zoo.picture(i).save(home / f"images/{i}.png")
+    texts = [
+        "Is there a cat in the image?",
+        "Is there a dog in the image?",
+        "Is there a cow, a cat, a dog in the image ?",
+    ]
     with (home / "questions.json").open("w") as file:
         for i in range(13):
             line = {"question_id": i, "image": f"{i % 5}.png", "text": texts[i % 3], "label": ["yes", "no"][i % 2]}
@@ -121,11 +83,12 @@ def ask(loaded, questions, home, path, **options):
     )
 
 
-def by_hand(loaded, question, home, decoding):
-    """Greedy answer of one question without padding, cache or generate()."""
-    model, processor = loaded
-    prompt = f"USER: <image>\n{question.text} {decoding.instruction} ASSISTANT:"
+def by_hand(model, processor, question, home, decoding):
+    """Greedy answer to one question without padding, cache or generate()."""
+    content = [{"type": "image"}, {"type": "text", "text": f"{question.text} {decoding.instruction}"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=prompt, images=answer.read_image(home / "images" / question.image), return_tensors="pt")
+    start = inputs["input_ids"].shape[1]
     for _ in range(decoding.max_new_tokens):
         with torch.no_grad():
             word = model(**inputs, use_cache=False).logits[0, -1].argmax()
@@ -133,14 +96,15 @@ def by_hand(loaded, question, home, decoding):
             break
         inputs["input_ids"] = torch.cat([inputs["input_ids"], word.view(1, 1)], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    start = len(processor(text=prompt, images=answer.read_image(home / "images/0.png"))["input_ids"][0])
     return processor.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True).strip()
 
 
-def test_greedy_batches_equal_one_question_at_a_time_by_hand(loaded, questions, home, tmp_path):
-    found = ask(loaded, questions, home, tmp_path / "a.jsonl")
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_greedy_batches_equal_one_question_at_a_time_by_hand(family, questions, home, tmp_path):
+    made = make_model(family), make_processor(family)
+    found = ask(made, questions, home, tmp_path / "a.jsonl")
     decoding = Decoding(max_new_tokens=5)
-    assert found == [by_hand(loaded, question, home, decoding) for question in questions]
+    assert found == [by_hand(*made, question, home, decoding) for question in questions]
     assert len(set(found)) > 3  # else equality would say little
 
 
@@ -220,17 +184,20 @@ def test_resume_gives_the_answers_of_an_uninterrupted_run(loaded, questions, hom
 
 
 def test_without_a_chat_template_the_image_token_comes_first(loaded, home):
-    processor = make_processor(None)
+    processor = make_processor()
+    processor.chat_template = None
     assert answer.prompts(processor, ["Is there a cat?"]) == ["<image>\nIs there a cat?"]
     inputs = answer.encode(processor, ["Is there a cat?", "cat ?"], [answer.read_image(home / "images/0.png")] * 2)
-    assert (inputs["input_ids"] == 4).sum(1).tolist() == [4, 4]  # 2 x 2 patches
+    assert (inputs["input_ids"] == zoo.IMAGE).sum(1).tolist() == [zoo.PATCHES] * 2
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
     assert inputs["attention_mask"][1, 0] == 0  # padded on the left
     assert processor.tokenizer.padding_side == "right"
 
 
 def test_a_template_that_writes_the_first_token_gets_no_second_one(home):
-    inputs = answer.encode(make_processor("<s>" + TEMPLATE), ["cat ?"], [answer.read_image(home / "images/0.png")])
+    processor = make_processor()
+    processor.chat_template = "<s>" + processor.chat_template
+    inputs = answer.encode(processor, ["cat ?"], [answer.read_image(home / "images/0.png")])
     assert (inputs["input_ids"] == 1).sum() == 1
 
 
@@ -265,7 +232,7 @@ def test_decoding_refuses(wrong):
 def test_load_refuses(home, tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
         answer.load(home / "model", tmp_path)
-    make_processor(None).tokenizer.save_pretrained(tmp_path / "text")
+    make_processor().tokenizer.save_pretrained(tmp_path / "text")
     transformers.LlamaConfig().save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="expected a processor of images and text"):
         answer.load(tmp_path / "text")
