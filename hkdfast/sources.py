@@ -22,7 +22,7 @@ class Head:
         hidden: (..., H) states that enter the head, any float dtype. Gets a gradient as the student's.
         weight: (V, H), hidden's dtype unless autocast is on. Gets a gradient as the student's.
         bias: (V,) or None, weight's dtype unless autocast is on. Gets a gradient as the student's.
-        scale: factor of the logits (Granite and Cohere call it logit scale), finite and not 0.
+        scale: factor of the logits (Granite and Cohere call it logit scale), positive and finite.
         softcap: if given, logits become softcap * tanh(logits / softcap), as in Gemma 2. Positive.
 
     Raises:
@@ -53,8 +53,8 @@ class Head:
                 raise ValueError(f"hidden is on {hidden.device} but {name} is on {tensor.device}")
             if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
                 raise ValueError(f"hidden is {hidden.dtype} but {name} is {tensor.dtype}: cast one, or use autocast")
-        if not (self.scale and abs(self.scale) < float("inf")):
-            raise ValueError(f"scale must be finite and not 0, got {self.scale}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale must be positive and finite, got {self.scale}")
         if self.softcap is not None and not 0 < self.softcap < float("inf"):
             raise ValueError(f"softcap must be positive and finite, got {self.softcap}")
 
