@@ -32,7 +32,7 @@ DECODED = {
 }
 # Systems that are trained, by what they change in the recipe.
 RECIPE = {
-    "per_device_train_batch_size": 96,
+    "per_device_train_batch_size": 48,
     "max_steps": 200,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
@@ -43,8 +43,8 @@ RECIPE = {
 TRAINED = {
     "SEED": {"alpha": [ALPHA, 1.0]},  # of two rounds; a second one makes another system
     "sharpened teacher": {},
-    "forward KL": {"divergence": "forward_kl"},
     "blind prompts": {},
+    "forward KL": {"divergence": "forward_kl"},
     "Jensen-Shannon": {"divergence": "jensen_shannon"},
     "alpha 0": {"alpha": [0.0]},
 }
