@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import law_numbers, law_words, tile_choice, transforms
 from .law import confidence, contrasted, purification, purified
-from .row import Tile, Tiles, columns, log_prob, statistics, words
+from .row import Tile, Tiles, columns, log_prob, narrow, statistics, words
 
 
 @triton.jit
@@ -45,17 +45,32 @@ def contrast_kernel(
         label = tl.maximum(tl.load(labels_ptr + row), 0)
     if WEIGHT == "rows":
         alpha = tl.load(alpha_ptr + row).to(tl.float32)
-    found = statistics(tiles, vocab, rate, False, CONFIDENCE == "entropy", False, False, False, False, BLOCK)
+    found = statistics(tiles, vocab, rate, False, CONFIDENCE == "entropy", False, False, False, False, False, BLOCK)
     sure = confidence(tiles, vocab, found.teacher, found.entropy, label, CONFIDENCE, False)
     a = purification(sure, alpha, threshold, WEIGHT)
-    branches, teacher, _, _ = purified(
-        tiles, vocab, rate, None, found.teacher, found.noisy, a, least, MODE, OUTSIDE, False, False, False, BLOCK
+    branches, teacher, _, _, _ = purified(
+        tiles,
+        vocab,
+        rate,
+        None,
+        0,
+        found.teacher,
+        found.noisy,
+        a,
+        least,
+        MODE,
+        OUTSIDE,
+        False,
+        False,
+        False,
+        False,
+        BLOCK,
     )
     for start in range(0, vocab, BLOCK):
         z = contrasted(words(tiles, start, vocab, False, BLOCK), branches, MODE, OUTSIDE)
         col = columns(start, BLOCK)
         log_p = log_prob(z, teacher, rate)
-        tl.store(out_ptr + row * out_stride + col, log_p.to(out_ptr.dtype.element_ty), col < vocab)
+        tl.store(out_ptr + row * out_stride + col, narrow(log_p, out_ptr.dtype.element_ty), col < vocab)
 
 
 def contrast(objective, clean, noisy, alpha, labels, out):

@@ -20,40 +20,116 @@ from . import divergence as divergences
 from .contrast import contrast  # noqa: F401  a backend is one module
 from .launch import law_numbers, law_words, tile_choice, transforms
 from .law import confidence, contrasted, purification, purified
-from .row import LOW, Tile, Tiles, columns, lanes, log_prob, logit, logit_slope, number_at, statistics, words
+from .row import (
+    LOW,
+    Softmax,
+    Tile,
+    Tiles,
+    Words,
+    columns,
+    finite,
+    lanes,
+    log_prob,
+    log_ratio,
+    logit,
+    logit_slope,
+    narrow,
+    number_at,
+    statistics,
+    words,
+)
+
+
+class Side(NamedTuple):
+    """What the comparison of a row's words needs."""
+
+    student: Softmax
+    teacher: Softmax
+    student_origin: tl.tensor  # taken off the logits before they are compared
+    teacher_origin: tl.tensor
+    level: tl.tensor  # what is left of the gap then at a word with log p - log q = shift
+    shift: tl.tensor
+    mate_level: tl.tensor  # and at the student's peak
+    rate: tl.tensor
+    beta: tl.tensor
+    floor: tl.tensor  # or None
 
 
 class Gradient(NamedTuple):
-    """What d loss / d x of a word is made of, beside its slope."""
+    """What d loss / d x of a word is made of, beside its tilt."""
 
     ptr: tl.tensor
-    total: tl.tensor  # sum of the row's slopes
+    total: tl.tensor  # mean under q of the tilt less its value at the student's peak, or the sum of slopes
     soft: tl.tensor  # factor of the divergence's part, 1 / temperature included
     hard: tl.tensor  # factor of the cross entropy's part, or None
     hard_sum: tl.tensor
     label: tl.tensor
 
 
+class Pair(NamedTuple):
+    log_p: tl.tensor  # before a floor
+    log_q: tl.tensor
+    p: tl.tensor
+    q: tl.tensor
+    gap: tl.tensor
+    lifted: tl.tensor  # what the floor added to p
+
+
 class Sums(NamedTuple):
     value: tl.tensor
-    slope: tl.tensor
+    tilt: tl.tensor
     student_entropy: tl.tensor
     teacher_entropy: tl.tensor
+
+
+@triton.jit
+def facing(student, teacher, mate, rate, beta, floor, STRAIGHT: tl.constexpr):
+    # Logits that lie near each other are subtracted as they are, which loses nothing; if one side is shifted against
+    # the other, the peaks come off first, for the difference would round at the size of the shift.
+    apart = teacher.peak - student.peak
+    shifted = tl.abs(apart) > 4
+    if STRAIGHT:
+        shifted = False
+    student_origin = tl.where(shifted, student.peak, 0.0)
+    teacher_origin = tl.where(shifted, teacher.peak, 0.0)
+    level = tl.where(shifted, 0.0, apart)
+    if STRAIGHT:
+        mate_level = mate
+    else:
+        mate_level = (mate - teacher_origin) - (student.peak - student_origin)
+    shift = log_ratio(student.total, teacher.total)
+    return Side(student, teacher, student_origin, teacher_origin, level, shift, finite(mate_level), rate, beta, floor)
+
+
+@triton.jit
+def pair(x, y, apart, side):
+    """The probabilities of words whose logits are x and y, apart from each other's origins by that much."""
+    log_q = log_prob(x, side.student, side.rate)
+    log_p = log_prob(y, side.teacher, side.rate)
+    gap = (apart - side.level) * side.rate + side.shift
+    gap = tl.where((log_q > LOW) | (log_p > LOW), gap, 0.0)
+    p = tl.exp(log_p)
+    lifted = 0 * p
+    if side.floor is not None:
+        low = (log_p < side.floor) & (log_q > LOW)
+        gap = tl.where(low, side.floor - log_q, gap)
+        lifted = tl.where(low, tl.exp(side.floor) - p, 0.0)
+        p = tl.where(low, tl.exp(side.floor), p)
+    return Pair(log_p, log_q, p, tl.exp(log_q), gap, lifted)
 
 
 @triton.jit
 def sweep(
     tiles,
     vocab,
-    student,  # Softmax
-    teacher,
+    side,
     branches,  # or None
-    rate,
-    beta,
     centre,
-    floor,  # or None
+    peak_tilt,
     gradient,  # or None
     divergence: tl.constexpr,
+    KIND: tl.constexpr,
+    KNOWN: tl.constexpr,
     MODE: tl.constexpr,
     OUTSIDE: tl.constexpr,
     STRAIGHT: tl.constexpr,
@@ -61,46 +137,45 @@ def sweep(
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Values and slopes of a row, summed; the gradient is stored if there is one."""
-    values, slopes = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
+    """Values and tilts of a row, summed; the gradient is stored if there is one."""
+    values, tilts = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     student_entropy, teacher_entropy = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
-    shift = student.log_sum - teacher.log_sum
-    if STRAIGHT:
-        shift += (student.peak - teacher.peak) * rate
     last = (vocab - 1) // BLOCK * BLOCK
     for passed in range(0, vocab, BLOCK):
         start = last - passed if BACKWARD else passed
         w = words(tiles, start, vocab, DIFFERENCE, BLOCK)
-        z = w.teacher if branches is None else contrasted(w, branches, MODE, OUTSIDE)
-        log_q = log_prob(w.student, student, rate)
-        log_p = log_prob(z, teacher, rate)
-        gap = w.gap if STRAIGHT else (z - teacher.peak) - (w.student - student.peak)
-        gap = tl.where((log_q > LOW) | (log_p > LOW), gap * rate + shift, 0.0)
-        q = tl.exp(log_q)
-        p = tl.exp(log_p)
-        student_entropy -= tl.sum(tl.where(q > 0, q * log_q, 0.0), 1)
-        teacher_entropy -= tl.sum(tl.where(p > 0, p * log_p, 0.0), 1)
-        lifted = 0.0
-        if floor is not None:
-            low = (log_p < floor) & (log_q > LOW)
-            gap = tl.where(low, floor - log_q, gap)
-            raised = tl.where(low, tl.exp(floor), p)
-            lifted = raised - p
-            p = raised
-        value, slope = divergence(p, q, gap, beta)
-        if floor is not None:
-            value -= centre * lifted  # a floor breaks the sum over which CENTRE * (p - q) vanishes
+        if branches is not None:
+            w = Words(w.x, w.y, w.student, contrasted(w, branches, MODE, OUTSIDE), w.noisy, w.gap)
+        apart = w.gap if STRAIGHT else (w.teacher - side.teacher_origin) - (w.student - side.student_origin)
+        each = pair(w.student, w.teacher, apart, side)
+        student_entropy -= tl.sum(tl.where(each.q > 0, each.q * each.log_q, 0.0), 1)
+        p = each.p - each.lifted
+        teacher_entropy -= tl.sum(tl.where(p > 0, p * each.log_p, 0.0), 1)
+        value, tilt = divergence(each.p, each.q, each.gap, side.beta)
+        if side.floor is not None:
+            value -= centre * each.lifted  # a floor breaks the sum over which CENTRE * (p - q) vanishes
         values += tl.sum(value, 1)
-        slopes += tl.sum(slope, 1)
+        if KIND == "slope":
+            slope = tilt
+        else:
+            slope = tl.where(each.q > 0, each.q * (tilt - peak_tilt), 0.0)
+        tilts += tl.sum(slope, 1)
         if gradient is not None:
+            if KIND == "gap" and KNOWN:
+                tilt = (side.mate_level - apart) * side.rate
+                slope = tl.where(each.q > 0, each.q * (tilt - gradient.total), 0.0)
+            else:
+                slope -= each.q * gradient.total
             col = columns(start, BLOCK)
-            g = gradient.soft * (slope - q * gradient.total)
+            g = gradient.soft * slope
             if gradient.hard is not None:
-                one = tl.exp((w.student - student.peak) - gradient.hard_sum)
+                one = tl.exp((w.student - side.student.peak) - gradient.hard_sum)
                 g += gradient.hard * (one - (col == gradient.label).to(tl.float32))
             g *= logit_slope(w.x, tiles.student)
-            tl.store(gradient.ptr + col, tl.where(w.x > LOW, g, 0.0).to(gradient.ptr.dtype.element_ty), col < vocab)
-    return Sums(tl.sum(values, 0), tl.sum(slopes, 0), tl.sum(student_entropy, 0), tl.sum(teacher_entropy, 0))
+            tl.store(
+                gradient.ptr + col, narrow(tl.where(w.x > LOW, g, 0.0), gradient.ptr.dtype.element_ty), col < vocab
+            )
+    return Sums(tl.sum(values, 0), tl.sum(tilts, 0), tl.sum(student_entropy, 0), tl.sum(teacher_entropy, 0))
 
 
 @triton.jit
@@ -144,7 +219,7 @@ def rows_kernel(
     threshold,
     least,  # log of the plausibility beta, or None
     divergence: tl.constexpr,  # a function of kernels/divergence.py
-    TOTAL: tl.constexpr,
+    KIND: tl.constexpr,  # divergence.KIND
     DIFFERENCE: tl.constexpr,
     WEIGHT: tl.constexpr,
     CONFIDENCE: tl.constexpr,
@@ -156,9 +231,10 @@ def rows_kernel(
     METRICS: tl.constexpr = metrics_ptr is not None
     LAW: tl.constexpr = noisy_ptr is not None
     HARD: tl.constexpr = labels_ptr is not None and (hard_weight is not None or METRICS)
-    # whether the slopes' sum comes without a sweep of its own
-    KNOWN: tl.constexpr = TOTAL != "sweep" and floor is None
-    MEAN: tl.constexpr = KNOWN and TOTAL == "mean" and grad_ptr is not None
+    # whether the mean tilt comes without a sweep of its own
+    KNOWN: tl.constexpr = KIND != "tilt" and floor is None
+    MATE: tl.constexpr = KIND != "slope" and grad_ptr is not None
+    MEAN: tl.constexpr = MATE and KNOWN
     STRAIGHT: tl.constexpr = DIFFERENCE and not LAW and student_cap is None and teacher_cap is None
 
     label = 0
@@ -192,14 +268,16 @@ def rows_kernel(
         rate,
         HARD,
         LAW and CONFIDENCE == "entropy",
+        MATE and not LAW,
         MEAN and not LAW,
-        METRICS,
+        METRICS or MATE and LAW,
         STRAIGHT,
         DIFFERENCE,
         BLOCK,
     )
     student = found.student
     teacher = found.teacher
+    mate = found.mate
     mean = found.mean
     best = found.teacher_best
     branches = None
@@ -209,23 +287,27 @@ def rows_kernel(
         if WEIGHT == "rows":
             alpha = tl.load(alpha_ptr + row).to(tl.float32)
         a = purification(sure, alpha, threshold, WEIGHT)
-        branches, teacher, mean, best = purified(
-            tiles, vocab, rate, student, teacher, found.noisy, a, least, MODE, OUTSIDE, MEAN, METRICS, DIFFERENCE, BLOCK
-        )
+        branches, teacher, mate, mean, best = purified(
+            tiles, vocab, rate, student, found.student_best.word, teacher, found.noisy, a, least,
+            MODE, OUTSIDE, MATE, MEAN, METRICS, DIFFERENCE, BLOCK,
+        )  # fmt: skip
     else:
-        sure = tl.exp(-teacher.log_sum)
+        sure = 1 / teacher.total
     if HARD:
         hard = found.hard_sum - (target - student.peak)
 
-    total = 0.0
-    if MEAN:
-        total = -(mean * rate + (student.log_sum - teacher.log_sum))
+    side = facing(student, teacher, mate, rate, beta, floor, STRAIGHT)
+    peak_tilt = 0.0
+    total = -mean * rate
+    if MATE and not KNOWN:
+        peak = pair(student.peak, student.peak + mate if STRAIGHT else mate, side.mate_level, side)
+        _, peak_tilt = divergence(peak.p, peak.q, peak.gap, beta)
     if grad_ptr is None or not KNOWN:
         sums = sweep(
-            tiles, vocab, student, teacher, branches, rate, beta, centre, floor, None,
-            divergence, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, not LAW, BLOCK,
+            tiles, vocab, side, branches, centre, peak_tilt, None,
+            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, not LAW, BLOCK,
         )  # fmt: skip
-        total = sums.slope
+        total = sums.tilt
     if grad_ptr is not None:
         factor = 1.0
         if weight_ptr is not None:
@@ -237,8 +319,8 @@ def rows_kernel(
             grad_ptr + row * grad_stride, total, soft_weight * rate * factor, hard_factor, found.hard_sum, label
         )
         final = sweep(
-            tiles, vocab, student, teacher, branches, rate, beta, centre, floor, gradient,
-            divergence, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, LAW != KNOWN, BLOCK,
+            tiles, vocab, side, branches, centre, peak_tilt, gradient,
+            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, LAW != KNOWN, BLOCK,
         )  # fmt: skip
         if KNOWN:
             sums = final
@@ -294,7 +376,7 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
             objective.ignore_index,
             *law_numbers(law),
             getattr(divergences, name),
-            divergences.TOTAL.get(name, "sweep"),
+            divergences.KIND.get(name, "tilt"),
             objective.difference,
             *law_words(law),
             **tile_choice(vocab),

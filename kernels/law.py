@@ -16,11 +16,10 @@ from .row import (
     fold,
     lanes,
     log_prob,
-    logit,
     no_best,
-    number_at,
     powers,
     softmax,
+    word_at,
     words,
 )
 
@@ -31,6 +30,7 @@ class Branches(NamedTuple):
     clean: Softmax  # at temperature 1
     noisy: Softmax
     a: tl.tensor  # the weight of the disturbed branch
+    alone: tl.tensor  # what a word that keeps its clean log-probability lacks against the contrast of the others
     least: tl.tensor  # log of the plausibility beta, or None for no set
     shift: tl.tensor  # added inside the set, so that its words share their clean mass
 
@@ -39,14 +39,11 @@ class Branches(NamedTuple):
 def confidence(tiles, vocab, clean, entropy, label, CONFIDENCE: tl.constexpr, DIFFERENCE: tl.constexpr):
     """How sure the clean branch is of its answer."""
     if CONFIDENCE == "max_prob":
-        sure = tl.exp(-clean.log_sum)
+        sure = 1 / clean.total
     elif CONFIDENCE == "entropy":
         sure = 1 - entropy / tl.log(vocab * tl.full((), 1.0, tl.float32))
     else:
-        y = number_at(tiles.teacher, label)
-        if DIFFERENCE:
-            y += number_at(tiles.student, label)
-        sure = tl.exp(log_prob(logit(y, tiles.teacher), clean, 1.0))
+        sure = tl.exp(log_prob(word_at(tiles, label, DIFFERENCE).teacher, clean, 1.0))
     return sure
 
 
@@ -67,18 +64,25 @@ def inside(w, branches):
 
 
 @triton.jit
+def alone(clean, noisy, a, MODE: tl.constexpr):
+    less = clean.log_sum - noisy.log_sum if MODE == "extrapolate" else -noisy.log_sum
+    return tl.where(noisy.peak > LOW, a * less, 0.0)  # else there is no contrast to compare with
+
+
+@triton.jit
 def contrasted(w, branches, MODE: tl.constexpr, OUTSIDE: tl.constexpr):
     """Purified logits: log-probabilities up to a constant of the row."""
-    clean = log_prob(w.teacher, branches.clean, 1.0)
-    noisy = log_prob(w.noisy, branches.noisy, 1.0)
+    # less the peaks only: to take off the log-sums too would round once more what a then magnifies
+    clean = w.teacher - branches.clean.peak
+    noisy = w.noisy - branches.noisy.peak
     if MODE == "extrapolate":
         z = clean + branches.a * (clean - noisy)
     else:
         z = clean - branches.a * noisy
     # a word that only the disturbed branch masks keeps its clean log-probability
-    z = tl.where((clean > LOW) & (noisy > LOW), z, clean)
+    z = tl.where((clean > LOW) & (noisy > LOW), z, clean + branches.alone)
     if branches.least is not None:
-        rest = LOW if OUTSIDE == "drop" else clean
+        rest = LOW if OUTSIDE == "drop" else clean + branches.alone
         z = tl.where(inside(w, branches), z + branches.shift, rest)
     return z
 
@@ -89,25 +93,35 @@ def purified(
     vocab,
     rate,
     student,
+    word,
     clean,
     noisy,
     a,
     least,
     MODE: tl.constexpr,
     OUTSIDE: tl.constexpr,
+    MATE: tl.constexpr,
     MEAN: tl.constexpr,
     BEST: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sweep over the contrast: (Branches, its Softmax at the temperature, mean and best as in Statistics)."""
+    """The sweep over the contrast; word is where the student has its peak.
+
+    Returns Branches, the contrast's Softmax at the temperature, and mate, mean and best as in Statistics.
+    """
     TWO: tl.constexpr = least is not None and OUTSIDE == "clean"  # groups of words, inside the set and outside
-    branches = Branches(clean, noisy, a, least, 0.0)
+    kept = alone(clean, noisy, a, MODE)
+    branches = Branches(clean, noisy, a, kept, least, 0.0)
     peak, total, mass, unit = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     mean, share = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     best = no_best(BLOCK)
     if TWO:
         rest_peak, rest, rest_best = lanes(LOW, BLOCK), lanes(0.0, BLOCK), no_best(BLOCK)
+    mate = 0.0
+    if MATE:
+        at = word_at(tiles, word, DIFFERENCE)
+        mate = contrasted(at, branches, MODE, OUTSIDE)
     last = (vocab - 1) // BLOCK * BLOCK
     for passed in range(0, vocab, BLOCK):
         start = last - passed
@@ -115,8 +129,8 @@ def purified(
         z = contrasted(w, branches, MODE, OUTSIDE)
         if MEAN:
             q = tl.exp(log_prob(w.student, student, rate))
-            both = (w.student > LOW) & (z > LOW)
-            mean += tl.sum(tl.where(both, q * (z - (w.student - student.peak)), 0.0), 1)
+            gap = (z - finite(mate)) - (w.student - student.peak)
+            mean += tl.sum(tl.where((w.student > LOW) & (z > LOW), q * gap, 0.0), 1)
         if TWO:
             own = inside(w, branches)
             if MEAN:
@@ -137,20 +151,22 @@ def purified(
         if BEST:
             best = better(best, z, start, BLOCK)
 
-    mean = tl.sum(mean, 0)
-    best = best_of(best)
+    row_mean = tl.sum(mean, 0)
+    row_best = best_of(best)
+    teacher = softmax(peak, total, rate)
     if TWO:
-        top = tl.max(peak, 0)
-        shift = tl.log(tl.sum(mass, 0)) - tl.log(fold(unit, peak, 1.0)) - top
-        mean += shift * tl.sum(share, 0)
+        shift = kept + clean.log_sum + tl.log(tl.sum(mass, 0)) - tl.log(fold(unit, peak, 1.0)) - teacher.peak
+        branches = Branches(clean, noisy, a, kept, least, shift)
+        top = teacher.peak + shift
         rest_top = tl.max(rest_peak, 0)
-        both_top = tl.maximum(top + shift, rest_top)
-        within = fold(total, peak, rate) * tl.exp((top + shift - both_top) * rate)
+        both_top = tl.maximum(top, rest_top)
+        within = teacher.total * tl.exp((top - both_top) * rate)
         beyond = fold(rest, rest_peak, rate) * tl.exp((rest_top - both_top) * rate)
-        teacher = Softmax(both_top, tl.log(within + beyond))
+        teacher = Softmax(both_top, within + beyond, tl.log(within + beyond))
         other = best_of(rest_best)
-        best = Best(both_top, tl.where(other.value > best.value + shift, other.word, best.word))
-        branches = Branches(clean, noisy, a, least, shift)
-    else:
-        teacher = softmax(peak, total, rate)
-    return branches, teacher, mean - teacher.peak, best
+        row_best = Best(both_top, tl.where(other.value > row_best.value + shift, other.word, row_best.word))
+        if MATE:
+            moved = contrasted(at, branches, MODE, OUTSIDE)
+            row_mean += shift * tl.sum(share, 0) - (moved - mate)
+            mate = moved
+    return branches, teacher, mate, row_mean, row_best

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .divergence import expm1
+from .divergence import expm1, log1p
 
 WIDTH = tl.constexpr(8)
 LOW = tl.constexpr(float("-inf"))
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Tile(NamedTuple):
@@ -35,13 +36,14 @@ class Words(NamedTuple):
     student: tl.tensor  # logits, -inf past the end of the row
     teacher: tl.tensor
     noisy: tl.tensor
-    gap: tl.tensor  # teacher - student, exactly, if the teacher's tile holds differences and nothing bends them
+    gap: tl.tensor  # teacher - student, exactly, if the teacher's tile holds differences and no softcap bends them
 
 
 class Softmax(NamedTuple):
     """log_softmax of a row is (z - peak) * rate - log_sum."""
 
     peak: tl.tensor
+    total: tl.tensor
     log_sum: tl.tensor
 
 
@@ -79,6 +81,15 @@ def logit_slope(x, tile):
         e = tl.exp(-2 * tl.abs(x * tile.scale / tile.cap))
         slope = slope * 4 * e / ((1 + e) * (1 + e))  # 1 - tanh**2 without the cancellation
     return slope
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:
+        # the interpreter cuts a bfloat16 off where hardware rounds to nearest even
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -124,6 +135,26 @@ def number_at(tile, word):
 
 
 @triton.jit
+def word_at(tiles, word, DIFFERENCE: tl.constexpr):
+    """One word's logits, as scalars."""
+    x = None
+    student = None
+    noisy = None
+    y = number_at(tiles.teacher, word)
+    if tiles.student is not None:
+        x = number_at(tiles.student, word)
+        student = logit(x, tiles.student)
+    if DIFFERENCE:
+        y += x
+    if tiles.noisy is not None:
+        noise = number_at(tiles.noisy, word)
+        if DIFFERENCE:
+            noise += x
+        noisy = logit(noise, tiles.noisy)
+    return Words(x, y, student, logit(y, tiles.teacher), noisy, None)
+
+
+@triton.jit
 def lanes(value, BLOCK: tl.constexpr):
     return tl.full((BLOCK // WIDTH,), value, tl.float32)
 
@@ -147,7 +178,15 @@ def fold(total, peak, rate):
 
 @triton.jit
 def softmax(peak, total, rate):
-    return Softmax(tl.max(peak, 0), tl.log(fold(total, peak, rate)))
+    total = fold(total, peak, rate)
+    return Softmax(tl.max(peak, 0), total, tl.log(total))
+
+
+@triton.jit
+def log_ratio(a, b):
+    """log(a / b), of two sums that may be near each other."""
+    near = (a > 0.5 * b) & (a < 2 * b)
+    return tl.where(near, log1p((a - b) / b), tl.log(a) - tl.log(b))
 
 
 @triton.jit
@@ -176,14 +215,15 @@ def best_of(best):
 
 
 class Statistics(NamedTuple):
-    """What the first sweep over a row gives; None where not asked for."""
+    """What the first sweep over a row gives; None or of no meaning where not asked for."""
 
     student: Softmax
     hard_sum: tl.tensor  # the student's log_sum at temperature 1
     teacher: Softmax  # of the clean branch, at temperature 1, if there is a noisy one
     noisy: Softmax  # at temperature 1
     entropy: tl.tensor  # of the clean branch at temperature 1
-    mean: tl.tensor  # under q, of the gap: teacher - student, both less their peaks
+    mate: tl.tensor  # the teacher's logit (Words.gap if STRAIGHT) where the student has its peak
+    mean: tl.tensor  # under q, of teacher - student less what it is there
     student_best: Best
     teacher_best: Best
 
@@ -195,49 +235,54 @@ def statistics(
     rate,
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
+    MATE: tl.constexpr,
     MEAN: tl.constexpr,
     BEST: tl.constexpr,
     STRAIGHT: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    peak_q, sum_q, hard_sum, mean = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
+    peak_q, sum_q, hard_sum = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
+    mate, mean = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
     peak_p, sum_p, moment = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     peak_n, sum_n = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
     best_q, best_p = no_best(BLOCK), no_best(BLOCK)
     rate_p = rate
     if tiles.noisy is not None:
         rate_p = 1.0
-    # gaps are summed from an origin near the peaks, which are not known yet: those of the first block
-    origin_q = 0.0
-    origin_p = 0.0
-    if MEAN and not STRAIGHT:
-        w = words(tiles, 0, vocab, DIFFERENCE, BLOCK)
-        origin_q = finite(tl.max(w.student))
-        origin_p = finite(tl.max(w.teacher))
-
     for start in range(0, vocab, BLOCK):
         w = words(tiles, start, vocab, DIFFERENCE, BLOCK)
         if tiles.student is not None:
             new = tl.maximum(peak_q, tl.max(w.student, 1))
-            e = powers(w.student, finite(new), rate)
-            keep = tl.exp((peak_q - finite(new)) * rate)
+            base = finite(new)
+            e = powers(w.student, base, rate)
+            keep = tl.exp((peak_q - base) * rate)
+            if MATE:
+                side = w.gap if STRAIGHT else w.teacher
+                there = tl.max(tl.where(w.student == new[:, None], side, LOW), 1)
+                moved = tl.where(new > peak_q, there, mate)
+                if MEAN:
+                    gap = side - finite(moved)[:, None]
+                    shift = finite(mate) - finite(moved)
+                    if not STRAIGHT:
+                        gap -= w.student - base[:, None]
+                        shift -= finite(peak_q) - base
+                    both = (w.student > LOW) & (w.teacher > LOW)
+                    mean = (mean + sum_q * shift) * keep + tl.sum(tl.where(both, e * gap, 0.0), 1)
+                mate = moved
             sum_q = sum_q * keep + tl.sum(e, 1)
             if HARD:
-                hard_sum = hard_sum * tl.exp(peak_q - finite(new)) + tl.sum(powers(w.student, finite(new), 1.0), 1)
-            if MEAN:
-                gap = w.gap if STRAIGHT else (w.teacher - origin_p) - (w.student - origin_q)
-                both = (w.student > LOW) & (w.teacher > LOW)
-                mean = mean * keep + tl.sum(tl.where(both, e * gap, 0.0), 1)
+                hard_sum = hard_sum * tl.exp(peak_q - base) + tl.sum(powers(w.student, base, 1.0), 1)
             peak_q = new
             if BEST:
                 best_q = better(best_q, w.x * tiles.student.scale, start, BLOCK)
         new = tl.maximum(peak_p, tl.max(w.teacher, 1))
-        e = powers(w.teacher, finite(new), rate_p)
-        keep = tl.exp((peak_p - finite(new)) * rate_p)
+        base = finite(new)
+        e = powers(w.teacher, base, rate_p)
+        keep = tl.exp((peak_p - base) * rate_p)
         if ENTROPY:
-            drop = tl.where(peak_p > LOW, peak_p - finite(new), 0.0)
-            terms = tl.where(e > 0, e * (w.teacher - finite(new)[:, None]), 0.0)
+            drop = tl.where(peak_p > LOW, peak_p - base, 0.0)
+            terms = tl.where(e > 0, e * (w.teacher - base[:, None]), 0.0)
             moment = (moment + sum_p * drop) * keep + tl.sum(terms, 1)
         sum_p = sum_p * keep + tl.sum(e, 1)
         peak_p = new
@@ -251,15 +296,22 @@ def statistics(
     student = None
     entropy = None
     noisy = None
+    row_mate = 0.0
+    row_mean = 0.0
     if tiles.student is not None:
         student = softmax(peak_q, sum_q, rate)
         hard_sum = tl.log(fold(hard_sum, peak_q, 1.0))
-        mean = fold(mean, peak_q, rate) / fold(sum_q, peak_q, rate)
-        mean += (origin_p - tl.max(peak_p, 0)) - (origin_q - student.peak)
+        if MATE:
+            row_mate = tl.max(tl.where(peak_q == student.peak, mate, LOW), 0)
+        if MEAN:
+            shift = finite(mate) - finite(row_mate)
+            if not STRAIGHT:
+                shift -= finite(peak_q) - finite(student.peak)
+            row_mean = fold(mean + sum_q * shift, peak_q, rate) / student.total
     teacher = softmax(peak_p, sum_p, rate_p)
     if ENTROPY:
         drop = tl.where(peak_p > LOW, peak_p - finite(teacher.peak), 0.0)
-        entropy = teacher.log_sum - fold(moment + sum_p * drop, peak_p, 1.0) / tl.exp(teacher.log_sum)
+        entropy = teacher.log_sum - fold(moment + sum_p * drop, peak_p, 1.0) / teacher.total
     if tiles.noisy is not None:
         noisy = softmax(peak_n, sum_n, 1.0)
-    return Statistics(student, hard_sum, teacher, noisy, entropy, mean, best_of(best_q), best_of(best_p))
+    return Statistics(student, hard_sum, teacher, noisy, entropy, row_mate, row_mean, best_of(best_q), best_of(best_p))
