@@ -210,7 +210,7 @@ class Projection:
         else:
             self.dtype = self.gemm = self.operand if self.operand != wide else torch.bfloat16
         self.width, self.device = weight.shape[1], weight.device
-        self.casts = weight.dtype != self.gemm
+        self.casts = not weight.dtype == self.operand == self.gemm
         self.release()
 
     @property
@@ -222,7 +222,7 @@ class Projection:
 
     @property
     def fixed_bytes(self):
-        return 0 if not self.casts and self.exact else PIECE_BYTES[self.kind]
+        return min(PIECE_BYTES[self.kind], 8 * self.vocab * self.width) if self.casts or not self.exact else 0
 
     @property
     def kind(self):
