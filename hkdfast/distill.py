@@ -28,6 +28,8 @@ MIXTURES = {
     "skew_kl": ("0 <= beta < 1", lambda beta: 0 <= beta < 1),
     "skew_reverse_kl": ("0 < beta <= 1", lambda beta: 0 < beta <= 1),
 }
+# ends of beta where a mixture is one side alone: no loop has to take the logarithm of a mixture that is not one
+ENDS = {("skew_kl", 0): "forward_kl", ("skew_reverse_kl", 1): "reverse_kl"}
 
 
 def run(*args):
@@ -180,6 +182,7 @@ def distill_loss(
     check_options(temperature=temperature, tiles=tiles, memory=memory, backend=backend)
     check_numbers(divergence=divergence, beta=beta, hard_weight=hard_weight, floor=floor)
     check_num_items(num_items, reduction)
+    divergence = ENDS.get((divergence, beta), divergence)
     law = teacher.law if isinstance(teacher, Purified) else None
     branches = [teacher.clean, *teacher.noisy] if law else [teacher]
     check_source("student", student)
@@ -193,10 +196,9 @@ def distill_loss(
     if labels is None and hard_weight:
         raise ValueError(f"hard_weight {hard_weight} needs labels")
     check_target(law, labels)
-    reverse = divergence == "reverse_kl" or (divergence == "skew_reverse_kl" and beta == 1)
-    if law and law.outside == "drop" and law.plausibility and reverse and floor is None:
+    if law and law.outside == "drop" and law.plausibility and divergence == "reverse_kl" and floor is None:
         raise ValueError(
-            f'{divergence} to a teacher that drops words is infinite: give a floor, e.g. floor=-30, or outside="clean"'
+            'reverse_kl to a teacher that drops words is infinite: give a floor, e.g. floor=-30, or outside="clean"'
         )
     if tiles == "difference":
         check_shared([student, *branches])
