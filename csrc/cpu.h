@@ -29,7 +29,7 @@ enum class Outside { clean, drop };
 struct Law {
   Weight weight = Weight::constant;
   Confidence confidence = Confidence::max_prob;
-  float alpha = 1, threshold = 0.5f, plausibility = 0;
+  double alpha = 1, threshold = 0.5, plausibility = 0;
   Mode mode = Mode::extrapolate;
   Outside outside = Outside::clean;  // of the plausibility set
 };

@@ -1,6 +1,7 @@
 // The divergences, once for both compilers: every row loop is a template over one of these.
 // Each gives its value at one word and its slope, d value / d log q up to a multiple of q, in nats: the softmax Jacobian
-// slope_v - q_v sum(slope) removes any such multiple, so the one is taken that vanishes, exactly, where p = q.
+// slope_v - q_v sum(slope) removes any such multiple, so the one is taken that rounds least. A multiple of q by a constant of
+// the row is as free: the gap that ReverseKL's slope is made of may be taken less that of any one word.
 #pragma once
 #include "numbers.h"
 
@@ -48,7 +49,8 @@ struct ReverseKL {
 };
 
 // m = beta p + (1 - beta) q, with p log(p / m) and q log(q / m). The larger of p and q is taken as the unit of the
-// logarithm, so that a word which one side all but excludes does not cancel.
+// logarithm, so that a word which one side all but excludes does not cancel, and the smaller follows from the gap, so that
+// near convergence the two logarithms cancel to second order and no rounding of p or q is left over.
 template <class F>
 struct Mixture {
   F m, p_log_p_m, q_log_q_m;
@@ -57,12 +59,11 @@ struct Mixture {
     const auto teacher_larger = w.p > w.q;
     const F larger = select(teacher_larger, w.p, w.q), smaller = select(teacher_larger, w.q, w.p);
     const F share = select(teacher_larger, F{} + (1.f - beta), F{} + beta);  // of the smaller
-    const F unit = select(larger > 0.f, larger, F{} + 1.f);
-    const F log_larger = -log1p_(share * ((smaller - unit) / unit));
-    const F log_smaller = log_larger - select(w.gap < 0.f, -w.gap, w.gap);
+    const F distance = select(w.gap < 0.f, -w.gap, w.gap);
+    const F log_larger = select(larger > 0.f, -log1p_(share * expm1_(-distance)), F{});
+    const F log_smaller = select(smaller > 0.f, log_larger - distance, F{});
     m = fused(beta, w.p, (1.f - beta) * w.q);
-    const F of_larger = larger * select(larger > 0.f, log_larger, F{});
-    const F of_smaller = smaller * select(smaller > 0.f, log_smaller, F{});
+    const F of_larger = larger * log_larger, of_smaller = smaller * log_smaller;
     p_log_p_m = select(teacher_larger, of_larger, of_smaller);
     q_log_q_m = select(teacher_larger, of_smaller, of_larger);
   }
@@ -88,7 +89,7 @@ struct SkewKL {
   HKDFAST_HD Term<F> operator()(Word<F> w) const {
     const Mixture<F> mixture(w, beta);
     const F share = select(w.q > 0.f, (1.f - beta) * w.q / mixture.m, F{});
-    return {mixture.p_log_p_m, share * ((1.f - beta) * (w.q - w.p))};
+    return {mixture.p_log_p_m, -w.p * share};
   }
 };
 

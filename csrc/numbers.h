@@ -5,22 +5,44 @@
 namespace hkdfast {
 namespace HKDFAST_ISA {
 
+// e^x = 2^n e^r with |r| <= log(2) / 2, for -87 <= x <= 88: power is 2^n and rest is e^r - 1.
+template <class F>
+struct Exponential {
+  F power, rest;
+
+  HKDFAST_HD explicit Exponential(F x) {
+    // Adding 1.5 * 2^23 rounds to an integer; the 127 makes its low bits the exponent field of 2^n.
+    constexpr float shift = 12582912.f + 127.f;
+    const F y = fused(x, 1.44269504f, shift), n = y - shift;
+    const F r = fused(n, -1.42860682e-6f, fused(n, -0.693145752f, x));
+    F p = fused(r, 0.0013814320555f, 0.0083688506857f);
+    p = fused(p, r, 0.041668400168f);
+    p = fused(p, r, 0.16666519642f);
+    p = fused(p, r, 0.49999994040f);
+    rest = fused(p * r, r, r);
+    power = float_of(bits_of(y) << 23);
+  }
+};
+
 // e^x for x <= 88, within 1 ulp; 0 below -87, where float turns subnormal. NaN stays NaN.
 template <class F>
 HKDFAST_HD F exp_(F x) {
 #ifdef __CUDA_ARCH__
   return expf(x);
 #else
-  // Adding 1.5 * 2^23 rounds to an integer; the 127 makes its low bits the exponent field of 2^n.
-  constexpr float shift = 12582912.f + 127.f;
-  const F y = fused(x, 1.44269504f, shift), n = y - shift;
-  const F r = fused(n, -1.42860682e-6f, fused(n, -0.693145752f, x));
-  F p = fused(r, 0.0013814320555f, 0.0083688506857f);
-  p = fused(p, r, 0.041668400168f);
-  p = fused(p, r, 0.16666519642f);
-  p = fused(p, r, 0.49999994040f);
-  p = fused(fused(p, r, 1.f), r, 1.f);
-  return select(x < -87.f, F{}, p * float_of(bits_of(y) << 23));
+  const Exponential<F> e(x);
+  return select(x < -87.f, F{}, fused(e.rest, e.power, e.power));
+#endif
+}
+
+// e^x - 1 for x <= 88, within 2 ulp.
+template <class F>
+HKDFAST_HD F expm1_(F x) {
+#ifdef __CUDA_ARCH__
+  return expm1f(x);
+#else
+  const Exponential<F> e(x);
+  return select(x < -87.f, F{} - 1.f, fused(e.rest, e.power, e.power - 1.f));
 #endif
 }
 

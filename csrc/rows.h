@@ -21,8 +21,8 @@ inline std::int64_t pieces(std::int64_t vocab) { return (vocab + piece_words - 1
 // What a piece leaves behind.
 struct Piece {
   Sums student, student_at_1, teacher, noisy;
-  double offset = 0;  // what the piece's gap lacks
   Total total{};
+  double sum_q = 0;
 };
 
 template <class Run>
@@ -41,8 +41,6 @@ inline void each_block(std::int64_t begin, std::int64_t end, Run run) {
   for (; begin < end; begin += block_words) run(begin, static_cast<int>(least(block_words, end - begin)));
 }
 
-inline float finite_or_0(float x) { return x - x == 0.f ? x : 0.f; }
-
 // One row on its way through the sweeps.
 struct Row {
   static std::int64_t scratch(std::int64_t vocab, bool purified) {
@@ -57,7 +55,7 @@ struct Row {
   float* purified;  // (vocab,) the teacher's contrast, kept from the first sweep that needs it
   Source student, teacher, noisy;
   Contrast contrast{};
-  float confidence = 0, a = 0;
+  double confidence = 0, a = 0;
 
   Row(const Objective& o, const Rows& rows, std::int64_t row, int threads, void* scratch)
       : o(o), rows(rows), row(row), threads(threads), piece(static_cast<Piece*>(scratch)),
@@ -77,7 +75,7 @@ struct Row {
   template <class Of>
   Sums joined(double scale, Of of) const {
     Sums all;
-    for (std::int64_t i = 0; i < pieces(rows.vocab); ++i) all.join(of(piece[i]), scale, piece[i].offset);
+    for (std::int64_t i = 0; i < pieces(rows.vocab); ++i) all.join(of(piece[i]), scale);
     return all;
   }
 
@@ -89,29 +87,29 @@ struct Row {
       piece[i] = Piece();
       each_block(begin, end, [&](std::int64_t at, int n) {
         Block x, y;
-        add(piece[i].teacher, teacher.logits(row, at, n, x), n, at, 1, by_entropy);
-        add(piece[i].noisy, noisy.logits(row, at, n, y), n, at, 1);
+        const float *c = teacher.logits(row, at, n, x), *d = noisy.logits(row, at, n, y);
+        raise_and_add(piece[i].teacher, c, n, at, 1, by_entropy);
+        raise_and_add(piece[i].noisy, d, n, at, 1);
       });
     });
     const Sums clean = joined(1, [](const Piece& p) { return p.teacher; });
     const Sums disturbed = joined(1, [](const Piece& p) { return p.noisy; });
     const double log_clean = clean.log_sum(), log_noisy = disturbed.log_sum();
     if (law.confidence == Confidence::max_prob)
-      confidence = static_cast<float>(1 / clean.sum);
+      confidence = 1 / clean.sum;
     else if (law.confidence == Confidence::target)
-      confidence = static_cast<float>(exp(static_cast<double>(label_logit(teacher)) - clean.peak - log_clean));
+      confidence = exp(static_cast<double>(label_logit(teacher)) - clean.peak - log_clean);
     else
-      confidence = rows.vocab == 1 ? 1.f : static_cast<float>(1 - clean.entropy() / log(static_cast<double>(rows.vocab)));
-    a = purification(law, confidence, rows.alpha ? rows.alpha[row] : 0.f);
+      confidence = rows.vocab == 1 ? 1 : 1 - clean.entropy() / log(static_cast<double>(rows.vocab));
+    a = disturbed.sum == disturbed.sum ? purification(law, confidence, rows.alpha ? rows.alpha[row] : 0) : NAN;
 
-    const double gain = law.mode == Mode::extrapolate ? 1 + static_cast<double>(a) : 1;
-    contrast.gain = static_cast<float>(gain), contrast.a = a;
+    contrast.a = static_cast<float>(a), contrast.extrapolate = law.mode == Mode::extrapolate;
     contrast.clean_peak = clean.peak, contrast.noisy_peak = finite_or_0(disturbed.peak);
     // without a single noisy word every word stands alone, and their common constant is free
-    contrast.alone = disturbed.sum == 0 ? 0.f : static_cast<float>((gain - 1) * log_clean - a * log_noisy);
+    contrast.alone = disturbed.sum == 0 ? 0.f : static_cast<float>(a * (contrast.extrapolate * log_clean - log_noisy));
     contrast.least = -INFINITY;
     if (law.plausibility == 0) return;
-    contrast.least = static_cast<float>(log(static_cast<double>(law.plausibility)));
+    contrast.least = static_cast<float>(log(law.plausibility));
     contrast.outside = law.outside == Outside::drop ? -INFINITY : static_cast<float>(-log_clean);
     if (law.outside == Outside::drop) return;
 
@@ -127,8 +125,8 @@ struct Row {
           store(x.words + k, select(in, own, all(-INFINITY)));
           store(y.words + k, select(in, contrast.odds(own, other), all(-INFINITY)));
         });
-        add(mass, x.words, n, at, 1);
-        add(odds, y.words, n, at, 1);
+        raise_and_add(mass, x.words, n, at, 1);
+        raise_and_add(odds, y.words, n, at, 1);
       });
       piece[i].teacher = mass, piece[i].noisy = odds;
     });
@@ -157,15 +155,20 @@ struct Row {
   }
 };
 
-// The first word that has the peak: the arg max.
-inline std::int64_t first(const Row& r, const Source& source, const Sums& sums) {
-  Block buffer;
-  const int n = static_cast<int>(least(block_words, r.rows.vocab - sums.block));
-  const float* x = source.logits(r.row, sums.block, n, buffer);
-  int k = 0;
-  while (k < n && !(x[k] == sums.peak)) ++k;
-  return sums.block + k;
-}
+// The words of a row, as a divergence wants them, from logits of student and teacher.
+struct Words {
+  float scale, peak_q, peak_p, share_q, share_p;
+  float shift;    // gap between the two log-sums
+  bool floored;
+  float floor;    // of log p, as a logit of the teacher less its peak
+
+  HKDFAST_HD Word<Lanes> operator()(Lanes x, Lanes y) const {
+    const Lanes to_q = x - peak_q;
+    Lanes to_p = y - peak_p;
+    if (floored) to_p = select(x > -INFINITY, larger(to_p, all(floor)), to_p);
+    return {exp_(to_p * scale) * share_p, exp_(to_q * scale) * share_q, (to_p - to_q) * scale - shift};
+  }
+};
 
 // One row of each metric, in the order of METRICS in hkdfast/objective.py.
 struct Metrics {
@@ -208,23 +211,21 @@ inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int t
   const bool metrics = rows.metrics != nullptr, floored = o.floor > -INFINITY;
   const bool hard = rows.labels && (o.hard_weight != 0 || metrics), apart = hard && scale != 1.f;
   const Mean mean = floored ? Mean::none : Divergence::mean;
+  const bool by_p = mean == Mean::gap_under_p, by_q = mean == Mean::gap_under_q;
 
   each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
     Piece part;
-    float base_x = 0, base_y = 0;
+    Gap gap;
     each_block(begin, end, [&](std::int64_t at, int n) {
-      Block x_buffer, y_buffer, gap;
+      Block x_buffer, y_buffer;
       const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher_logits(at, n, y_buffer);
-      if (mean != Mean::none) {
-        if (at == begin) {  // logits less some logit of their own tile: a common shift of either must not round the gap
-          base_x = finite_or_0(x[0]), base_y = finite_or_0(y[0]);
-          part.offset = static_cast<double>(base_y) - base_x;
-        }
-        each_lanes(n, [&](int k) { store(gap.words + k, (load(y + k) - base_y) - (load(x + k) - base_x)); });
-      }
-      add(part.student, x, n, at, scale, metrics, mean == Mean::gap_under_q ? gap.words : nullptr);
-      add(part.teacher, y, n, at, scale, metrics, mean == Mean::gap_under_p ? gap.words : nullptr);
-      if (apart) add(part.student_at_1, x, n, at, 1);
+      gap.x = x, gap.y = y;
+      const bool new_q = raise(part.student, x, n, at, scale), new_p = raise(part.teacher, y, n, at, scale);
+      if (by_q && new_q) gap.top(static_cast<int>(part.student.top - at));
+      if (by_p && new_p) gap.top(static_cast<int>(part.teacher.top - at));
+      add(part.student, x, n, scale, metrics, by_q ? &gap : nullptr);
+      add(part.teacher, y, n, scale, metrics, by_p ? &gap : nullptr);
+      if (apart) raise_and_add(part.student_at_1, x, n, at, 1);
     });
     r.piece[i] = part;
   });
@@ -233,52 +234,53 @@ inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int t
   const Sums p = r.joined(scale, [](const Piece& p) { return p.teacher; });
   const Sums q1 = apart ? r.joined(1, [](const Piece& p) { return p.student_at_1; }) : q;
 
-  const float peak_q = finite_or_0(q.peak), peak_p = finite_or_0(p.peak);
-  const float share_q = static_cast<float>(1 / q.sum), share_p = static_cast<float>(1 / p.sum);
-  const float shift = static_cast<float>(p.log_sum() - q.log_sum());
-  const float floor = static_cast<float>((o.floor + p.log_sum()) / scale);  // as a logit less the peak
-  const auto word = [=](Lanes x, Lanes y) {
-    const Lanes to_q = x - peak_q;
-    Lanes to_p = y - peak_p;
-    if (floored) to_p = select(x > -INFINITY, larger(to_p, all(floor)), to_p);
-    return Word<Lanes>{exp_(to_p * scale) * share_p, exp_(to_q * scale) * share_q, (to_p - to_q) * scale - shift};
-  };
+  Words words;
+  words.scale = scale, words.floored = floored;
+  words.peak_q = finite_or_0(q.peak), words.peak_p = finite_or_0(p.peak);
+  words.share_q = static_cast<float>(1 / q.sum), words.share_p = static_cast<float>(1 / p.sum);
+  words.shift = static_cast<float>(p.log_sum() - q.log_sum());
+  words.floor = static_cast<float>((o.floor + p.log_sum()) / scale);
 
-  Total totals{};
-  if (mean != Mean::none) {
-    const double gap = mean == Mean::gap_under_p ? p.gap / p.sum : q.gap / q.sum;
+  Total total{};
+  double sum_q = words.share_q * q.sum;  // not 1, since the share is rounded; the gradient must add up to 0 for all that
+  if (by_p || by_q) {
+    const double gap = by_p ? p.gap / p.sum : q.gap / q.sum;
     if constexpr (Divergence::mean != Mean::none)
-      totals = divergence.total(gap * scale - (p.lse(scale) - q.lse(scale)));
+      total = divergence.total(gap * scale - (p.lse(scale) - q.lse(scale)));
+    if (by_p) total.slope = sum_q - words.share_p * p.sum;
   } else {
+    sum_q = 0;
     each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
-      Sum value, slope;
+      Sum value, slope, share;
       each_block(begin, end, [&](std::int64_t at, int n) {
         Block x_buffer, y_buffer;
         const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher.logits(row, at, n, y_buffer);
         each_lanes(
             n,
             [&](int k) {
-              const Term<Lanes> term = divergence(word(load(x + k), load(y + k)));
-              value.add(term.value);
-              slope.add(term.slope);
+              const Word<Lanes> w = words(load(x + k), load(y + k));
+              const Term<Lanes> term = divergence(w);
+              value.add(term.value), slope.add(term.slope), share.add(w.q);
             },
-            [&] { value.fold(), slope.fold(); });
+            [&] { value.fold(), slope.fold(), share.fold(); });
       });
       r.piece[i].total = {value.total(), slope.total()};
+      r.piece[i].sum_q = share.total();
     });
-    for (std::int64_t i = 0; i < pieces(rows.vocab); ++i)
-      totals.value += r.piece[i].total.value, totals.slope += r.piece[i].total.slope;
+    for (std::int64_t i = 0; i < pieces(rows.vocab); ++i) {
+      const Piece& part = r.piece[i];
+      total.value += part.total.value, total.slope += part.total.slope, sum_q += part.sum_q;
+    }
   }
   // a divergence is never negative; near 0 the sum of its rounded terms can be
-  const double value = totals.value < 0 ? 0 : totals.value;
+  const double value = total.value < 0 ? 0 : total.value;
   const double target = hard ? static_cast<double>(r.label_logit(r.student)) - q1.peak - q1.log_sum() : 0;
-  const double total = o.soft_weight * value - (o.hard_weight != 0 ? o.hard_weight * target : 0);
-  rows.loss[row] = static_cast<float>(total);
+  const double loss = o.soft_weight * value - (o.hard_weight != 0 ? o.hard_weight * target : 0);
+  rows.loss[row] = static_cast<float>(loss);
 
   if (metrics) {
-    if (!o.purified) r.confidence = share_p;
-    const bool agree = first(r, r.student, q) == first(r, r.teacher, p);
-    write_metrics(rows, row, {value, -target, q.entropy(), p.entropy(), r.confidence, r.a, agree ? 1. : 0.});
+    if (!o.purified) r.confidence = 1 / p.sum;
+    write_metrics(rows, row, {value, -target, q.entropy(), p.entropy(), r.confidence, r.a, q.top == p.top ? 1. : 0.});
   }
   if (!rows.grad.data) return;
 
@@ -287,8 +289,18 @@ inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int t
     zero_grad(rows, row);
     return;
   }
+  double mean_slope = total.slope / sum_q;
+  if (by_q) {
+    // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken off
+    // both before either is rounded.
+    Block buffer;
+    words.peak_p = *r.teacher.logits(row, q.top, 1, buffer);
+    words.shift = 0;
+    mean_slope = (words.peak_p - static_cast<double>(words.peak_q) - q.gap / q.sum) * scale;
+  }
+  const float mean_high = static_cast<float>(mean_slope), mean_low = static_cast<float>(mean_slope - mean_high);
   const float soft_by = static_cast<float>(o.soft_weight * weight / o.temperature);
-  const float hard_by = hard ? static_cast<float>(o.hard_weight * weight) : 0.f, slope = static_cast<float>(totals.slope);
+  const float hard_by = hard ? static_cast<float>(o.hard_weight * weight) : 0.f;
   const float peak_1 = finite_or_0(q1.peak), share_1 = static_cast<float>(1 / q1.sum);
   each_piece(rows.vocab, threads, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
     each_block(begin, end, [&](std::int64_t at, int n) {
@@ -296,9 +308,10 @@ inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int t
       const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher.logits(row, at, n, y_buffer);
       float* g = grad.words;
       each_lanes(n, [=](int k) {
-        const Word<Lanes> w = word(load(x + k), load(y + k));
+        const Word<Lanes> w = words(load(x + k), load(y + k));
         // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
-        store(g + k, (divergence(w).slope - w.q * slope) * soft_by);
+        const Lanes high = fused(w.q, -mean_high, divergence(w).slope);
+        store(g + k, fused(w.q, -mean_low, high) * soft_by);
       });
       if (hard_by != 0.f) {
         each_lanes(n, [=](int k) {
@@ -346,7 +359,7 @@ inline void contrast(const Objective& o, const Rows& rows) {
       Sums part;
       each_block(begin, end, [&](std::int64_t at, int n) {
         Block buffer;
-        add(part, r.teacher_logits(at, n, buffer), n, at, scale);
+        raise_and_add(part, r.teacher_logits(at, n, buffer), n, at, scale);
       });
       r.piece[i] = Piece();
       r.piece[i].teacher = part;

@@ -8,7 +8,7 @@ namespace HKDFAST_ISA {
 // Over some words of a row, with d = (x - peak) * scale.
 struct Sums {
   float peak = -INFINITY;
-  std::int64_t block = 0;  // where the block begins that has the peak first
+  std::int64_t top = 0;  // the first word that has the peak: the arg max
   double sum = 0;          // of e^d
   double moment = 0;       // of d e^d
   double gap = 0;          // of (y - x) e^d, y - x the teacher's logit less the student's
@@ -25,12 +25,11 @@ struct Sums {
     peak = to;
   }
 
-  // Later words of the same row, whose gap lacks the offset.
-  inline void join(Sums later, double scale, double offset) {
-    later.gap += offset * later.sum;
+  // Later words of the same row.
+  inline void join(Sums later, double scale) {
     if (later.peak > peak) {
       move(later.peak, scale);
-      block = later.block;
+      top = later.top;
     } else if (later.peak < peak) {
       later.move(peak, scale);
     }
@@ -38,8 +37,34 @@ struct Sums {
   }
 };
 
+// Takes note of the peak of the block that begins at begin; true if it is a new one.
+inline bool raise(Sums& sums, const float* x, int n, std::int64_t begin, float scale) {
+  Lanes most = all(-INFINITY);
+  each_lanes(n, [&](int i) { most = larger(load(x + i), most); });
+  const float peak = largest(most);
+  if (!(peak > sums.peak)) return false;
+  sums.move(peak, scale);
+  int i = 0;
+  while (x[i] != peak) ++i;
+  sums.top = begin + i;
+  return true;
+}
+
+inline float finite_or_0(float x) { return x - x == 0.f ? x : 0.f; }
+
+// The teacher's logits less the student's. Those of one word are taken off first, so that a common shift of either side
+// does not round the difference; the most probable word, whose own gap is then exact and may be all there is.
+struct Gap {
+  const float *x = nullptr, *y = nullptr;
+  float top_x = 0, top_y = 0;
+
+  void top(int i) { top_x = finite_or_0(x[i]), top_y = finite_or_0(y[i]); }
+  HKDFAST_HD Lanes operator()(int i) const { return (load(y + i) - top_y) - (load(x + i) - top_x); }
+  double offset() const { return static_cast<double>(top_y) - top_x; }
+};
+
 template <bool with_moment, bool with_gap>
-inline void add_words(Sums& sums, const float* x, const float* gap, int n, float origin, float scale) {
+inline void add_words(Sums& sums, const float* x, const Gap* gap, int n, float origin, float scale) {
   Sum sum, moment, mean;
   each_lanes(
       n,
@@ -48,34 +73,32 @@ inline void add_words(Sums& sums, const float* x, const float* gap, int n, float
         const Lanes d = (load(x + i) - origin) * scale, e = exp_(d);
         sum.add(e);
         if (with_moment) moment.add(e * select(e > 0.f, d, Lanes{}));
-        if (with_gap) mean.add(e * select(e > 0.f, load(gap + i), Lanes{}));
+        if (with_gap) mean.add(e * select(e > 0.f, (*gap)(i), Lanes{}));
       },
       [&] {
         sum.fold();
         if (with_moment) moment.fold();
         if (with_gap) mean.fold();
       });
-  sums.sum += sum.total();
+  const double total = sum.total();
+  sums.sum += total;
   if (with_moment) sums.moment += moment.total();
-  if (with_gap) sums.gap += mean.total();
+  if (with_gap) sums.gap += mean.total() + gap->offset() * total;
 }
 
-// A block of words that begins at begin; the moment and the mean gap only if they are wanted.
-inline void add(Sums& sums, const float* x, int n, std::int64_t begin, float scale, bool with_moment = false,
-                const float* gap = nullptr) {
-  Lanes most = all(-INFINITY);
-  each_lanes(n, [&](int i) { most = larger(load(x + i), most); });
-  const float peak = largest(most);
-  if (peak > sums.peak) {
-    sums.move(peak, scale);
-    sums.block = begin;
-  }
+// Adds a block whose peak is noted; the moment and the mean gap only if they are wanted.
+inline void add(Sums& sums, const float* x, int n, float scale, bool with_moment = false, const Gap* gap = nullptr) {
   // Masked words alone have no peak to take off; they add 0, and a NaN among them adds itself.
   const float origin = sums.peak > -INFINITY ? sums.peak : 0.f;
   if (with_moment)
     gap ? add_words<true, true>(sums, x, gap, n, origin, scale) : add_words<true, false>(sums, x, gap, n, origin, scale);
   else
     gap ? add_words<false, true>(sums, x, gap, n, origin, scale) : add_words<false, false>(sums, x, gap, n, origin, scale);
+}
+
+inline void raise_and_add(Sums& sums, const float* x, int n, std::int64_t begin, float scale, bool with_moment = false) {
+  raise(sums, x, n, begin, scale);
+  add(sums, x, n, scale, with_moment);
 }
 
 }  // namespace HKDFAST_ISA

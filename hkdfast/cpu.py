@@ -10,8 +10,8 @@ try:
     from . import _cpu
 except ImportError as error:
     raise ImportError(
-        f"{error}: the C++ kernels were not built when hkdfast was installed, for want of a C++17 compiler with OpenMP; "
-        "install one (Debian: g++) and hkdfast again, pip's -v shows what the compiler says"
+        f"{error}. Its C++ kernels are built when hkdfast is installed, if there is a C++17 compiler with OpenMP "
+        "(Debian: g++); install one, then hkdfast again: pip install -v shows what the compiler says"
     ) from error
 
 

@@ -1,0 +1,157 @@
+// What a launch hands to a cluster of blocks, and how a row is laid out in its shared memory.
+#pragma once
+#include "cpu.h"
+#include "law.h"
+
+namespace hkdfast {
+
+constexpr int warp_lanes = 32, width = 8;  // words of a lane in one step
+constexpr int step_words = warp_lanes * width;
+constexpr int most_blocks = 16, most_warps = 16;
+
+// Which words of a step belong to a lane. octets: 8 neighbours; quads: twice 4 neighbours; strided: every 32nd.
+// Neighbours make 16-byte accesses of 2-byte and of 4-byte numbers; strided ones need no alignment.
+enum class Order { octets, quads, strided };
+
+// A row is cut into chunks, dealt out to the warps of the cluster in turn. A warp has its own ring of slots, each with
+// room for a chunk of every tile: it alone fills, reads and frees them, so that no barrier of the block guards the data.
+struct Plan {
+  Order order = Order::octets;
+  int blocks = 0;       // of a cluster; 0: the row does not fit
+  int warps = 0;        // of a block
+  int chunk = 0;        // words
+  int chunks = 0;       // of a row
+  int slots = 0;        // of a warp
+  int slot_bytes = 0;
+  int tile_at[3] = {};  // of student, teacher, noisy in a slot
+  int slots_at = 0;     // in shared memory
+  int bytes = 0;        // of shared memory, for a block
+};
+
+struct Task {
+  Tile student, teacher, noisy, grad;  // contrast: no student, grad is the output
+  const float *alpha = nullptr, *weight = nullptr;
+  const std::int64_t* labels = nullptr;
+  float *loss = nullptr, *metrics = nullptr;
+  std::int64_t n = 0, ignore_index = -100;
+  int vocab = 0;
+  float beta = 0.5f;
+  double temperature = 1, soft_weight = 1, hard_weight = 0, floor = -INFINITY;
+  bool difference = false, skips = false;  // skips: a row whose label is ignore_index is none
+  Transform student_logits, teacher_logits, noisy_logits;
+  Law law;
+  Plan plan;
+};
+
+// The softmax sums of some words of a row, with d = (x - peak) * scale.
+struct Softmax {
+  double sum = 0;     // of e^d
+  double moment = 0;  // of d e^d
+  double gap = 0;     // of (y - x) e^d, y - x the teacher's logit less the student's
+  float peak = -INFINITY;
+  float mate = -INFINITY;  // the other side's logit at the peak's word
+  int word = INT32_MAX;    // the first that has the peak
+  int unused = 0;
+};
+
+struct Record {
+  Softmax side[3];  // student, teacher, noisy
+  double sum_at_1 = 0;  // the student's at temperature 1
+};
+
+// What a row's later sweeps need to know.
+struct Facts {
+  generic::Contrast contrast;
+  float peak_q, peak_p, share_q, share_p, shift, floor;
+  float slope, soft_by, hard_by, peak_1, share_1;
+  int blank;  // the row's gradient is 0
+};
+
+struct Shared {
+  Facts facts;
+  Record of_warp[most_warps];
+  Record of_block[2][most_blocks];  // in turn: a block may be a reduction ahead of one that still reads
+};
+
+inline int size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+inline bool aligned(const Tile& tile) {
+  return (reinterpret_cast<std::uintptr_t>(tile.data) | static_cast<std::uintptr_t>(tile.stride * size_of(tile.dtype))) % 16 == 0;
+}
+
+inline Task task_of(const Objective& o, const Rows& rows) {
+  Task task;
+  task.student = rows.student, task.teacher = rows.teacher, task.noisy = rows.noisy, task.grad = rows.grad;
+  task.alpha = rows.alpha, task.weight = rows.weight, task.labels = rows.labels;
+  task.loss = rows.loss, task.metrics = rows.metrics;
+  task.n = rows.n, task.vocab = static_cast<int>(rows.vocab), task.ignore_index = o.ignore_index;
+  task.beta = o.beta, task.temperature = o.temperature, task.floor = o.floor;
+  task.soft_weight = o.soft_weight, task.hard_weight = o.hard_weight;
+  task.difference = o.difference && rows.student.data;
+  task.skips = rows.student.data && rows.labels;
+  task.student_logits = o.student, task.teacher_logits = o.teacher, task.noisy_logits = o.noisy;
+  task.law = o.law;
+  return task;
+}
+
+// Every tile is bfloat16 and aligned, its numbers are logits, nothing is floored and no label is learned from.
+inline bool is_plain(const Task& task) {
+  const Tile* tiles[] = {&task.student, &task.teacher, &task.noisy, &task.grad};
+  for (const Tile* tile : tiles)
+    if (tile->data && (tile->dtype != Dtype::bfloat16 || !aligned(*tile))) return false;
+  const Transform* transforms[] = {&task.student_logits, &task.teacher_logits, &task.noisy_logits};
+  for (const Transform* transform : transforms)
+    if (transform->scale != 1.f || transform->softcap != 0.f) return false;
+  return !task.difference && task.floor == -INFINITY && !(task.labels && (task.hard_weight != 0 || task.metrics));
+}
+
+inline int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
+inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// The layout for a cluster of so many blocks; plan.blocks is 0 if a row does not fit. Chunks are as long as can be, up to
+// 1024 words, without giving some warp more steps than the split demands.
+inline Plan plan_for(const Task& task, int shared_bytes, int blocks, int warps) {
+  Plan plan;
+  plan.warps = warps;
+  const Tile* tiles[] = {&task.student, &task.teacher, &task.noisy};
+  bool all_aligned = !task.grad.data || aligned(task.grad), any_wide = task.grad.data && task.grad.dtype == Dtype::float32;
+  for (const Tile* tile : tiles) {
+    if (!tile->data) continue;
+    all_aligned = all_aligned && aligned(*tile);
+    any_wide = any_wide || tile->dtype == Dtype::float32;
+  }
+  plan.order = !all_aligned ? Order::strided : any_wide ? Order::quads : Order::octets;
+  const int all_warps = blocks * warps, steps = ceil_div(task.vocab, step_words), own = ceil_div(steps, all_warps);
+  int each = own < 4 ? own : 4;
+  while (own % each) --each;
+  plan.chunk = each * step_words;
+  plan.chunks = ceil_div(task.vocab, plan.chunk);
+  for (int i = 0; i < 3; ++i) {
+    plan.tile_at[i] = plan.slot_bytes;
+    if (tiles[i]->data) plan.slot_bytes += plan.chunk * size_of(tiles[i]->dtype) + (all_aligned ? 0 : 16);
+  }
+  const int row = ceil_div(plan.chunks, all_warps), fixed = round_up(sizeof(Shared), 128);
+  plan.slots = (shared_bytes - fixed - 128) / (warps * (plan.slot_bytes + 8));
+  if (plan.slots < row) return plan;
+  if (plan.slots > 2 * row) plan.slots = 2 * row;
+  plan.slots_at = round_up(fixed + 8 * warps * plan.slots, 128);
+  plan.bytes = plan.slots_at + warps * plan.slots * plan.slot_bytes;
+  plan.blocks = blocks;
+  return plan;
+}
+
+// The smallest cluster that leaves a third of a row's room to the next row, else the smallest that holds a row. Beyond 8
+// blocks a cluster is not portable, and is taken for want of another only.
+inline Plan plan_of(const Task& task, int shared_bytes, int largest_cluster) {
+  Plan fits;
+  for (int blocks = 1; blocks <= largest_cluster; blocks *= 2) {
+    const Plan plan = plan_for(task, shared_bytes, blocks, task.vocab <= 8192 ? 4 : most_warps);
+    if (!plan.blocks) continue;
+    if (!fits.blocks) fits = plan;
+    if (blocks > 8) break;
+    if (3 * plan.slots * plan.blocks * plan.warps >= 4 * plan.chunks) return plan;
+  }
+  return fits;
+}
+
+}  // namespace hkdfast

@@ -1,0 +1,547 @@
+// The row operation by a cluster of thread blocks that holds a row in its shared memory, so that logits are read from
+// global memory once. A Team is what a thread knows of its surroundings: device.h has the GPU's, tests/cluster.cpp one
+// that runs on a CPU.
+//
+// 1. softmax sums of every tile; 2. with a law those of the contrast, whose weight the first sweep found; 3. the sum of the
+// terms, unless it follows from those; 4. the gradient. Between sweeps one reduction over the cluster.
+#pragma once
+#include "reduce.h"
+#include "ring.h"
+
+namespace hkdfast {
+namespace HKDFAST_ISA {
+
+HKDFAST_HD float finite(float x) { return x - x == 0.f ? x : 0.f; }
+
+// Decoding: what the loops over rows are a template over where there is no divergence.
+struct Decode {
+  static constexpr Mean mean = Mean::none;
+};
+
+// PLAIN: every tile is bfloat16 and aligned, its numbers are logits, and nothing is floored.
+template <class Team, class Divergence, bool PLAIN, bool PURIFIED>
+class RowLoop {
+ public:
+  HKDFAST_HD RowLoop(Team& team, const Task& task, Divergence divergence)
+      : team_(team), task_(task), divergence_(divergence), ring_(team, task),
+        scale_(static_cast<float>(1 / task.temperature)) {}
+
+  HKDFAST_HD void rows() {
+    for (row_ = team_.cluster(); row_ < task_.n; row_ += team_.clusters()) {
+      if (ignored(task_, row_))
+        blank();
+      else
+        row();
+    }
+    team_.sync_cluster();  // no block leaves while another may still send to it
+  }
+
+ private:
+  using F = std::conditional_t<PLAIN, Fast, float>;
+  static constexpr bool distils = !std::is_same_v<Divergence, Decode>;
+  static constexpr Mean mean = Divergence::mean;
+  static constexpr bool mean_q = mean == Mean::gap_under_q, mean_p = mean == Mean::gap_under_p;
+
+  HKDFAST_HD bool measured() const { return task_.metrics != nullptr; }
+  HKDFAST_HD bool hard() const { return !PLAIN && task_.labels && (task_.hard_weight != 0 || measured()); }
+  HKDFAST_HD bool apart() const { return hard() && scale_ != 1.f; }
+  HKDFAST_HD bool floored() const { return !PLAIN && task_.floor > -INFINITY; }
+  HKDFAST_HD bool mean_known() const { return mean != Mean::none && !floored(); }
+  HKDFAST_HD Facts& facts() const { return team_.template at<Shared>(0).facts; }
+  HKDFAST_HD Order order() const { return PLAIN ? Order::octets : task_.plan.order; }
+  HKDFAST_HD bool leader() const { return team_.warp() == 0 && team_.lane() == 0; }  // states the block's facts
+  HKDFAST_HD bool writer() const { return team_.block() == 0 && leader(); }
+
+  HKDFAST_HD Octet numbers_of(const Tile& tile, int tile_at, int at, int begin, int word) const {
+    if (PLAIN) return read(team_, at + tile_at + 2 * word, Dtype::bfloat16, Order::octets);
+    const int size = tile.dtype == Dtype::float32 ? 4 : 2;
+    const std::uintptr_t own = reinterpret_cast<std::uintptr_t>(tile.data) +
+                               static_cast<std::uintptr_t>((row_ * tile.stride + begin) * size);
+    return read(team_, at + tile_at + static_cast<int>(own & 15) + size * word, tile.dtype, task_.plan.order);
+  }
+
+  HKDFAST_HD static float transformed(float x, const Transform& to) {
+    const float z = x * to.scale;
+    return to.softcap > 0.f ? to.softcap * tanh_(z / to.softcap) : z;
+  }
+
+  // Logits of one step, -infinity past the end of the row.
+  HKDFAST_HD void finish(Octet& x, const Transform& to, int base) const {
+    if (!PLAIN && (to.scale != 1.f || to.softcap > 0.f)) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) x.of[k] = transformed(x.of[k], to);
+    }
+    if (base + step_words > task_.vocab) {
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        if (base + word_of(order(), team_.lane(), k) >= task_.vocab) x.of[k] = -INFINITY;
+    }
+  }
+
+  HKDFAST_HD Octet student(int at, int begin, int word) const {
+    Octet x = numbers_of(task_.student, task_.plan.tile_at[0], at, begin, word);
+    finish(x, task_.student_logits, begin + word);
+    return x;
+  }
+
+  HKDFAST_HD Octet other(const Tile& tile, int i, const Transform& to, int at, int begin, int word) const {
+    Octet y = numbers_of(tile, task_.plan.tile_at[i], at, begin, word);
+    if (!PLAIN && task_.difference) {
+      const Octet x = numbers_of(task_.student, task_.plan.tile_at[0], at, begin, word);
+#pragma unroll
+      for (int k = 0; k < width; ++k) y.of[k] += x.of[k];
+    }
+    finish(y, to, begin + word);
+    return y;
+  }
+  HKDFAST_HD Octet clean(int at, int begin, int word) const {
+    return other(task_.teacher, 1, task_.teacher_logits, at, begin, word);
+  }
+  HKDFAST_HD Octet noisy(int at, int begin, int word) const {
+    return other(task_.noisy, 2, task_.noisy_logits, at, begin, word);
+  }
+
+  // The teacher's logits, purified if there is a law.
+  HKDFAST_HD Octet teacher(int at, int begin, int word, const Contrast& contrast) const {
+    Octet y = clean(at, begin, word);
+    if (!PURIFIED) return y;
+    const Octet disturbed = noisy(at, begin, word);
+#pragma unroll
+    for (int k = 0; k < width; ++k)
+      y.of[k] = contrast(y.of[k] - contrast.clean_peak, disturbed.of[k] - contrast.noisy_peak);
+    return y;
+  }
+
+  // A number of global memory, for the few that a row needs by name.
+  HKDFAST_HD float number_at(const Tile& tile, std::int64_t word) const {
+    const std::int64_t i = row_ * tile.stride + word;
+    if (tile.dtype == Dtype::float32) return static_cast<const float*>(tile.data)[i];
+    return number(static_cast<const std::uint16_t*>(tile.data)[i], tile.dtype);
+  }
+
+  // Logit of the label's word; NaN for one beyond the vocabulary.
+  HKDFAST_HD float label_logit(const Tile& tile, const Transform& to, bool difference) const {
+    const std::int64_t label = task_.labels[row_] < 0 ? 0 : task_.labels[row_];
+    if (label >= task_.vocab) return NAN;
+    return transformed(number_at(tile, label) + (difference ? number_at(task_.student, label) : 0.f), to);
+  }
+
+  // One side's words added to a lane's sums, as distances from its origin; with the mean gap if the other side's are given.
+  HKDFAST_HD void take(Running& r, const F (&d)[width], const Power& power, bool with_moment, const F* to_p = nullptr,
+                       const F* to_q = nullptr) const {
+    F e[width];
+#pragma unroll
+    for (int k = 0; k < width; ++k) e[k] = power(d[k]);
+    r.sum += total(e);
+    if (to_p) {
+      float gap = 0;
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        if (plain(e[k]) > 0.f) gap = fused(plain(e[k]), plain(to_p[k] - to_q[k]), gap);
+      r.gap += gap;
+    }
+    if (with_moment) {
+      float moment = 0;
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        if (plain(e[k]) > 0.f) moment = fused(plain(e[k]), plain(d[k]) * power.natural, moment);
+      r.moment += moment;
+    }
+  }
+
+  HKDFAST_HD static void less(F (&d)[width], const Octet& x, float origin) {
+#pragma unroll
+    for (int k = 0; k < width; ++k) d[k] = x.of[k] - origin;
+  }
+
+  struct Pair {
+    Running q, p;
+  };
+
+  // A step of both sides; the sides are student and (purified) teacher.
+  template <bool WITH_Q, bool WITH_P>
+  HKDFAST_HD void take_both(Pair& r, const Octet& x, const Octet& y, int base, const Power& power) const {
+    const bool with_moment = measured(), with_first = measured() || mean_q;
+    F to_q[width], to_p[width];
+    if (WITH_Q) {
+      const float most = largest(x);
+      if (most > r.q.bound) {
+        const float by = r.q.move(most, power.natural);
+        if (mean_q) r.q.gap += by * r.q.sum;
+        if (mean_p) r.p.gap += by * r.p.sum;
+      }
+      if (with_first) r.q.find_first(x, y, most, order(), team_.lane(), base);
+      r.q.peak = fmaxf(r.q.peak, most);
+      less(to_q, x, r.q.origin);
+    }
+    if (WITH_P) {
+      const float most = largest(y);
+      if (most > r.p.bound) {
+        const float by = r.p.move(most, power.natural);
+        if (mean_q) r.q.gap -= by * r.q.sum;
+        if (mean_p) r.p.gap -= by * r.p.sum;
+      }
+      if (measured()) r.p.find_first(y, x, most, order(), team_.lane(), base);
+      r.p.peak = fmaxf(r.p.peak, most);
+      less(to_p, y, r.p.origin);
+    }
+    if (WITH_Q) {
+      if (mean_q && WITH_P)
+        take(r.q, to_q, power, with_moment, to_p, to_q);
+      else
+        take(r.q, to_q, power, with_moment);
+      if (apart()) {
+        const Power at_1(1.f);
+        F e[width];
+#pragma unroll
+        for (int k = 0; k < width; ++k) e[k] = at_1(to_q[k]);
+        r.q.sum_at_1 += total(e);
+      }
+    }
+    if (WITH_P) {
+      if (mean_p && WITH_Q)
+        take(r.p, to_p, power, with_moment, to_p, to_q);
+      else
+        take(r.p, to_p, power, with_moment);
+    }
+  }
+
+  HKDFAST_HD Record record(const Pair& r) const {
+    Record all;
+    double none;
+    const double offset = static_cast<double>(r.p.origin) - r.q.origin;
+    all.side[0] = softmax(r.q, scale_, mean_q ? offset : 0, all.sum_at_1);
+    all.side[1] = softmax(r.p, scale_, mean_p ? offset : 0, none);
+    return all;
+  }
+
+  template <class Join>
+  HKDFAST_HD Record reduced(const Record& mine, Join join) {
+    return reduce(team_, turn_, mine, join);
+  }
+
+  HKDFAST_HD Record join_pair(const Record& of) const {
+    Record all;
+    all.sum_at_1 = of.sum_at_1;
+    all.side[0] = joined(team_, of.side[0], scale_, measured(), mean_q, apart() ? &all.sum_at_1 : nullptr);
+    all.side[1] = joined(team_, of.side[1], scale_, measured(), mean_p, static_cast<double*>(nullptr));
+    return all;
+  }
+
+  // Clean and disturbed branch at temperature 1, and the student's sums where they are not gathered with the contrast.
+  HKDFAST_HD void purify(float clean_label, Record& found) {
+    const bool by_entropy = task_.law.confidence == Confidence::entropy;
+    const Power at_1(1.f);
+    Running own, disturbed;
+    ring_.template sweep<true, false>([&](int at, int begin, int word) {
+      const auto side = [&](Running& r, const Octet& y, bool with_moment) {
+        const float most = largest(y);
+        if (most > r.bound) r.move(most, 1.f);
+        r.peak = fmaxf(r.peak, most);
+        F d[width];
+        less(d, y, r.origin);
+        take(r, d, at_1, with_moment);
+      };
+      side(own, clean(at, begin, word), by_entropy);
+      side(disturbed, noisy(at, begin, word), false);
+    });
+    Record mine;
+    double none;
+    mine.side[1] = softmax(own, 1.f, 0, none);
+    mine.side[2] = softmax(disturbed, 1.f, 0, none);
+    found = reduced(mine, [&](const Record& of) {
+      Record all;
+      all.side[1] = joined(team_, of.side[1], 1.f, by_entropy, false, static_cast<double*>(nullptr));
+      all.side[2] = joined(team_, of.side[2], 1.f, false, false, static_cast<double*>(nullptr));
+      return all;
+    });
+    if (leader()) contrast_facts(found, clean_label);
+    team_.sync_block();
+    if (task_.law.plausibility == 0 || task_.law.outside == Outside::drop) return;
+
+    // the words of the set share their clean mass by their purified odds
+    const Contrast contrast = facts().contrast;
+    Running mass, odds;
+    ring_.template sweep<false, false>([&](int at, int begin, int word) {
+      Octet in = clean(at, begin, word), out = noisy(at, begin, word);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const float own = in.of[k] - contrast.clean_peak, other = out.of[k] - contrast.noisy_peak;
+        const bool inside = own >= contrast.least;
+        in.of[k] = inside ? own : -INFINITY;
+        out.of[k] = inside ? contrast.odds(own, other) : -INFINITY;
+      }
+      const auto side = [&](Running& r, const Octet& y) {
+        const float most = largest(y);
+        if (most > r.bound) r.move(most, 1.f);
+        r.peak = fmaxf(r.peak, most);
+        F d[width];
+        less(d, y, r.origin);
+        take(r, d, at_1, false);
+      };
+      side(mass, in);
+      side(odds, out);
+    });
+    mine.side[1] = softmax(mass, 1.f, 0, none);
+    mine.side[2] = softmax(odds, 1.f, 0, none);
+    const Record set = reduced(mine, [&](const Record& of) {
+      Record all;
+      all.side[1] = joined(team_, of.side[1], 1.f, false, false, static_cast<double*>(nullptr));
+      all.side[2] = joined(team_, of.side[2], 1.f, false, false, static_cast<double*>(nullptr));
+      return all;
+    });
+    if (leader()) {
+      const Softmax &m = set.side[1], &o = set.side[2];
+      facts().contrast.inside =
+          static_cast<float>((static_cast<double>(m.peak) - o.peak) + log(m.sum / o.sum) - log(found.side[1].sum));
+    }
+    team_.sync_block();
+  }
+
+  HKDFAST_HD void contrast_facts(const Record& found, float clean_label) {
+    const Law& law = task_.law;
+    const Softmax &own = found.side[1], &disturbed = found.side[2];
+    const double log_clean = log(own.sum), log_noisy = log(disturbed.sum);
+    if (law.confidence == Confidence::max_prob)
+      confidence_ = 1 / own.sum;
+    else if (law.confidence == Confidence::target)
+      confidence_ = exp(static_cast<double>(clean_label) - own.peak - log_clean);
+    else
+      confidence_ = task_.vocab == 1 ? 1 : 1 - (log_clean - own.moment / own.sum) / log(static_cast<double>(task_.vocab));
+    const double alpha = task_.alpha ? task_.alpha[row_] : 0;
+    a_ = disturbed.sum == disturbed.sum ? purification(law, confidence_, alpha) : NAN;
+    Contrast to;
+    to.a = static_cast<float>(a_), to.extrapolate = law.mode == Mode::extrapolate;
+    to.clean_peak = own.peak, to.noisy_peak = finite(disturbed.peak);
+    // without a single noisy word every word stands alone, and their common constant is free
+    to.alone = disturbed.sum == 0 ? 0.f : static_cast<float>(a_ * (to.extrapolate * log_clean - log_noisy));
+    if (law.plausibility != 0) {
+      to.least = static_cast<float>(log(law.plausibility));
+      to.outside = law.outside == Outside::drop ? -INFINITY : static_cast<float>(-log_clean);
+    }
+    facts().contrast = to;
+  }
+
+  HKDFAST_HD void row() {
+    const bool by_label = leader() && task_.labels;
+    float student_label = 0, clean_label = 0;
+    if constexpr (distils)
+      if (by_label && hard()) student_label = label_logit(task_.student, task_.student_logits, false);
+    if (PURIFIED && by_label && task_.law.confidence == Confidence::target)
+      clean_label = label_logit(task_.teacher, task_.teacher_logits, task_.difference);
+    Record branches;
+    if constexpr (PURIFIED) purify(clean_label, branches);
+    if constexpr (distils)
+      distil(student_label);
+    else
+      decode();
+  }
+
+  HKDFAST_HD void decode() {
+    const Contrast contrast = facts().contrast;
+    const Power power(scale_);
+    Pair r;
+    ring_.template sweep<false, false>([&](int at, int begin, int word) {
+      const Octet z = teacher(at, begin, word, contrast);
+      take_both<false, true>(r, z, z, begin + word, power);
+    });
+    const Record all = reduced(record(r), [&](const Record& of) { return join_pair(of); });
+    if (leader()) facts().peak_p = finite(all.side[1].peak), facts().shift = static_cast<float>(log(all.side[1].sum));
+    team_.sync_block();
+    const float peak = facts().peak_p, log_sum = facts().shift;
+    ring_.template sweep<false, true>([&](int at, int begin, int word) {
+      Octet z = teacher(at, begin, word, contrast);
+#pragma unroll
+      for (int k = 0; k < width; ++k) z.of[k] = (z.of[k] - peak) * scale_ - log_sum;
+      store(begin + word, z);
+    });
+  }
+
+  // The words of a step as a divergence wants them.
+  struct Compare {
+    float scale, peak_q, peak_p, share_q, share_p, shift, floor;
+    bool floored;
+    Power power;
+
+    HKDFAST_HD Word<F> operator()(float x, float y) const {
+      const float to_q = x - peak_q;
+      float to_p = y - peak_p;
+      if (floored && x > -INFINITY && !(to_p > floor)) to_p = floor;
+      return {power(F(to_p)) * F(share_p), power(F(to_q)) * F(share_q), (to_p - to_q) * scale - shift};
+    }
+  };
+
+  HKDFAST_HD Compare compare() const {
+    const Facts& f = facts();
+    return {scale_, f.peak_q, f.peak_p, f.share_q, f.share_p, f.shift, f.floor, floored(), Power(scale_)};
+  }
+
+  HKDFAST_HD void distil(float student_label) {
+    const Power power(scale_);
+    const bool wanted = task_.grad.data != nullptr;
+    const Contrast contrast = PURIFIED ? facts().contrast : Contrast();
+    Pair r;
+    const auto both = [&](int at, int begin, int word) {
+      const Octet x = student(at, begin, word), y = teacher(at, begin, word, contrast);
+      take_both<true, true>(r, x, y, begin + word, power);
+    };
+    if (mean_known() && !wanted)
+      ring_.template sweep<!PURIFIED, true>(both);
+    else
+      ring_.template sweep<!PURIFIED, false>(both);
+    const Record found = reduced(record(r), [&](const Record& of) { return join_pair(of); });
+    if (leader()) compare_facts(found);
+
+    double value = 0, slope = 0;
+    if (!mean_known()) {
+      team_.sync_block();
+      const Compare words = compare();
+      float value_sum = 0, slope_sum = 0;
+      const auto terms = [&](int at, int begin, int word) {
+        const Octet x = student(at, begin, word), y = teacher(at, begin, word, contrast);
+        F values[width], slopes[width];
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+          const Term<F> term = divergence_(words(x.of[k], y.of[k]));
+          values[k] = term.value, slopes[k] = term.slope;
+        }
+        value_sum += total(values), slope_sum += total(slopes);
+      };
+      if (wanted)
+        ring_.template sweep<false, false>(terms);
+      else
+        ring_.template sweep<false, true>(terms);
+      Record mine;
+      mine.side[0].sum = value_sum, mine.side[0].moment = slope_sum;
+      const Record sums = reduced(mine, [&](const Record& of) {
+        Record all;
+        all.side[0].sum = team_.sum(of.side[0].sum), all.side[0].moment = team_.sum(of.side[0].moment);
+        return all;
+      });
+      value = sums.side[0].sum, slope = sums.side[0].moment;
+    }
+    if (leader()) result(found, value, slope, student_label);
+    team_.sync_block();
+    if (wanted) gradient(contrast);
+  }
+
+  HKDFAST_HD void compare_facts(const Record& found) {
+    const Softmax &q = found.side[0], &p = found.side[1];
+    Facts& f = facts();
+    f.peak_q = finite(q.peak), f.peak_p = finite(p.peak);
+    f.share_q = static_cast<float>(1 / q.sum), f.share_p = static_cast<float>(1 / p.sum);
+    f.shift = static_cast<float>(log(p.sum / q.sum));
+    f.floor = floored() ? static_cast<float>((task_.floor + log(p.sum)) / scale_) : -INFINITY;
+  }
+
+  // Loss and metrics of the row, and what its gradient is made of.
+  HKDFAST_HD void result(const Record& found, double value, double slope, float student_label) {
+    const Softmax &q = found.side[0], &p = found.side[1];
+    Facts& f = facts();
+    if constexpr (mean != Mean::none) {
+      if (mean_known()) {
+        const double gap = mean_p ? p.gap / p.sum : q.gap / q.sum;
+        const double apart = (static_cast<double>(p.peak) - q.peak) * scale_ + log(p.sum / q.sum);
+        value = divergence_.total(gap * scale_ - apart).value;
+      }
+    }
+    // a divergence is never negative; near 0 the sum of its rounded terms can be
+    if (value < 0) value = 0;
+    const double sum_at_1 = apart() ? found.sum_at_1 : q.sum;
+    const double target = hard() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
+    const float loss = static_cast<float>(task_.soft_weight * value - (task_.hard_weight != 0 ? task_.hard_weight * target : 0));
+    if (writer()) {
+      task_.loss[row_] = loss;
+      if (measured()) {
+        const double of[] = {value, -target, log(q.sum) - q.moment / q.sum, log(p.sum) - p.moment / p.sum,
+                             PURIFIED ? confidence_ : 1 / p.sum, a_, q.word == p.word ? 1. : 0.};
+#pragma unroll
+        for (int i = 0; i < 7; ++i) task_.metrics[i * task_.n + row_] = static_cast<float>(of[i]);
+      }
+    }
+    const float weight = task_.weight ? task_.weight[row_] : 1.f;
+    f.blank = !(loss * weight - loss * weight == 0.f);
+    // The shares are rounded, so that the q of a row add up to sum_q, not to 1; the gradient must add up to 0 for all that.
+    const double sum_q = f.share_q * q.sum, sum_p = f.share_p * p.sum;
+    slope = mean_known() && mean_p ? (sum_q - sum_p) / sum_q : slope / sum_q;
+    if (mean_known() && mean_q) {
+      // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken off
+      // both before either is rounded.
+      f.peak_p = q.mate, f.shift = 0;
+      slope = (static_cast<double>(q.mate) - f.peak_q - q.gap / q.sum) * scale_;
+    }
+    f.slope = static_cast<float>(slope);
+    f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
+    f.hard_by = hard() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
+    f.peak_1 = f.peak_q, f.share_1 = static_cast<float>(1 / sum_at_1);
+  }
+
+  HKDFAST_HD void gradient(const Contrast& contrast) {
+    const Compare words = compare();
+    const Facts f = facts();
+    const int label = hard() && f.hard_by != 0.f ? static_cast<int>(task_.labels[row_] < 0 ? 0 : task_.labels[row_]) : -1;
+    ring_.template sweep<false, true>([&](int at, int begin, int word) {
+      const Octet x = student(at, begin, word), y = teacher(at, begin, word, contrast);
+      Octet g;
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
+        const Word<F> w = words(x.of[k], y.of[k]);
+        g.of[k] = fused(plain(w.q), -f.slope, plain(divergence_(w).slope)) * f.soft_by;
+      }
+      if (!PLAIN && label >= 0) {
+        const Power at_1(1.f);
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+          g.of[k] = fused(plain(at_1(F(x.of[k] - f.peak_1))), f.share_1 * f.hard_by, g.of[k]);
+          if (begin + word + word_of(order(), team_.lane(), k) == label) g.of[k] -= f.hard_by;
+        }
+      }
+      if (!PLAIN) backward(x, g);
+      if (f.blank) g = Octet();
+      store(begin + word, g);
+    });
+  }
+
+  // From logits back to the tile's numbers.
+  HKDFAST_HD void backward(const Octet& x, Octet& g) const {
+    const float scale = task_.student_logits.scale, cap = task_.student_logits.softcap;
+    if (cap > 0.f) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const float part = x.of[k] / cap;
+        g.of[k] *= scale * (1.f - part * part);
+      }
+    } else if (scale != 1.f) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) g.of[k] *= scale;
+    }
+  }
+
+  HKDFAST_HD void store(int base, const Octet& x) const {
+    const Tile& to = task_.grad;
+    const Dtype dtype = PLAIN ? Dtype::bfloat16 : to.dtype;
+    const int size = dtype == Dtype::float32 ? 4 : 2;
+    write(team_, static_cast<char*>(to.data) + (row_ * to.stride + base) * size, dtype, order(), task_.vocab - base, x);
+  }
+
+  HKDFAST_HD void blank() {
+    if (writer() && task_.loss) {
+      task_.loss[row_] = 0;
+      for (int i = 0; measured() && i < 7; ++i) task_.metrics[i * task_.n + row_] = 0;
+    }
+    if (task_.grad.data) ring_.each_step([&](int base) { store(base, Octet()); });
+  }
+
+  Team& team_;
+  const Task& task_;
+  Divergence divergence_;
+  Ring<Team> ring_;
+  float scale_;
+  std::int64_t row_ = 0;
+  int turn_ = 0;
+  double confidence_ = 0, a_ = 0;  // of the row, known to the leader
+};
+
+}  // namespace HKDFAST_ISA
+}  // namespace hkdfast

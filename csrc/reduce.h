@@ -1,0 +1,115 @@
+// Sums of a lane, and how those of a cluster become one: over a warp by shuffles, over a block and over the cluster by one
+// warp of each block, always in the same order.
+#pragma once
+#include "cluster.h"
+#include "fast.h"
+#include "words.h"
+
+namespace hkdfast {
+namespace HKDFAST_ISA {
+
+constexpr int no_word = INT32_MAX;
+constexpr float slack = 16;  // e^16 times the terms of a lane is far from overflow and costs no precision
+
+// The softmax sums of one lane, in float: a lane has few words. They are taken relative to an origin, some logit that the
+// lane met, and not to the peak, so that a larger logit seldom makes them move.
+struct Running {
+  float origin = 0, bound = -INFINITY;  // above it a logit becomes the new origin
+  float peak = -INFINITY, mate = -INFINITY;
+  int word = no_word;
+  float sum = 0, sum_at_1 = 0, moment = 0, gap = 0;
+
+  // What the gap of the side that keeps one gains when this side's origin moves by so much.
+  HKDFAST_HD float move(float to, float scale) {
+    const float by = to - origin, d = by * scale;
+    if (bound > -INFINITY) {
+      const float factor = exp_(-d);
+      moment = factor * (moment - d * sum);
+      sum *= factor, gap *= factor, sum_at_1 *= exp_(-by);
+    }
+    origin = to;
+    bound = to + slack / (scale > 1 ? scale : 1);
+    return by;
+  }
+
+  HKDFAST_HD void find_first(const Octet& x, const Octet& other, float most, Order order, int lane, int base) {
+    if (!(most > peak)) return;
+#pragma unroll
+    for (int k = width - 1; k >= 0; --k)
+      if (x.of[k] == most) word = base + word_of(order, lane, k), mate = other.of[k];
+  }
+};
+
+HKDFAST_HD float largest(const Octet& x) {
+  float most = x.of[0];
+#pragma unroll
+  for (int k = 1; k < width; ++k) most = fmaxf(most, x.of[k]);
+  return most;
+}
+
+template <class F>
+HKDFAST_HD float total(const F (&x)[width]) {
+  const F sum = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+  return plain(sum);
+}
+
+// Of a lane at its peak; offset: the other side's origin less this one's, with the sign that the gap has.
+HKDFAST_HD Softmax softmax(const Running& r, float scale, double offset, double& sum_at_1) {
+  Softmax s;
+  s.peak = r.peak, s.mate = r.mate, s.word = r.word;
+  const float by = r.peak > -INFINITY ? r.origin - r.peak : 0.f, d = by * scale, factor = exp_(d);
+  s.sum = static_cast<double>(factor) * r.sum;
+  s.moment = static_cast<double>(factor) * r.moment + d * s.sum;
+  s.gap = static_cast<double>(factor) * r.gap + offset * s.sum;
+  sum_at_1 = static_cast<double>(exp_(by)) * r.sum_at_1;
+  return s;
+}
+
+// Over the lanes of a warp; every lane gets the result.
+template <class Team>
+HKDFAST_HD Softmax joined(const Team& team, const Softmax& of, float scale, bool moment, bool gap, double* sum_at_1) {
+  Softmax s;
+  s.peak = team.largest(of.peak);
+  // lanes without a word: their sums are 0, or NaN
+  const float by = of.peak > -INFINITY ? of.peak - s.peak : 0.f, d = by * scale;
+  const double factor = exp_(d);
+  s.word = team.smallest(of.peak == s.peak ? of.word : no_word);
+  s.mate = team.largest(of.peak == s.peak && of.word == s.word ? of.mate : -INFINITY);
+  s.sum = team.sum(factor * of.sum);
+  if (moment) s.moment = team.sum(factor * (of.moment + d * of.sum));
+  if (gap) s.gap = team.sum(factor * of.gap);
+  if (sum_at_1) *sum_at_1 = team.sum(static_cast<double>(exp_(by)) * *sum_at_1);
+  return s;
+}
+
+// Records of all lanes of the cluster made one, for the first warp of every block. join(record) does it over a warp.
+// Between two calls the block has met at least once.
+template <class Team, class Join>
+HKDFAST_HD Record reduce(Team& team, int& turn, Record mine, Join join) {
+  Shared& shared = team.template at<Shared>(0);
+  mine = join(mine);
+  if (team.lane() == 0) shared.of_warp[team.warp()] = mine;
+  team.sync_block();
+  Record* const of_block = shared.of_block[turn];
+  turn ^= 1;
+  if (team.warp() == 0) {
+    mine = join(team.lane() < team.warps() ? shared.of_warp[team.lane()] : Record());
+    if (team.blocks() > 1) {
+      if (team.lane() == 0) of_block[team.block()] = mine;
+      team.sync_warp();
+      constexpr int parts = sizeof(Record) / 8;
+      static_assert(parts <= warp_lanes, "a lane sends one part of a record");
+      const std::uint64_t* from = reinterpret_cast<const std::uint64_t*>(of_block + team.block());
+      for (int block = 0; block < team.blocks(); ++block)
+        if (team.lane() < parts && block != team.block()) team.send(block, from + team.lane());
+    }
+  }
+  if (team.blocks() > 1) {
+    team.sync_cluster();
+    if (team.warp() == 0) mine = join(team.lane() < team.blocks() ? of_block[team.lane()] : Record());
+  }
+  return mine;
+}
+
+}  // namespace HKDFAST_ISA
+}  // namespace hkdfast
