@@ -1,11 +1,14 @@
 """Tiny vision-language models with random weights, their processors and pictures: all made offline in milliseconds."""
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from hkdfast.hf import SeedConfig
 
 SIZE, PATCH, WIDTH = 32, 8, 32  # pixels a side, pixels a patch, hidden size
 PATCHES = (SIZE // PATCH) ** 2
@@ -136,19 +139,17 @@ def build(name, seed=0):
 
 def batch(name="llava", size=4, extra=6, seed=1, answers=None, pad=None):
     """A batch of prompts for a model of the zoo. `answers` labels the last so many tokens, `pad` ("left" or "right")
-    pads row i by i tokens."""
+    makes row i shorter by i words."""
     draw = torch.Generator().manual_seed(seed)
     words = torch.randint(8, 61, (size, extra), generator=draw)
     ids = torch.cat([words[:, :1], torch.full((size, IMAGE_TOKENS[name]), IMAGE), words[:, 1:]], 1)
     mask = torch.ones_like(ids)
     if pad:
-        rows = []
-        for i, row in enumerate(ids):
-            gap = torch.zeros(i, dtype=torch.long)
-            rest = torch.zeros(size - 1 - i, dtype=torch.long)
-            kept = torch.cat([row, rest]) if pad == "right" else torch.cat([rest, row])
-            rows.append(kept if i < size else gap)
-        ids = torch.stack(rows)
+        # a shorter prompt each: its last words go, for the first ones are followed by the image
+        kept = [row[: len(row) - i] for i, row in enumerate(ids)]
+        ids = torch.stack(
+            [torch.nn.functional.pad(row, (i, 0) if pad == "left" else (0, i)) for i, row in enumerate(kept)]
+        )
         mask = (ids != 0).long()
     found = dict(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(size, 3, SIZE, SIZE, generator=draw))
     if name == "instructblip":
@@ -218,3 +219,31 @@ def picture(seed):
     """A picture of colour and noise."""
     draw = np.random.default_rng(seed)
     return Image.fromarray(draw.integers(0, 255, (40, 48, 3), dtype=np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads cost these tiny models more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Rows(torch.utils.data.Dataset):
+    """The rows of a batch as examples."""
+
+    def __init__(self, batch):
+        self.rows = [{name: x[i] for name, x in batch.items()} for i in range(len(batch["input_ids"]))]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def config(folder, **options):
+    """A SeedConfig of one quiet step on the CPU, unless the options say otherwise."""
+    quiet = dict(use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=1, learning_rate=1e-3)
+    return SeedConfig(str(folder), **(quiet | options))

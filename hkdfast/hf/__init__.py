@@ -9,8 +9,9 @@ except ImportError as error:
 
 from .adapter import language_linears, seed_adapter
 from .collator import QuestionCollator
+from .config import SeedConfig
 from .head import LanguageHead, answers, as_teacher
-from .seed import SeedConfig, SeedTrainer
+from .seed import SeedTrainer
 
 __all__ = [
     "LanguageHead",

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+)
 
 from .. import devices
 from ..evaluate.decoding import Decoding
@@ -37,6 +43,9 @@ def load(path, adapter=None, *, device=None, dtype="auto"):
     processor = AutoProcessor.from_pretrained(path)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"{str(path)!r} has a {type(processor).__name__}, expected a processor of images and text")
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{str(path)!r} is a {config.model_type}, not a model that answers in text about images")
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     if adapter is not None:
         from peft import PeftModel

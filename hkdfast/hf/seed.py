@@ -1,102 +1,19 @@
 """SEED as a Trainer: one copy of the weights, the frozen model teaches the model with the adapter."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field, fields
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
-from .. import DIVERGENCES
-from ..contrast import WORDS, purify
+from ..contrast import purify
 from ..distill import distill_loss
 from ..seed import answer_rows, isolate, mixed
-from ..tiles import TILES
 from .adapter import check_adapter, seed_adapter
 from .collator import QuestionCollator
+from .config import LAW, LOSS, SeedConfig
 from .head import LanguageHead, as_teacher, hidden_states, inside_head, plain
 from .rounds import RoundsTrainer
-
-
-def option(default, text, choices=None):
-    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass
-class SeedConfig(TrainingArguments):
-    """Options of SeedTrainer; those of TrainingArguments hold for each round."""
-
-    divergence: str = option(
-        "reverse_kl",
-        "What the student minimises against the purified teacher; reverse_kl seeks its modes.",
-        DIVERGENCES,
-    )
-    beta: float = option(0.5, "Weight of the teacher in the mixture, for jensen_shannon, skew_kl and skew_reverse_kl.")
-    temperature: float = option(1.0, "Divides the logits of both sides.")
-    hard_weight: float = option(0.0, "The cross entropy on the labels is added this many times; needs labels.")
-    floor: float | None = option(
-        None, "Least log-probability (nats) of the teacher for a word, needed by reverse_kl where outside is drop."
-    )
-    alpha: list[float] = option(
-        [1.5, 1.0], "Strength of the contrast (1 + a) clean - a noisy, one number per round; the last holds on."
-    )
-    weight: str = option(
-        "constant", "How the strength of a row follows its confidence c: constant, alpha (1 - c), or c < threshold.",
-        WORDS["weight"],
-    )  # fmt: skip
-    confidence: str = option("max_prob", "What is taken for confidence.", WORDS["confidence"])
-    threshold: float = option(0.5, "The gate opens below this confidence.")
-    mode: str = option("extrapolate", "(1 + a) clean - a noisy, or clean - a noisy.", WORDS["mode"])
-    plausibility: float = option(
-        0.0, "Contrast only words of at least this times the largest probability; 0 contrasts all."
-    )
-    outside: str = option(
-        "clean", "What becomes of the other words: their clean probability, or none.", WORDS["outside"]
-    )
-    noise_step: int = option(500, "Noise on the images: step 0 to 999 of VCD's schedule. Not read with noise_sigma.")
-    noise_sigma: float | None = option(None, "Add noise of this standard deviation in normalised pixels instead.")
-    noise_draws: int = option(1, "Noise draws per step whose logits are averaged, one forward each. Fresh every step.")
-    rounds: int = option(1, "Self-evolving rounds: after each, the adapted model, merged, is the next teacher.")
-    lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "The adapter's product is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout before the adapter, in the student only.")
-    lora_targets: list[str] | None = option(
-        None, "Layers to adapt, by the last part of their name; by default every linear layer of the language model."
-    )
-    yes_rate: bool = option(False, "Log how many answers lean to yes rather than no; for questions of that kind.")
-    tiles: str = option("float32", "How logits are multiplied out, tile by tile.", TILES)
-    memory: int | None = option(None, "Bytes for tiles; by default 512 MiB on the CPU, 4 GiB on CUDA.")
-    backend: str | None = option(None, "cpu, triton or reference; by default the fastest that is built here.")
-    learning_rate: float = option(2e-4, "The largest learning rate.")
-    logging_steps: float = option(10, "Log every so many steps.")
-    remove_unused_columns: bool = option(False, "Datasets keep the columns that only the collator reads.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.alpha, (int, float)):
-            self.alpha = [float(self.alpha)]
-        for name, words in CHOICES.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(words)}")
-        for name in ("rounds", "noise_draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.alpha or not all(0 <= alpha < float("inf") for alpha in self.alpha):
-            raise ValueError(f"alpha must be finite numbers, not negative, one per round, got {self.alpha}")
-        if self.rounds > 1 and self.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end compares checkpoints of one round: use rounds=1")
-
-    def alpha_of(self, round_):
-        return self.alpha[min(round_, len(self.alpha)) - 1]
-
-
-OWN = [f for f in fields(SeedConfig) if f.name in SeedConfig.__annotations__]
-CHOICES = {f.name: f.metadata["choices"] for f in OWN if "choices" in f.metadata}
-LAW = ("weight", "confidence", "threshold", "mode", "plausibility", "outside")  # handed to purify as they are
-LOSS = ("divergence", "beta", "temperature", "hard_weight", "floor", "tiles", "memory", "backend")  # to distill_loss
 
 
 class SeedTrainer(RoundsTrainer):
@@ -204,7 +121,7 @@ class SeedTrainer(RoundsTrainer):
             teacher = [self.head.source(x, adapted=False) for x in (clean, *noisy)]
             value, metrics = distill_loss(
                 student, self.purify(*teacher), labels=labels, num_items=num_items_in_batch, metrics=True,
-                **{name: getattr(self.args, name) for name in LOSS},
+                **self.args.of(LOSS),
             )  # fmt: skip
             return value, metrics | self.leaning(student, labels)
 
@@ -215,8 +132,7 @@ class SeedTrainer(RoundsTrainer):
         return (value, {"loss": value}) if return_outputs else value
 
     def purify(self, clean, *noisy):
-        alpha = self.args.alpha_of(self.round)
-        return purify(clean, list(noisy), alpha, **{name: getattr(self.args, name) for name in LAW})
+        return purify(clean, list(noisy), self.args.alpha_of(self.round), **self.args.of(LAW))
 
     def next_noise(self, examples):
         """Seed and index of a batch's first example. They follow from the place of the example in its step alone, not
