@@ -7,14 +7,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..evaluate.decoding import Decoding
 from ..seed import IGNORE
 from .answer import prompts, read_image, tokenize
 
 
 @dataclass
 class QuestionCollator:
-    """Makes a batch of questions, each about one image, as `hkdfast evaluate` asks them.
+    """Makes a batch of questions, each about one image.
 
     An example is a dict with "image" (a PIL image or a path) and "text" (the question), and with "answer" (the text to
     be answered) if `answers` is set. A batch holds what the processor makes of them, padded on the left; with answers
@@ -23,7 +22,7 @@ class QuestionCollator:
     Args:
         processor: of images and text, as AutoProcessor.from_pretrained gives.
         answers: whether the answers belong into the batch.
-        instruction: follows every question after a space; "" for none.
+        instruction: follows every question after a space, as `Decoding.instruction` does in `hkdfast evaluate`.
 
     Raises:
         ValueError: if the processor has no tokenizer, or that has neither pad nor eos token; while batching, for an
@@ -32,7 +31,7 @@ class QuestionCollator:
 
     processor: Any
     answers: bool = False
-    instruction: str = Decoding.instruction
+    instruction: str = ""
 
     def __post_init__(self):
         tokenizer = getattr(self.processor, "tokenizer", None)
