@@ -129,6 +129,37 @@ def test_rounds_with_an_adapted_head(tmp_path):
         assert torch.allclose(loaded(**batch).logits, expected, atol=1e-4)
 
 
+def test_rounds_in_bfloat16_keep_to_the_adapter_that_is_saved(tmp_path):
+    """The merged weights are rounded once: loaded as an adapter, the rounds give what training saw up to that."""
+    model = zoo.build("llava").bfloat16()
+    trainer = SeedTrainer(
+        model, config(tmp_path, rounds=2, max_steps=3, learning_rate=1e-2), train_dataset=Rows(zoo.batch(size=8))
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    batch, loaded = zoo.batch(seed=9), peft.PeftModel.from_pretrained(zoo.build("llava").bfloat16(), tmp_path / "final")
+    with torch.no_grad():
+        base, trained, found = (
+            m(**batch).logits[:, -1].float() for m in (zoo.build("llava").bfloat16(), trainer.model.eval(), loaded)
+        )
+    assert (found - trained).norm() < 0.1 * (trained - base).norm()
+
+
+def test_training_twice_is_the_same_training(tmp_path):
+    found = []
+    for _ in range(2):
+        trainer = trainer_of(tmp_path, zoo.batch(size=4))
+        for _ in range(2):
+            trainer.model.base_model.model.eval()
+            trainer.train()
+            found.append(losses(trainer))
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.zero_()
+    assert found[0] == found[2] and found[1] == found[3]
+    assert found[0][0][2] == found[1][0][2]  # the same noise, prompts and (zero) adapter
+
+
 def test_rounds_over_a_head_that_is_tied_are_refused(tmp_path):
     model = zoo.llava(zoo.llama(tie_word_embeddings=True))
     adapter = peft.LoraConfig(target_modules=["lm_head"])

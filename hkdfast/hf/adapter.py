@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .head import plain
 
-ADAPTER = "default"
 MOVES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that change the frozen weights
 
 
@@ -124,11 +123,15 @@ def tied(model, layer):
 
 @torch.no_grad()
 def absorb(model):
-    """Merge the active adapter into the weights below it and start it anew: the student becomes the next teacher."""
+    """Merge the active adapter into the weights below it and start it anew: the student becomes the next teacher.
+
+    Weights of 16 bits are rounded once by it, so that the next round stands on the student up to that rounding.
+    """
     name = model.active_adapters[0]
     for layer in lora_layers(model):
         weight = layer.get_base_layer().weight
-        weight += layer.get_delta_weight(name).to(weight.dtype)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        weight.copy_(weight.to(exact) + layer.get_delta_weight(name).to(exact))
         layer.reset_lora_parameters(name, model.peft_config[name].init_lora_weights)
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):

@@ -37,7 +37,7 @@ class RoundsTrainer(Trainer):
             others: as in Trainer.train.
 
         Returns:
-            TrainOutput of the last round.
+            TrainOutput of the last round; None if the checkpoint stands at its end.
         """
         if self.args.rounds == 1:
             set_seed(self.args.seed)

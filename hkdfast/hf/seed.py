@@ -97,6 +97,10 @@ class SeedTrainer(RoundsTrainer):
         if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             self.model.enable_input_require_grads()
 
+    def train(self, *args, **others):
+        self.places["train"] = None
+        return super().train(*args, **others)
+
     # the loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
