@@ -36,9 +36,12 @@ def picture(exam, before, after, noisy, file, count=6):
     for (top, bottom), row in zip(axes.T, changed, strict=False):
         image, index, there = exam.splits["adversarial"][row]
         p = [np.exp(cell[exam.seed][at][row, 0]) for cell in (before, after)]
+        words = [("yes", "no", "?")[cell[exam.seed][at][row].argmax()] for cell in (before, after)]
         truth = "yes" if there else "no"
         top.imshow(exam.images[image])
-        top.set_title(f"{question(index)}\ntruth: {truth}\np(yes) {p[0]:.2f} -> {p[1]:.2f}", fontsize=9)
+        top.set_title(
+            f"{question(index)}\n{words[0]} -> {words[1]}, truth: {truth}\np(yes) {p[0]:.2f} -> {p[1]:.2f}", fontsize=9
+        )
         bottom.imshow(((noisy[image].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy())
         bottom.set_title("what the noised branch sees", fontsize=8)
     figure.tight_layout()
