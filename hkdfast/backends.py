@@ -39,6 +39,11 @@ def backends():
     return report
 
 
+def visible(tensor):
+    """Whether the host can look at a tensor's numbers without waiting for a device or breaking a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def find(device, dtype, backend=None):
     """The backend module for tensors of this device and dtype: the one asked for, or the fastest that is built here.
 

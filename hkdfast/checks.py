@@ -5,6 +5,7 @@ import math
 import torch
 
 from .backends import check as check_backend
+from .backends import visible
 from .sources import Head, device_of, same
 from .tiles import TILES
 
@@ -80,13 +81,13 @@ def check_labels(labels, lead, device):
 
 
 def check_weights(name, weights, lead, device):
-    """Finite and not negative; numbers on CUDA are not looked at, for the host would wait."""
+    """Finite and not negative, where the host can see that."""
     if weights is None:
         return
     check_per_row(name, weights, lead, device)
     if not weights.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {weights.dtype}")
-    if weights.is_cuda or torch.compiler.is_compiling():
+    if not visible(weights):
         return
     wrong = weights[~((weights >= 0) & weights.isfinite())]  # NaN is neither
     if wrong.numel():

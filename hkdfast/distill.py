@@ -6,6 +6,7 @@ import torch
 
 from . import operators
 from . import tiles as loop
+from .backends import visible
 from .checks import (
     check_labels,
     check_options,
@@ -29,7 +30,7 @@ MIXTURES = {
     "skew_reverse_kl": ("0 < beta <= 1", lambda beta: 0 < beta <= 1),
 }
 # ends of beta where a mixture is one side alone: no loop has to take the logarithm of a mixture that is not one
-ENDS = {("skew_kl", 0): "forward_kl", ("skew_reverse_kl", 1): "reverse_kl"}
+ENDS = {"skew_kl": (0, "forward_kl"), "skew_reverse_kl": (1, "reverse_kl")}
 
 
 def run(*args):
@@ -46,7 +47,7 @@ def scaled(grad, factor, dtype):
         return None
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (grad * factor).to(dtype)
-    if factor.is_cuda or factor.numel() != 1 or factor.item() != 1:
+    if factor.numel() != 1 or not visible(factor) or factor.item() != 1:
         grad.mul_(factor)
     return grad.to(dtype)
 
@@ -182,7 +183,8 @@ def distill_loss(
     check_options(temperature=temperature, tiles=tiles, memory=memory, backend=backend)
     check_numbers(divergence=divergence, beta=beta, hard_weight=hard_weight, floor=floor)
     check_num_items(num_items, reduction)
-    divergence = ENDS.get((divergence, beta), divergence)
+    if divergence in ENDS and beta == ENDS[divergence][0]:
+        divergence = ENDS[divergence][1]
     law = teacher.law if isinstance(teacher, Purified) else None
     branches = [teacher.clean, *teacher.noisy] if law else [teacher]
     check_source("student", student)

@@ -5,7 +5,6 @@ The C++ and Triton launchers read these fields by name; a name here is the name 
 
 from ast import literal_eval
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 # Rows of the metrics tensor, in this order. All are float32, one number per row of the vocabulary.
 METRICS = (
@@ -58,21 +57,25 @@ class Objective:
     law: Law | None = None  # None: the teacher as it is
 
     def encode(self, draws=()):
-        """As text, with the transforms of several disturbed branches: an operator takes no dataclass.
+        """(text, numbers), with the transforms of several disturbed branches: an operator takes no dataclass.
 
-        Written in what torch.compile can follow, which json and dataclasses.asdict are not.
+        Floats stay numbers, so that torch.compile makes no graph for each value of a schedule. Written in what it can
+        follow, which json and dataclasses.asdict are not.
         """
         scalars = [getattr(self, name) for name in SCALARS]
         law = [] if self.law is None else [getattr(self.law, name) for name in LAW]
         transforms = [[t.scale, t.softcap] for t in (self.student, self.teacher, self.noisy, *draws)]
-        return ";".join([",".join([str(word) for word in words]) for words in (scalars, law, *transforms)])
+        groups = [scalars, law, *transforms]
+        text = ";".join([",".join([NUMBER if isinstance(x, float) else str(x) for x in group]) for group in groups])
+        return text, [x for group in groups for x in group if isinstance(x, float)]
 
     @staticmethod
-    @lru_cache(256)
-    def decode(text):
-        """(Objective, draws) of what encode wrote."""
-        scalars, law, *transforms = ([literal(word) for word in words.split(",") if word] for words in text.split(";"))
-        student, teacher, noisy, *draws = (Transform(*words) for words in transforms)
+    def decode(text, numbers):
+        """(Objective, draws) of what encode gave."""
+        left = iter(numbers)
+        groups = [[next(left) if x == NUMBER else literal(x) for x in part.split(",") if x] for part in text.split(";")]
+        scalars, law, *transforms = groups
+        student, teacher, noisy, *draws = (Transform(*group) for group in transforms)
         law = Law(*law) if law else None
         return Objective(*scalars, student=student, teacher=teacher, noisy=noisy, law=law), draws
 
@@ -81,10 +84,11 @@ LAW = tuple(field.name for field in fields(Law))
 SCALARS = tuple(field.name for field in fields(Objective) if field.name not in ("student", "teacher", "noisy", "law"))
 
 
+NUMBER = "#"  # in an encoded text: the next of the numbers
+
+
 def literal(word):
-    """The value whose str() this is: a number, True, False, None, or else a word."""
-    if word in ("inf", "-inf"):
-        return float(word)
+    """The value whose str() this is: a whole number, True, False, None, or else a word."""
     try:
         return literal_eval(word)
     except ValueError:

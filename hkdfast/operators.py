@@ -21,6 +21,8 @@ def autograd_keys():
 def run(call, student, weight, wants, metrics):
     """tiles.run through the operator."""
     x, head, bias = student
+    text, numbers = call.objective.encode(call.draws)
+    one = torch.ones((), dtype=torch.float64)
     results = distill(
         [x, *call.xs],
         [head, *call.weights],
@@ -28,7 +30,9 @@ def run(call, student, weight, wants, metrics):
         call.labels,
         weight,
         call.alpha,
-        call.objective.encode(call.draws),
+        text,
+        # a product with a tensor is what keeps torch.compile from a graph for each value of a number
+        torch.stack([one * number for number in numbers]),
         call.vocab,
         call.compute,
         wants,
@@ -55,6 +59,7 @@ def distill(
     weight: Tensor | None,
     alpha: Tensor | None,
     objective: str,
+    numbers: Tensor,
     vocab: int,
     compute: torch.dtype | None,
     wants: list[bool],
@@ -63,7 +68,7 @@ def distill(
     memory: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    asked, draws = Objective.decode(objective)
+    asked, draws = Objective.decode(objective, numbers.tolist())
     call = tiles.Call(
         xs[1:], weights[1:], biases[1:], labels, alpha, asked, draws, vocab, compute, tiling, memory, backend
     )
@@ -73,7 +78,7 @@ def distill(
 
 
 @distill.register_fake
-def _(xs, weights, biases, labels, weight, alpha, objective, vocab, compute, wants, metrics, *loop):
+def _(xs, weights, biases, labels, weight, alpha, objective, numbers, vocab, compute, wants, metrics, *loop):
     x, head, n = xs[0], weights[0], xs[0].shape[0]
     exact = torch.promote_types(x.dtype if head is None else head.dtype, torch.float32)
     loss = x.new_empty(n, dtype=exact)

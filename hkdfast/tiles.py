@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends import find
+from .backends import find, visible
 from .objective import METRICS, Objective, Transform
 from .sources import Average, Logits, Projection, same
 
@@ -80,7 +80,7 @@ def check_labels(labels, objective, vocab):
     known = (labels == objective.ignore_index) | ((labels >= 0) & (labels < vocab))
     if labels.is_cuda:
         torch._assert_async(known.all(), "a label is neither a word of the vocabulary nor ignore_index")
-    elif not known.all():
+    elif visible(labels) and not known.all():
         wrong = labels[~known][0].item()
         raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor ignore_index {objective.ignore_index}")
 
