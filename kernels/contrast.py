@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 
 from .launch import law_numbers, law_words, tile_choice, transforms
-from .law import confidence, contrasted, purification, purified
-from .row import Tile, Tiles, columns, log_prob, narrow, statistics, words
+from .law import Branches, alone, confidence, contrasted, purification
+from .row import Tile, Tiles, columns, log_prob, narrow, words
+from .sweeps import purified, statistics
 
 
 @triton.jit
@@ -45,27 +46,18 @@ def contrast_kernel(
         label = tl.maximum(tl.load(labels_ptr + row), 0)
     if WEIGHT == "rows":
         alpha = tl.load(alpha_ptr + row).to(tl.float32)
-    found = statistics(tiles, vocab, rate, False, CONFIDENCE == "entropy", False, False, False, False, False, BLOCK)
-    sure = confidence(tiles, vocab, found.teacher, found.entropy, label, CONFIDENCE, False)
+    found = statistics(
+        tiles, vocab, rate, None, False, False, True, CONFIDENCE == "entropy", True, False, False,
+        False, False, MODE, False, False, BLOCK,
+    )  # fmt: skip
+    sure = confidence(tiles, vocab, found.clean, found.entropy, label, CONFIDENCE, False)
     a = purification(sure, alpha, threshold, WEIGHT)
-    branches, teacher, _, _, _ = purified(
-        tiles,
-        vocab,
-        rate,
-        None,
-        0,
-        found.teacher,
-        found.noisy,
-        a,
-        least,
-        MODE,
-        OUTSIDE,
-        False,
-        False,
-        False,
-        False,
-        BLOCK,
-    )
+    kept = alone(found.clean.log_sum, found.noisy.log_sum, a, MODE)
+    teacher, shift, _, _, _ = purified(
+        tiles, vocab, rate, None, 0, Branches(found.clean, found.noisy, a, kept, least, 0.0),
+        MODE, OUTSIDE, False, False, False, False, BLOCK,
+    )  # fmt: skip
+    branches = Branches(found.clean, found.noisy, a, kept, least, shift)
     for start in range(0, vocab, BLOCK):
         z = contrasted(words(tiles, start, vocab, False, BLOCK), branches, MODE, OUTSIDE)
         col = columns(start, BLOCK)
@@ -73,23 +65,27 @@ def contrast_kernel(
         tl.store(out_ptr + row * out_stride + col, narrow(log_p, out_ptr.dtype.element_ty), col < vocab)
 
 
+def arguments(objective, clean, noisy, alpha, labels, out):
+    """What contrast_kernel is launched with, in its order."""
+    return (
+        clean,
+        noisy,
+        alpha,
+        labels,
+        out,
+        clean.stride(0),
+        noisy.stride(0),
+        out.stride(0),
+        clean.shape[1],
+        *transforms(objective.teacher, objective.noisy),
+        1 / objective.temperature,
+        *law_numbers(objective.law),
+        *law_words(objective.law),
+    )
+
+
 def contrast(objective, clean, noisy, alpha, labels, out):
     """Purified log-probabilities; `hkdfast.reference.contrast` states the contract."""
-    n, vocab = clean.shape
+    given = arguments(objective, clean, noisy, alpha, labels, out)
     with torch.cuda.device_of(clean):
-        contrast_kernel[(n,)](
-            clean,
-            noisy,
-            alpha,
-            labels,
-            out,
-            clean.stride(0),
-            noisy.stride(0),
-            out.stride(0),
-            vocab,
-            *transforms(objective.teacher, objective.noisy),
-            1 / objective.temperature,
-            *law_numbers(objective.law),
-            *law_words(objective.law),
-            **tile_choice(vocab),
-        )
+        contrast_kernel[(len(clean),)](*given, **tile_choice(clean.shape[1]))

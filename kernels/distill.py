@@ -19,7 +19,7 @@ import triton.language as tl
 from . import divergence as divergences
 from .contrast import contrast  # noqa: F401  a backend is one module
 from .launch import law_numbers, law_words, tile_choice, transforms
-from .law import confidence, contrasted, purification, purified
+from .law import Branches, alone, confidence, contrasted, purification
 from .row import (
     LOW,
     Softmax,
@@ -35,9 +35,9 @@ from .row import (
     logit_slope,
     narrow,
     number_at,
-    statistics,
     words,
 )
+from .sweeps import purified, statistics
 
 
 class Side(NamedTuple):
@@ -235,6 +235,8 @@ def rows_kernel(
     KNOWN: tl.constexpr = KIND != "tilt" and floor is None
     MATE: tl.constexpr = KIND != "slope" and grad_ptr is not None
     MEAN: tl.constexpr = MATE and KNOWN
+    # whether the weight of the disturbed branch is known before the first sweep, which then takes in the contrast
+    JOINT: tl.constexpr = LAW and (WEIGHT == "constant" or WEIGHT == "rows") and least is None
     STRAIGHT: tl.constexpr = DIFFERENCE and not LAW and student_cap is None and teacher_cap is None
 
     label = 0
@@ -262,37 +264,65 @@ def rows_kernel(
     if HARD:
         target = logit(number_at(tiles.student, label), tiles.student)
 
+    a = 0.0
+    branches = None
+    if LAW:
+        if WEIGHT == "rows":
+            alpha = tl.load(alpha_ptr + row).to(tl.float32)
+        if JOINT:
+            # the peaks are not known yet: those of the first block are near enough
+            a = alpha + 0.0
+            first = words(tiles, 0, vocab, DIFFERENCE, BLOCK)
+            branches = Branches(
+                Softmax(finite(tl.max(first.teacher)), 1.0, 0.0), Softmax(finite(tl.max(first.noisy)), 1.0, 0.0),
+                a, 0.0, None, 0.0,
+            )  # fmt: skip
     found = statistics(
-        tiles,
-        vocab,
-        rate,
-        HARD,
-        LAW and CONFIDENCE == "entropy",
-        MATE and not LAW,
-        MEAN and not LAW,
-        METRICS or MATE and LAW,
-        STRAIGHT,
-        DIFFERENCE,
-        BLOCK,
-    )
+        tiles, vocab, rate, branches, HARD, not LAW or JOINT, LAW and (METRICS or not JOINT),
+        CONFIDENCE == "entropy", LAW and not JOINT, MATE and (not LAW or JOINT), MEAN and (not LAW or JOINT),
+        METRICS or MATE and LAW and not JOINT, METRICS, MODE, STRAIGHT, DIFFERENCE, BLOCK,
+    )  # fmt: skip
     student = found.student
     teacher = found.teacher
     mate = found.mate
     mean = found.mean
-    best = found.teacher_best
-    branches = None
-    a = 0.0
-    if LAW:
-        sure = confidence(tiles, vocab, teacher, found.entropy, label, CONFIDENCE, DIFFERENCE)
-        if WEIGHT == "rows":
-            alpha = tl.load(alpha_ptr + row).to(tl.float32)
+    best = found.teacher_best.word
+    sure = 0.0
+    if not LAW:
+        sure = 1 / teacher.total
+    elif METRICS or not JOINT:
+        sure = confidence(tiles, vocab, found.clean, found.entropy, label, CONFIDENCE, DIFFERENCE)
+    if LAW and not JOINT:
         a = purification(sure, alpha, threshold, WEIGHT)
-        branches, teacher, mate, mean, best = purified(
-            tiles, vocab, rate, student, found.student_best.word, teacher, found.noisy, a, least,
+        kept = alone(found.clean.log_sum, found.noisy.log_sum, a, MODE)
+        branches = Branches(found.clean, found.noisy, a, kept, least, 0.0)
+        teacher, set_shift, mate, mean, other_best = purified(
+            tiles, vocab, rate, student, found.student_best.word, branches,
             MODE, OUTSIDE, MATE, MEAN, METRICS, DIFFERENCE, BLOCK,
         )  # fmt: skip
-    else:
-        sure = 1 / teacher.total
+        best = other_best.word
+        branches = Branches(found.clean, found.noisy, a, kept, least, set_shift)
+    if JOINT:
+        kept = 0.0
+        if found.lone > 0:
+            # the log-sums of both branches do count then: two sweeps more, for rows that hardly ever come
+            again = statistics(
+                tiles, vocab, rate, None, False, False, True, False, True, False, False,
+                MATE, False, MODE, STRAIGHT, DIFFERENCE, BLOCK,
+            )  # fmt: skip
+            kept = alone(
+                again.clean.peak - branches.clean.peak + again.clean.log_sum,
+                again.noisy.peak - branches.noisy.peak + again.noisy.log_sum,
+                a,
+                MODE,
+            )
+            teacher, _, mate, mean, other_best = purified(
+                tiles, vocab, rate, student, again.student_best.word,
+                Branches(branches.clean, branches.noisy, a, kept, None, 0.0),
+                MODE, OUTSIDE, MATE, MEAN, METRICS, DIFFERENCE, BLOCK,
+            )  # fmt: skip
+            best = other_best.word
+        branches = Branches(branches.clean, branches.noisy, a, kept, None, 0.0)
     if HARD:
         hard = found.hard_sum - (target - student.peak)
 
@@ -305,7 +335,7 @@ def rows_kernel(
     if grad_ptr is None or not KNOWN:
         sums = sweep(
             tiles, vocab, side, branches, centre, peak_tilt, None,
-            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, not LAW, BLOCK,
+            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, not LAW or JOINT, BLOCK,
         )  # fmt: skip
         total = sums.tilt
     if grad_ptr is not None:
@@ -320,7 +350,7 @@ def rows_kernel(
         )
         final = sweep(
             tiles, vocab, side, branches, centre, peak_tilt, gradient,
-            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, LAW != KNOWN, BLOCK,
+            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, (LAW and not JOINT) != KNOWN, BLOCK,
         )  # fmt: skip
         if KNOWN:
             sums = final
@@ -331,7 +361,7 @@ def rows_kernel(
         loss += hard_weight * hard
     tl.store(loss_ptr + row, loss)
     if METRICS:
-        agree = found.student_best.word == best.word
+        agree = found.student_best.word == best
         columns_of_row = (value, hard, sums.student_entropy, sums.teacher_entropy, sure, a, agree)
         for i in tl.static_range(7):
             tl.store(metrics_ptr + i * metrics_stride + row, columns_of_row[i])
@@ -341,43 +371,44 @@ def rows_kernel(
             blank(grad_ptr + row * grad_stride, vocab, BLOCK)
 
 
+def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics):
+    """What rows_kernel is launched with, in its order; tests/compile_triton.py compiles for the same."""
+    law = objective.law
+    name = divergences.ENDS.get((objective.divergence, objective.beta), objective.divergence)
+    tiles = (student, teacher, noisy, grad, metrics)
+    return (
+        student,
+        teacher,
+        noisy,
+        alpha,
+        labels,
+        weight,
+        loss,
+        grad,
+        metrics,
+        *(0 if tile is None else tile.stride(0) for tile in tiles),
+        student.shape[1],
+        *transforms(objective.student, objective.teacher, objective.noisy),
+        1 / objective.temperature,
+        objective.beta,
+        divergences.CENTRE[name](objective.beta),
+        None if objective.floor == float("-inf") else objective.floor,
+        objective.soft_weight,
+        objective.hard_weight or None,
+        objective.ignore_index,
+        *law_numbers(law),
+        getattr(divergences, name),
+        divergences.KIND.get(name, "tilt"),
+        objective.difference,
+        *law_words(law),
+    )
+
+
 def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics):
     """The row operation; `hkdfast.reference.rows` states the contract. CUDA tensors, or any under TRITON_INTERPRET=1.
 
     grad may be the student tile: a block is read whole before it is stored, and no other block is.
     """
-    law = objective.law
-    name = divergences.ENDS.get((objective.divergence, objective.beta), objective.divergence)
-    n, vocab = student.shape
+    given = arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics)
     with torch.cuda.device_of(student):
-        rows_kernel[(n,)](
-            student,
-            teacher,
-            noisy,
-            alpha,
-            labels,
-            weight,
-            loss,
-            grad,
-            metrics,
-            student.stride(0),
-            teacher.stride(0),
-            0 if noisy is None else noisy.stride(0),
-            0 if grad is None else grad.stride(0),
-            0 if metrics is None else metrics.stride(0),
-            vocab,
-            *transforms(objective.student, objective.teacher, objective.noisy),
-            1 / objective.temperature,
-            objective.beta,
-            divergences.CENTRE[name](objective.beta),
-            None if objective.floor == float("-inf") else objective.floor,
-            objective.soft_weight,
-            objective.hard_weight or None,
-            objective.ignore_index,
-            *law_numbers(law),
-            getattr(divergences, name),
-            divergences.KIND.get(name, "tilt"),
-            objective.difference,
-            *law_words(law),
-            **tile_choice(vocab),
-        )
+        rows_kernel[(len(student),)](*given, **tile_choice(student.shape[1]))

@@ -2,9 +2,9 @@
 
 A function gets p, q, gap = log p - log q (0 for a word that neither side has) and beta, and returns
 - value, in a form that has no term below 0 where that is possible: it carries CENTRE * (p - q), which sums to 0;
-- tilt, (d value / d log q) / q up to a constant, which the softmax Jacobian removes. It is bounded or grows like gap, so
-  that q * tilt is 0 for a word that the student all but excludes. Forward KL's, -p / q, is not: that function returns
-  d value / d log q itself, plus the multiple of q that makes it 0 at p = q (KIND below).
+- tilt, (d value / d log q) / q up to a constant, which the softmax Jacobian removes. It is bounded or grows like gap,
+  so that q * tilt is 0 for a word that the student all but excludes. Forward KL's, -p / q, is not: that function
+  returns d value / d log q itself, plus the multiple of q that makes it 0 at p = q (KIND below).
 Both follow gap, not p and q, where the two nearly cancel.
 """
 

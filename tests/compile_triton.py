@@ -1,0 +1,168 @@
+"""Compiles the Triton kernels for GPUs that are not here, and fails where one does not compile or spills.
+
+    python tests/compile_triton.py                         sm_80 and sm_90, as CI does
+    python tests/compile_triton.py --targets 100 gfx942    others that this triton and its assembler know
+    python tests/compile_triton.py --table                 every instantiation: registers, spills, shared memory
+
+The cases meet every divergence, law, presence of a tensor and option of the kernels, each with bf16 and float32 tiles.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported: interpreted functions cannot be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+
+from hkdfast.kernels import contrast, distill
+from hkdfast.kernels.launch import tile_choice
+from hkdfast.objective import METRICS, Law, Objective, Transform
+from hkdfast.reference import DIVERGENCES
+
+VOCAB, ROWS = 151936, 32
+CAPPED = {"student": Transform(1.0, 30.0), "teacher": Transform(1.0, 30.0), "noisy": Transform(1.0, 30.0)}
+
+# name: what is asked beside the divergence (of Objective, or which tensors are there)
+CASES = {
+    "gradient": {},
+    "loss only": {"grad": False},
+    "metrics": {"grad": False, "metrics": True},
+    "labels": {"labels": True, "weight": True, "metrics": True, "hard_weight": 0.5},
+    "floor": {"floor": -30.0},
+    "softcap": {**CAPPED, "labels": True, "hard_weight": 0.5},
+    "difference": {"difference": True},
+    "law": {"law": Law()},
+    "law, everything": {"law": Law(weight="linear", confidence="entropy", plausibility=0.1), "labels": True}
+    | {"weight": True, "metrics": True, "hard_weight": 0.5, "floor": -30.0, **CAPPED, "difference": True},
+}
+# laws do not depend on the divergence, so one is enough
+LAWS = {
+    "gate by target": Law(weight="gate", confidence="target"),
+    "rows, subtract": Law(weight="rows", mode="subtract"),
+    "entropy, drop": Law(weight="linear", confidence="entropy", plausibility=0.1, outside="drop"),
+    "set": Law(plausibility=0.1),
+}
+
+
+def empty(dtype, *shape):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def instantiations():
+    """(name, kernel, arguments) of every case."""
+    for dtype in (torch.bfloat16, torch.float32):
+        tile, short = empty(dtype, ROWS, VOCAB), str(dtype).removeprefix("torch.")
+        numbers, labels = empty(torch.float32, ROWS), empty(torch.int64, ROWS)
+        cases = [(f"{d}, {name}", {"divergence": d, **case}) for d in DIVERGENCES for name, case in CASES.items()]
+        cases += [(name, {"divergence": "reverse_kl", "law": law, "labels": True}) for name, law in LAWS.items()]
+        for name, case in cases:
+            given = dict(case)
+            there = {key: given.pop(key, key == "grad") for key in ("grad", "metrics", "labels", "weight")}
+            objective = Objective(**given)
+            yield (
+                f"rows, {short}, {name}",
+                distill.rows_kernel,
+                distill.arguments(
+                    objective,
+                    tile,
+                    tile,
+                    tile if objective.law else None,
+                    numbers if objective.law and objective.law.weight == "rows" else None,
+                    labels if there["labels"] else None,
+                    numbers if there["weight"] else None,
+                    numbers,
+                    tile if there["grad"] else None,
+                    empty(torch.float32, len(METRICS), ROWS) if there["metrics"] else None,
+                ),
+            )
+        for name, law in {"constant": Law(), **LAWS}.items():
+            yield (
+                f"contrast, {short}, {name}",
+                contrast.contrast_kernel,
+                contrast.arguments(
+                    Objective(law=law),
+                    tile,
+                    tile,
+                    numbers if law.weight == "rows" else None,
+                    labels if law.confidence == "target" else None,
+                    empty(torch.float32, ROWS, VOCAB),
+                ),
+            )
+
+
+def source(kernel, given):
+    """As the launch would specialise it: None and 1 are constants, multiples of 16 are known to be."""
+    given = dict(zip(kernel.arg_names, (*given, tile_choice(VOCAB)["BLOCK"]), strict=True))
+    signature, constants, known = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = given[param.name]
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[param.name], constants[param.name] = "constexpr", value
+        else:
+            signature[param.name] = mangle_type(value)
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                known[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, known)
+
+
+def nvidia_resources(compiled):
+    """(registers, bytes of local memory per thread), from the assembler's own report."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack, local = (int(re.search(rf"\b{word}:(\d+)", report)[1]) for word in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def amd_resources(compiled):
+    words = ("vgpr_count", "vgpr_spill_count")
+    return tuple(int(re.search(rf"\.{word}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for word in words)
+
+
+def target_of(word):
+    return GPUTarget("hip", word, 64) if word.startswith("gfx") else GPUTarget("cuda", int(word), 32)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=["80", "90"], help="80 90 100 gfx942 ... (default: 80 90)")
+    parser.add_argument("--table", action="store_true", help="print a line for each instantiation")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    options = parser.parse_args()
+    spilled, most, start = [], {}, time.perf_counter()
+    cases = [case for case in instantiations() if options.only in case[0]]
+    for word in options.targets:
+        target = target_of(word)
+        for name, kernel, given in cases:
+            compiled = triton.compile(
+                source(kernel, given), target=target, options={"num_warps": tile_choice(VOCAB)["num_warps"]}
+            )
+            registers, spills = (amd_resources if target.backend == "hip" else nvidia_resources)(compiled)
+            most[word] = max(most.get(word, 0), registers)
+            if spills:
+                spilled.append(f"{word}: {name}: {spills} bytes")
+            if options.table:
+                print(
+                    f"{word:7} {registers:4} registers {spills:4} spilled {compiled.metadata.shared:6} shared  {name}"
+                )
+    print(
+        f"{len(cases)} instantiations for {', '.join(options.targets)} in {time.perf_counter() - start:.0f} s;", end=" "
+    )
+    print("most registers:", ", ".join(f"{word}: {count}" for word, count in most.items()))
+    if spilled:
+        sys.exit("spilled to local memory:\n" + "\n".join(spilled))
+
+
+if __name__ == "__main__":
+    main()
