@@ -180,6 +180,16 @@ def test_pope_refuses_a_broken_line_by_its_number(files, pope):
     assert not (files / "scores.json").exists()
 
 
+def test_a_comparison_that_cannot_be_is_refused_before_the_model_is_asked(files, command):
+    for i in range(3):
+        (files / f"{i}.png").touch()
+    done = command(
+        "evaluate", "pope", "--model", "none", "--questions", files / "coco_pope_random.json", "--images", files,
+        "--output", files / "scores.json", "--sample", "--draws", 2, "--against", files / "theirs.random.jsonl",
+    )  # fmt: skip
+    assert "2 draws of each question against 1" in refused(done)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,7 +1,7 @@
 """hkdfast evaluate: ask a model a benchmark's questions, or take answers that exist, and score them."""
 
 import json
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from .. import __version__
@@ -53,7 +53,6 @@ def add_pope(parser):
     for option in fields(Decoding):
         if option.name not in DECODING_HELP:
             continue
-        assert option.default is not MISSING
         kind = {"action": "store_true"} if option.type is bool else {"type": option.type, "default": option.default}
         add("--" + option.name.replace("_", "-"), help=DECODING_HELP[option.name], **kind)
     add("--device", help="torch device; without it a GPU if there is one")
@@ -79,12 +78,13 @@ def run_pope(args):
     }
     theirs = read_answer_files("--against", args.against, asked) if args.against else None
     ours = read_answer_files("--answers", args.answers, asked) if args.answers else None
+    draws = args.draws if args.model else len(ours[names[0]])
+    if theirs and len(theirs[names[0]]) != draws:
+        count = len(theirs[names[0]])
+        raise ValueError(f"{draws} draws of each question against {count}: a comparison needs as many")
     if args.model:
         ours, base = ask(args, decoding, asked)
         theirs = base or theirs
-    if theirs and any(len(ours[name]) != len(theirs[name]) for name in names):
-        count = len(theirs[names[0]])
-        raise ValueError(f"{len(ours[names[0]])} draws of each question against {count}: a comparison needs as many")
     report = {"hkdfast": __version__, "rule": args.rule, "model": args.model, "adapter": args.adapter}
     report |= {"decoding": asdict(decoding) | {"draws": args.draws} if args.model else None}
     report |= compare(asked, ours, theirs, args)
