@@ -1,13 +1,10 @@
-"""Writes the README's table of speed from the results files: python benchmarks/speed/table.py [--check]"""
+"""Tables of the results in benchmarks/speed/results: benchmarks/readme.py writes one into the README."""
 
-import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-START, END = "<!-- speed: made by benchmarks/speed/table.py -->", "<!-- /speed -->"
 PEERS = ("eager", "torch.compile", "Liger chunked, compiled", "TRL ChunkedDivergence")
 
 
@@ -53,38 +50,22 @@ def machine(path):
     return f"{where}; {data['date']}; {named}; `{path.relative_to(ROOT)}`"
 
 
-def table():
-    lines = []
-    for path in sorted((ROOT / "benchmarks/speed/results").glob("*.json")):
-        lines += [
-            f"{machine(path)}. Median time of loss and gradients, in brackets the gradient's error to float64; for each"
-            " peer how many times ours its time is, and its error.",
-            "",
-            "| | hkdfast | over its floor | eager | torch.compile | Liger 0.8.5 | TRL 1.16 |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *(f"| {' | '.join(row)} |" for row in rows(path)),
-            "",
-        ]
-    return "\n".join(lines)
+def table(path, wanted):
+    return [
+        f"{machine(path)}. Median time of loss and gradients, in brackets the gradient's error to float64; for each peer"
+        " how many times ours its time is, and its error.",
+        "",
+        "| | hkdfast | over its floor | eager | torch.compile | Liger 0.8.5 | TRL 1.16 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in rows(path) if wanted in row[0]),
+    ]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; fail if the README's table is not current"
-    )
-    args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if START not in text or END not in text:
-        sys.exit(f"README.md has no lines {START!r} and {END!r} to write between")
-    head, rest = text.split(START)
-    new = f"{head}{START}\n{table()}{END}{rest.split(END)[1]}"
-    if args.check and new != text:
-        sys.exit("README.md differs from the results: run python benchmarks/speed/table.py")
-    if not args.check:
-        readme.write_text(new)
+def everything(wanted=""):
+    """Every row of every results file whose name holds the words."""
+    files = sorted((ROOT / "benchmarks/speed/results").glob("*.json"))
+    return "\n\n".join("\n".join(table(path, wanted)) for path in files)
 
 
-if __name__ == "__main__":
-    main()
+def readme():
+    return everything("reverse_kl")
