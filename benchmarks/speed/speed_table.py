@@ -52,8 +52,8 @@ def machine(path):
 
 def table(path, wanted):
     return [
-        f"{machine(path)}. Median time of loss and gradients, in brackets the gradient's error to float64; for each peer"
-        " how many times ours its time is, and its error.",
+        f"{machine(path)}. Median time of loss and gradients, in brackets the gradient's error to float64; for each"
+        " peer how many times ours its time is, and its error.",
         "",
         "| | hkdfast | over its floor | eager | torch.compile | Liger 0.8.5 | TRL 1.16 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
