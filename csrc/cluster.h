@@ -5,18 +5,13 @@
 
 namespace hkdfast {
 
-constexpr int warp_lanes = 32, width = 8;  // words of a lane in one step
-constexpr int step_words = warp_lanes * width;
+constexpr int warp_lanes = 32;
+constexpr int step_words = 256;  // of a warp; the unit in which a row is dealt out
 constexpr int most_blocks = 16, most_warps = 16;
-
-// Which words of a step belong to a lane. octets: 8 neighbours; quads: twice 4 neighbours; strided: every 32nd.
-// Neighbours make 16-byte accesses of 2-byte and of 4-byte numbers; strided ones need no alignment.
-enum class Order { octets, quads, strided };
 
 // A row is cut into chunks, dealt out to the warps of the cluster in turn. A warp has its own ring of slots, each with
 // room for a chunk of every tile: it alone fills, reads and frees them, so that no barrier of the block guards the data.
 struct Plan {
-  Order order = Order::octets;
   int blocks = 0;       // of a cluster; 0: the row does not fit
   int warps = 0;        // of a block
   int chunk = 0;        // words
@@ -48,6 +43,7 @@ struct Softmax {
   double sum = 0;     // of e^d
   double moment = 0;  // of d e^d
   double gap = 0;     // of (y - x) e^d, y - x the teacher's logit less the student's
+  double sum_at_1 = 0;  // of e^(x - peak)
   float peak = -INFINITY;
   float mate = -INFINITY;  // the other side's logit at the peak's word
   int word = INT32_MAX;    // the first that has the peak
@@ -56,7 +52,6 @@ struct Softmax {
 
 struct Record {
   Softmax side[3];  // student, teacher, noisy
-  double sum_at_1 = 0;  // the student's at temperature 1
 };
 
 // What a row's later sweeps need to know.
@@ -114,13 +109,6 @@ inline Plan plan_for(const Task& task, int shared_bytes, int blocks, int warps) 
   Plan plan;
   plan.warps = warps;
   const Tile* tiles[] = {&task.student, &task.teacher, &task.noisy};
-  bool all_aligned = !task.grad.data || aligned(task.grad), any_wide = task.grad.data && task.grad.dtype == Dtype::float32;
-  for (const Tile* tile : tiles) {
-    if (!tile->data) continue;
-    all_aligned = all_aligned && aligned(*tile);
-    any_wide = any_wide || tile->dtype == Dtype::float32;
-  }
-  plan.order = !all_aligned ? Order::strided : any_wide ? Order::quads : Order::octets;
   const int all_warps = blocks * warps, steps = ceil_div(task.vocab, step_words), own = ceil_div(steps, all_warps);
   int each = own < 4 ? own : 4;
   while (own % each) --each;
@@ -128,7 +116,7 @@ inline Plan plan_for(const Task& task, int shared_bytes, int blocks, int warps) 
   plan.chunks = ceil_div(task.vocab, plan.chunk);
   for (int i = 0; i < 3; ++i) {
     plan.tile_at[i] = plan.slot_bytes;
-    if (tiles[i]->data) plan.slot_bytes += plan.chunk * size_of(tiles[i]->dtype) + (all_aligned ? 0 : 16);
+    if (tiles[i]->data) plan.slot_bytes += plan.chunk * size_of(tiles[i]->dtype) + (aligned(*tiles[i]) ? 0 : 16);
   }
   const int row = ceil_div(plan.chunks, all_warps), fixed = round_up(sizeof(Shared), 128);
   plan.slots = (shared_bytes - fixed - 128) / (warps * (plan.slot_bytes + 8));

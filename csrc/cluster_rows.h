@@ -5,6 +5,9 @@
 // 1. softmax sums of every tile; 2. with a law those of the contrast, whose weight the first sweep found; 3. the sum of the
 // terms, unless it follows from those; 4. the gradient. Between sweeps one reduction over the cluster.
 #pragma once
+#include <type_traits>
+
+#include "cuda.h"
 #include "reduce.h"
 #include "ring.h"
 
@@ -13,18 +16,13 @@ namespace HKDFAST_ISA {
 
 HKDFAST_HD float finite(float x) { return x - x == 0.f ? x : 0.f; }
 
-// Decoding: what the loops over rows are a template over where there is no divergence.
-struct Decode {
-  static constexpr Mean mean = Mean::none;
-};
-
 // PLAIN: every tile is bfloat16 and aligned, its numbers are logits, and nothing is floored.
 template <class Team, class Divergence, bool PLAIN, bool PURIFIED>
 class RowLoop {
  public:
   HKDFAST_HD RowLoop(Team& team, const Task& task, Divergence divergence)
       : team_(team), task_(task), divergence_(divergence), ring_(team, task),
-        scale_(static_cast<float>(1 / task.temperature)) {}
+        scale_(1 / task.temperature) {}
 
   HKDFAST_HD void rows() {
     for (row_ = team_.cluster(); row_ < task_.n; row_ += team_.clusters()) {
@@ -38,26 +36,33 @@ class RowLoop {
 
  private:
   using F = std::conditional_t<PLAIN, Fast, float>;
+  using W = LaneWords<PLAIN>;
   static constexpr bool distils = !std::is_same_v<Divergence, Decode>;
   static constexpr Mean mean = Divergence::mean;
   static constexpr bool mean_q = mean == Mean::gap_under_q, mean_p = mean == Mean::gap_under_p;
 
+  template <bool first, bool last, class Step>
+  HKDFAST_HD void sweep(Step step) {
+    ring_.template sweep<first, last, W::step>(step);
+  }
+
   HKDFAST_HD bool measured() const { return task_.metrics != nullptr; }
+  // Distances from any origin are exact where logits are bfloat16, but a moment about it is not one about the peak.
+  HKDFAST_HD float slack() const { return PLAIN && !measured() ? 16.f / (scale_.by > 1.f ? scale_.by : 1.f) : 0.f; }
   HKDFAST_HD bool hard() const { return !PLAIN && task_.labels && (task_.hard_weight != 0 || measured()); }
-  HKDFAST_HD bool apart() const { return hard() && scale_ != 1.f; }
+  HKDFAST_HD bool apart() const { return hard() && scale_.by != 1.f; }
   HKDFAST_HD bool floored() const { return !PLAIN && task_.floor > -INFINITY; }
   HKDFAST_HD bool mean_known() const { return mean != Mean::none && !floored(); }
   HKDFAST_HD Facts& facts() const { return team_.template at<Shared>(0).facts; }
-  HKDFAST_HD Order order() const { return PLAIN ? Order::octets : task_.plan.order; }
   HKDFAST_HD bool leader() const { return team_.warp() == 0 && team_.lane() == 0; }  // states the block's facts
   HKDFAST_HD bool writer() const { return team_.block() == 0 && leader(); }
 
-  HKDFAST_HD Octet numbers_of(const Tile& tile, int tile_at, int at, int begin, int word) const {
-    if (PLAIN) return read(team_, at + tile_at + 2 * word, Dtype::bfloat16, Order::octets);
+  HKDFAST_HD W numbers_of(const Tile& tile, int tile_at, int at, int begin, int word) const {
+    if (PLAIN) return read<PLAIN>(team_, at + tile_at + 2 * word, Dtype::bfloat16);
     const int size = tile.dtype == Dtype::float32 ? 4 : 2;
     const std::uintptr_t own = reinterpret_cast<std::uintptr_t>(tile.data) +
                                static_cast<std::uintptr_t>((row_ * tile.stride + begin) * size);
-    return read(team_, at + tile_at + static_cast<int>(own & 15) + size * word, tile.dtype, task_.plan.order);
+    return read<PLAIN>(team_, at + tile_at + static_cast<int>(own & 15) + size * word, tile.dtype);
   }
 
   HKDFAST_HD static float transformed(float x, const Transform& to) {
@@ -66,48 +71,48 @@ class RowLoop {
   }
 
   // Logits of one step, -infinity past the end of the row.
-  HKDFAST_HD void finish(Octet& x, const Transform& to, int base) const {
+  HKDFAST_HD void finish(W& x, const Transform& to, int base) const {
     if (!PLAIN && (to.scale != 1.f || to.softcap > 0.f)) {
 #pragma unroll
-      for (int k = 0; k < width; ++k) x.of[k] = transformed(x.of[k], to);
+      for (int k = 0; k < W::count; ++k) x.of[k] = transformed(x.of[k], to);
     }
-    if (base + step_words > task_.vocab) {
+    if (base + W::step > task_.vocab) {
 #pragma unroll
-      for (int k = 0; k < width; ++k)
-        if (base + word_of(order(), team_.lane(), k) >= task_.vocab) x.of[k] = -INFINITY;
+      for (int k = 0; k < W::count; ++k)
+        if (base + W::place(team_.lane(), k) >= task_.vocab) x.of[k] = -INFINITY;
     }
   }
 
-  HKDFAST_HD Octet student(int at, int begin, int word) const {
-    Octet x = numbers_of(task_.student, task_.plan.tile_at[0], at, begin, word);
+  HKDFAST_HD W student(int at, int begin, int word) const {
+    W x = numbers_of(task_.student, task_.plan.tile_at[0], at, begin, word);
     finish(x, task_.student_logits, begin + word);
     return x;
   }
 
-  HKDFAST_HD Octet other(const Tile& tile, int i, const Transform& to, int at, int begin, int word) const {
-    Octet y = numbers_of(tile, task_.plan.tile_at[i], at, begin, word);
+  HKDFAST_HD W other(const Tile& tile, int i, const Transform& to, int at, int begin, int word) const {
+    W y = numbers_of(tile, task_.plan.tile_at[i], at, begin, word);
     if (!PLAIN && task_.difference) {
-      const Octet x = numbers_of(task_.student, task_.plan.tile_at[0], at, begin, word);
+      const W x = numbers_of(task_.student, task_.plan.tile_at[0], at, begin, word);
 #pragma unroll
-      for (int k = 0; k < width; ++k) y.of[k] += x.of[k];
+      for (int k = 0; k < W::count; ++k) y.of[k] += x.of[k];
     }
     finish(y, to, begin + word);
     return y;
   }
-  HKDFAST_HD Octet clean(int at, int begin, int word) const {
+  HKDFAST_HD W clean(int at, int begin, int word) const {
     return other(task_.teacher, 1, task_.teacher_logits, at, begin, word);
   }
-  HKDFAST_HD Octet noisy(int at, int begin, int word) const {
+  HKDFAST_HD W noisy(int at, int begin, int word) const {
     return other(task_.noisy, 2, task_.noisy_logits, at, begin, word);
   }
 
   // The teacher's logits, purified if there is a law.
-  HKDFAST_HD Octet teacher(int at, int begin, int word, const Contrast& contrast) const {
-    Octet y = clean(at, begin, word);
+  HKDFAST_HD W teacher(int at, int begin, int word, const Contrast& contrast) const {
+    W y = clean(at, begin, word);
     if (!PURIFIED) return y;
-    const Octet disturbed = noisy(at, begin, word);
+    const W disturbed = noisy(at, begin, word);
 #pragma unroll
-    for (int k = 0; k < width; ++k)
+    for (int k = 0; k < W::count; ++k)
       y.of[k] = contrast(y.of[k] - contrast.clean_peak, disturbed.of[k] - contrast.noisy_peak);
     return y;
   }
@@ -127,31 +132,31 @@ class RowLoop {
   }
 
   // One side's words added to a lane's sums, as distances from its origin; with the mean gap if the other side's are given.
-  HKDFAST_HD void take(Running& r, const F (&d)[width], const Power& power, bool with_moment, const F* to_p = nullptr,
+  HKDFAST_HD void take(Running& r, const F (&d)[W::count], const Scale& scale, bool with_moment, const F* to_p = nullptr,
                        const F* to_q = nullptr) const {
-    F e[width];
+    F e[W::count];
 #pragma unroll
-    for (int k = 0; k < width; ++k) e[k] = power(d[k]);
+    for (int k = 0; k < W::count; ++k) e[k] = exp_(d[k], scale.rate);
     r.sum += total(e);
     if (to_p) {
       float gap = 0;
 #pragma unroll
-      for (int k = 0; k < width; ++k)
+      for (int k = 0; k < W::count; ++k)
         if (plain(e[k]) > 0.f) gap = fused(plain(e[k]), plain(to_p[k] - to_q[k]), gap);
       r.gap += gap;
     }
     if (with_moment) {
       float moment = 0;
 #pragma unroll
-      for (int k = 0; k < width; ++k)
-        if (plain(e[k]) > 0.f) moment = fused(plain(e[k]), plain(d[k]) * power.natural, moment);
+      for (int k = 0; k < W::count; ++k)
+        if (plain(e[k]) > 0.f) moment = fused(plain(e[k]), plain(d[k]) * scale.by, moment);
       r.moment += moment;
     }
   }
 
-  HKDFAST_HD static void less(F (&d)[width], const Octet& x, float origin) {
+  HKDFAST_HD static void less(F (&d)[W::count], const W& x, float origin) {
 #pragma unroll
-    for (int k = 0; k < width; ++k) d[k] = x.of[k] - origin;
+    for (int k = 0; k < W::count; ++k) d[k] = x.of[k] - origin;
   }
 
   struct Pair {
@@ -160,58 +165,57 @@ class RowLoop {
 
   // A step of both sides; the sides are student and (purified) teacher.
   template <bool WITH_Q, bool WITH_P>
-  HKDFAST_HD void take_both(Pair& r, const Octet& x, const Octet& y, int base, const Power& power) const {
+  HKDFAST_HD void take_both(Pair& r, const W& x, const W& y, int base) const {
     const bool with_moment = measured(), with_first = measured() || mean_q;
-    F to_q[width], to_p[width];
+    F to_q[W::count], to_p[W::count];
     if (WITH_Q) {
       const float most = largest(x);
       if (most > r.q.bound) {
-        const float by = r.q.move(most, power.natural);
+        const float by = r.q.move(most, scale_, slack());
         if (mean_q) r.q.gap += by * r.q.sum;
         if (mean_p) r.p.gap += by * r.p.sum;
       }
-      if (with_first) r.q.find_first(x, y, most, order(), team_.lane(), base);
+      if (with_first) r.q.find_first(x, y, most, team_.lane(), base);
       r.q.peak = fmaxf(r.q.peak, most);
       less(to_q, x, r.q.origin);
     }
     if (WITH_P) {
       const float most = largest(y);
       if (most > r.p.bound) {
-        const float by = r.p.move(most, power.natural);
+        const float by = r.p.move(most, scale_, slack());
         if (mean_q) r.q.gap -= by * r.q.sum;
         if (mean_p) r.p.gap -= by * r.p.sum;
       }
-      if (measured()) r.p.find_first(y, x, most, order(), team_.lane(), base);
+      if (measured()) r.p.find_first(y, x, most, team_.lane(), base);
       r.p.peak = fmaxf(r.p.peak, most);
       less(to_p, y, r.p.origin);
     }
     if (WITH_Q) {
       if (mean_q && WITH_P)
-        take(r.q, to_q, power, with_moment, to_p, to_q);
+        take(r.q, to_q, scale_, with_moment, to_p, to_q);
       else
-        take(r.q, to_q, power, with_moment);
+        take(r.q, to_q, scale_, with_moment);
       if (apart()) {
-        const Power at_1(1.f);
-        F e[width];
+        const Scale at_1(1);
+        F e[W::count];
 #pragma unroll
-        for (int k = 0; k < width; ++k) e[k] = at_1(to_q[k]);
+        for (int k = 0; k < W::count; ++k) e[k] = exp_(to_q[k], at_1.rate);
         r.q.sum_at_1 += total(e);
       }
     }
     if (WITH_P) {
       if (mean_p && WITH_Q)
-        take(r.p, to_p, power, with_moment, to_p, to_q);
+        take(r.p, to_p, scale_, with_moment, to_p, to_q);
       else
-        take(r.p, to_p, power, with_moment);
+        take(r.p, to_p, scale_, with_moment);
     }
   }
 
   HKDFAST_HD Record record(const Pair& r) const {
     Record all;
-    double none;
     const double offset = static_cast<double>(r.p.origin) - r.q.origin;
-    all.side[0] = softmax(r.q, scale_, mean_q ? offset : 0, all.sum_at_1);
-    all.side[1] = softmax(r.p, scale_, mean_p ? offset : 0, none);
+    all.side[0] = softmax(r.q, scale_, mean_q ? offset : 0);
+    all.side[1] = softmax(r.p, scale_, mean_p ? offset : 0);
     return all;
   }
 
@@ -222,23 +226,22 @@ class RowLoop {
 
   HKDFAST_HD Record join_pair(const Record& of) const {
     Record all;
-    all.sum_at_1 = of.sum_at_1;
-    all.side[0] = joined(team_, of.side[0], scale_, measured(), mean_q, apart() ? &all.sum_at_1 : nullptr);
-    all.side[1] = joined(team_, of.side[1], scale_, measured(), mean_p, static_cast<double*>(nullptr));
+    all.side[0] = joined(team_, of.side[0], scale_, measured(), mean_q, apart());
+    all.side[1] = joined(team_, of.side[1], scale_, measured(), mean_p, false);
     return all;
   }
 
   // Clean and disturbed branch at temperature 1, and the student's sums where they are not gathered with the contrast.
   HKDFAST_HD void purify(float clean_label, Record& found) {
     const bool by_entropy = task_.law.confidence == Confidence::entropy;
-    const Power at_1(1.f);
+    const Scale at_1(1);
     Running own, disturbed;
-    ring_.template sweep<true, false>([&](int at, int begin, int word) {
-      const auto side = [&](Running& r, const Octet& y, bool with_moment) {
+    sweep<true, false>([&](int at, int begin, int word) {
+      const auto side = [&](Running& r, const W& y, bool with_moment) {
         const float most = largest(y);
-        if (most > r.bound) r.move(most, 1.f);
+        if (most > r.bound) r.move(most, at_1, 0.f);
         r.peak = fmaxf(r.peak, most);
-        F d[width];
+        F d[W::count];
         less(d, y, r.origin);
         take(r, d, at_1, with_moment);
       };
@@ -246,13 +249,12 @@ class RowLoop {
       side(disturbed, noisy(at, begin, word), false);
     });
     Record mine;
-    double none;
-    mine.side[1] = softmax(own, 1.f, 0, none);
-    mine.side[2] = softmax(disturbed, 1.f, 0, none);
+    mine.side[1] = softmax(own, at_1, 0);
+    mine.side[2] = softmax(disturbed, at_1, 0);
     found = reduced(mine, [&](const Record& of) {
       Record all;
-      all.side[1] = joined(team_, of.side[1], 1.f, by_entropy, false, static_cast<double*>(nullptr));
-      all.side[2] = joined(team_, of.side[2], 1.f, false, false, static_cast<double*>(nullptr));
+      all.side[1] = joined(team_, of.side[1], at_1, by_entropy, false, false);
+      all.side[2] = joined(team_, of.side[2], at_1, false, false, false);
       return all;
     });
     if (leader()) contrast_facts(found, clean_label);
@@ -262,32 +264,32 @@ class RowLoop {
     // the words of the set share their clean mass by their purified odds
     const Contrast contrast = facts().contrast;
     Running mass, odds;
-    ring_.template sweep<false, false>([&](int at, int begin, int word) {
-      Octet in = clean(at, begin, word), out = noisy(at, begin, word);
+    sweep<false, false>([&](int at, int begin, int word) {
+      W in = clean(at, begin, word), out = noisy(at, begin, word);
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
+      for (int k = 0; k < W::count; ++k) {
         const float own = in.of[k] - contrast.clean_peak, other = out.of[k] - contrast.noisy_peak;
         const bool inside = own >= contrast.least;
         in.of[k] = inside ? own : -INFINITY;
         out.of[k] = inside ? contrast.odds(own, other) : -INFINITY;
       }
-      const auto side = [&](Running& r, const Octet& y) {
+      const auto side = [&](Running& r, const W& y) {
         const float most = largest(y);
-        if (most > r.bound) r.move(most, 1.f);
+        if (most > r.bound) r.move(most, at_1, 0.f);
         r.peak = fmaxf(r.peak, most);
-        F d[width];
+        F d[W::count];
         less(d, y, r.origin);
         take(r, d, at_1, false);
       };
       side(mass, in);
       side(odds, out);
     });
-    mine.side[1] = softmax(mass, 1.f, 0, none);
-    mine.side[2] = softmax(odds, 1.f, 0, none);
+    mine.side[1] = softmax(mass, at_1, 0);
+    mine.side[2] = softmax(odds, at_1, 0);
     const Record set = reduced(mine, [&](const Record& of) {
       Record all;
-      all.side[1] = joined(team_, of.side[1], 1.f, false, false, static_cast<double*>(nullptr));
-      all.side[2] = joined(team_, of.side[2], 1.f, false, false, static_cast<double*>(nullptr));
+      all.side[1] = joined(team_, of.side[1], at_1, false, false, false);
+      all.side[2] = joined(team_, of.side[2], at_1, false, false, false);
       return all;
     });
     if (leader()) {
@@ -339,56 +341,54 @@ class RowLoop {
 
   HKDFAST_HD void decode() {
     const Contrast contrast = facts().contrast;
-    const Power power(scale_);
-    Pair r;
-    ring_.template sweep<false, false>([&](int at, int begin, int word) {
-      const Octet z = teacher(at, begin, word, contrast);
-      take_both<false, true>(r, z, z, begin + word, power);
+        Pair r;
+    sweep<false, false>([&](int at, int begin, int word) {
+      const W z = teacher(at, begin, word, contrast);
+      take_both<false, true>(r, z, z, begin + word);
     });
     const Record all = reduced(record(r), [&](const Record& of) { return join_pair(of); });
     if (leader()) facts().peak_p = finite(all.side[1].peak), facts().shift = static_cast<float>(log(all.side[1].sum));
     team_.sync_block();
     const float peak = facts().peak_p, log_sum = facts().shift;
-    ring_.template sweep<false, true>([&](int at, int begin, int word) {
-      Octet z = teacher(at, begin, word, contrast);
+    sweep<false, true>([&](int at, int begin, int word) {
+      W z = teacher(at, begin, word, contrast);
 #pragma unroll
-      for (int k = 0; k < width; ++k) z.of[k] = (z.of[k] - peak) * scale_ - log_sum;
+      for (int k = 0; k < W::count; ++k) z.of[k] = (z.of[k] - peak) * scale_.by - log_sum;
       store(begin + word, z);
     });
   }
 
   // The words of a step as a divergence wants them.
   struct Compare {
-    float scale, peak_q, peak_p, share_q, share_p, shift, floor;
+    Scale scale;
+    float peak_q, peak_p, share_q, share_p, shift, floor;
     bool floored;
-    Power power;
 
     HKDFAST_HD Word<F> operator()(float x, float y) const {
       const float to_q = x - peak_q;
       float to_p = y - peak_p;
       if (floored && x > -INFINITY && !(to_p > floor)) to_p = floor;
-      return {power(F(to_p)) * F(share_p), power(F(to_q)) * F(share_q), (to_p - to_q) * scale - shift};
+      return {exp_(F(to_p), scale.rate) * F(share_p), exp_(F(to_q), scale.rate) * F(share_q), (to_p - to_q) * scale.by - shift};
     }
   };
 
   HKDFAST_HD Compare compare() const {
     const Facts& f = facts();
-    return {scale_, f.peak_q, f.peak_p, f.share_q, f.share_p, f.shift, f.floor, floored(), Power(scale_)};
+    return {scale_, f.peak_q, f.peak_p, f.share_q, f.share_p, f.shift, f.floor, floored()};
   }
 
   HKDFAST_HD void distil(float student_label) {
-    const Power power(scale_);
-    const bool wanted = task_.grad.data != nullptr;
+        const bool wanted = task_.grad.data != nullptr;
     const Contrast contrast = PURIFIED ? facts().contrast : Contrast();
     Pair r;
     const auto both = [&](int at, int begin, int word) {
-      const Octet x = student(at, begin, word), y = teacher(at, begin, word, contrast);
-      take_both<true, true>(r, x, y, begin + word, power);
+      const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
+      take_both<true, true>(r, x, y, begin + word);
     };
     if (mean_known() && !wanted)
-      ring_.template sweep<!PURIFIED, true>(both);
+      sweep<!PURIFIED, true>(both);
     else
-      ring_.template sweep<!PURIFIED, false>(both);
+      sweep<!PURIFIED, false>(both);
     const Record found = reduced(record(r), [&](const Record& of) { return join_pair(of); });
     if (leader()) compare_facts(found);
 
@@ -398,19 +398,19 @@ class RowLoop {
       const Compare words = compare();
       float value_sum = 0, slope_sum = 0;
       const auto terms = [&](int at, int begin, int word) {
-        const Octet x = student(at, begin, word), y = teacher(at, begin, word, contrast);
-        F values[width], slopes[width];
+        const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
+        F values[W::count], slopes[W::count];
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
+        for (int k = 0; k < W::count; ++k) {
           const Term<F> term = divergence_(words(x.of[k], y.of[k]));
           values[k] = term.value, slopes[k] = term.slope;
         }
         value_sum += total(values), slope_sum += total(slopes);
       };
       if (wanted)
-        ring_.template sweep<false, false>(terms);
+        sweep<false, false>(terms);
       else
-        ring_.template sweep<false, true>(terms);
+        sweep<false, true>(terms);
       Record mine;
       mine.side[0].sum = value_sum, mine.side[0].moment = slope_sum;
       const Record sums = reduced(mine, [&](const Record& of) {
@@ -431,7 +431,7 @@ class RowLoop {
     f.peak_q = finite(q.peak), f.peak_p = finite(p.peak);
     f.share_q = static_cast<float>(1 / q.sum), f.share_p = static_cast<float>(1 / p.sum);
     f.shift = static_cast<float>(log(p.sum / q.sum));
-    f.floor = floored() ? static_cast<float>((task_.floor + log(p.sum)) / scale_) : -INFINITY;
+    f.floor = floored() ? static_cast<float>((task_.floor + log(p.sum)) * task_.temperature) : -INFINITY;
   }
 
   // Loss and metrics of the row, and what its gradient is made of.
@@ -441,13 +441,13 @@ class RowLoop {
     if constexpr (mean != Mean::none) {
       if (mean_known()) {
         const double gap = mean_p ? p.gap / p.sum : q.gap / q.sum;
-        const double apart = (static_cast<double>(p.peak) - q.peak) * scale_ + log(p.sum / q.sum);
-        value = divergence_.total(gap * scale_ - apart).value;
+        const double apart = (static_cast<double>(p.peak) - q.peak) / task_.temperature + log(p.sum / q.sum);
+        value = divergence_.total(gap / task_.temperature - apart).value;
       }
     }
     // a divergence is never negative; near 0 the sum of its rounded terms can be
     if (value < 0) value = 0;
-    const double sum_at_1 = apart() ? found.sum_at_1 : q.sum;
+    const double sum_at_1 = apart() ? q.sum_at_1 : q.sum;
     const double target = hard() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
     const float loss = static_cast<float>(task_.soft_weight * value - (task_.hard_weight != 0 ? task_.hard_weight * target : 0));
     if (writer()) {
@@ -468,7 +468,7 @@ class RowLoop {
       // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken off
       // both before either is rounded.
       f.peak_p = q.mate, f.shift = 0;
-      slope = (static_cast<double>(q.mate) - f.peak_q - q.gap / q.sum) * scale_;
+      slope = (static_cast<double>(q.mate) - f.peak_q - q.gap / q.sum) / task_.temperature;
     }
     f.slope = static_cast<float>(slope);
     f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
@@ -480,49 +480,49 @@ class RowLoop {
     const Compare words = compare();
     const Facts f = facts();
     const int label = hard() && f.hard_by != 0.f ? static_cast<int>(task_.labels[row_] < 0 ? 0 : task_.labels[row_]) : -1;
-    ring_.template sweep<false, true>([&](int at, int begin, int word) {
-      const Octet x = student(at, begin, word), y = teacher(at, begin, word, contrast);
-      Octet g;
+    sweep<false, true>([&](int at, int begin, int word) {
+      const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
+      W g;
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
+      for (int k = 0; k < W::count; ++k) {
         // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
         const Word<F> w = words(x.of[k], y.of[k]);
         g.of[k] = fused(plain(w.q), -f.slope, plain(divergence_(w).slope)) * f.soft_by;
       }
       if (!PLAIN && label >= 0) {
-        const Power at_1(1.f);
+        const Scale at_1(1);
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
-          g.of[k] = fused(plain(at_1(F(x.of[k] - f.peak_1))), f.share_1 * f.hard_by, g.of[k]);
-          if (begin + word + word_of(order(), team_.lane(), k) == label) g.of[k] -= f.hard_by;
+        for (int k = 0; k < W::count; ++k) {
+          g.of[k] = fused(plain(exp_(F(x.of[k] - f.peak_1), at_1.rate)), f.share_1 * f.hard_by, g.of[k]);
+          if (begin + word + W::place(team_.lane(), k) == label) g.of[k] -= f.hard_by;
         }
       }
       if (!PLAIN) backward(x, g);
-      if (f.blank) g = Octet();
+      if (f.blank) g = W();
       store(begin + word, g);
     });
   }
 
   // From logits back to the tile's numbers.
-  HKDFAST_HD void backward(const Octet& x, Octet& g) const {
+  HKDFAST_HD void backward(const W& x, W& g) const {
     const float scale = task_.student_logits.scale, cap = task_.student_logits.softcap;
     if (cap > 0.f) {
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
+      for (int k = 0; k < W::count; ++k) {
         const float part = x.of[k] / cap;
         g.of[k] *= scale * (1.f - part * part);
       }
     } else if (scale != 1.f) {
 #pragma unroll
-      for (int k = 0; k < width; ++k) g.of[k] *= scale;
+      for (int k = 0; k < W::count; ++k) g.of[k] *= scale;
     }
   }
 
-  HKDFAST_HD void store(int base, const Octet& x) const {
+  HKDFAST_HD void store(int base, const W& x) const {
     const Tile& to = task_.grad;
     const Dtype dtype = PLAIN ? Dtype::bfloat16 : to.dtype;
     const int size = dtype == Dtype::float32 ? 4 : 2;
-    write(team_, static_cast<char*>(to.data) + (row_ * to.stride + base) * size, dtype, order(), task_.vocab - base, x);
+    write(team_, static_cast<char*>(to.data) + (row_ * to.stride + base) * size, dtype, task_.vocab - base, x);
   }
 
   HKDFAST_HD void blank() {
@@ -530,14 +530,14 @@ class RowLoop {
       task_.loss[row_] = 0;
       for (int i = 0; measured() && i < 7; ++i) task_.metrics[i * task_.n + row_] = 0;
     }
-    if (task_.grad.data) ring_.each_step([&](int base) { store(base, Octet()); });
+    if (task_.grad.data) ring_.template each_step<W::step>([&](int base) { store(base, W()); });
   }
 
   Team& team_;
   const Task& task_;
   Divergence divergence_;
   Ring<Team> ring_;
-  float scale_;
+  Scale scale_;
   std::int64_t row_ = 0;
   int turn_ = 0;
   double confidence_ = 0, a_ = 0;  // of the row, known to the leader

@@ -59,7 +59,7 @@ struct Mixture {
     const auto teacher_larger = w.p > w.q;
     const F larger = select(teacher_larger, w.p, w.q), smaller = select(teacher_larger, w.q, w.p);
     const F share = select(teacher_larger, F{} + (1.f - beta), F{} + beta);  // of the smaller
-    const F distance = select(w.gap < 0.f, -w.gap, w.gap);
+    const F distance = absolute(w.gap);
     const F log_larger = select(larger > 0.f, -log1p_(share * expm1_(-distance)), F{});
     const F log_smaller = select(smaller > 0.f, log_larger - distance, F{});
     m = fused(beta, w.p, (1.f - beta) * w.q);
@@ -112,7 +112,7 @@ struct TotalVariation {
   HKDFAST_HD Term<F> operator()(Word<F> w) const {
     const F excess = 0.5f * (w.p - w.q), half = 0.5f * w.q;
     // the sign from gap: p and q are rounded, and near convergence their difference has the sign of the rounding
-    return {select(excess < 0.f, -excess, excess), select(w.gap > 0.f, -half, select(w.gap < 0.f, half, F{}))};
+    return {absolute(excess), select(w.gap > 0.f, -half, select(w.gap < 0.f, half, F{}))};
   }
 };
 

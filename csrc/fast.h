@@ -66,8 +66,9 @@ HKDFAST_HD bool operator<(Fast a, Fast b) { return a.x < b.x; }
 HKDFAST_HD bool operator>(Fast a, Fast b) { return a.x > b.x; }
 HKDFAST_HD bool operator>=(Fast a, Fast b) { return a.x >= b.x; }
 HKDFAST_HD Fast select(bool mask, Fast a, Fast b) { return mask ? a.x : b.x; }
+HKDFAST_HD Fast absolute(Fast a) { return fabsf(a.x); }
 HKDFAST_HD Fast fused(Fast a, Fast b, Fast c) { return fused(a.x, b.x, c.x); }
-HKDFAST_HD Fast exp_(Fast a) { return approximate_exp2(a.x * 1.44269504f); }
+HKDFAST_HD Fast exp_(Fast d, Rate rate) { return approximate_exp2(d.x * rate.high); }
 
 // The logarithm of a rounded sum, and what the rounding lost; near 0 the series, to which no absolute error adds.
 HKDFAST_HD Fast log1p_(Fast a) {
@@ -83,20 +84,11 @@ HKDFAST_HD Fast expm1_(Fast a) {
   float series = fused(x, 0.00833333333f, 0.0416666667f);
   series = fused(series, x, 0.166666667f);
   series = fused(series, x, 0.5f);
-  return select(x > -0.0625f && x < 0.0625f, fused(series, x * x, x), exp_(a).x - 1.f);
+  return select(x > -0.0625f && x < 0.0625f, fused(series, x * x, x), approximate_exp2(x * 1.44269504f) - 1.f);
 }
 
 HKDFAST_HD float plain(float x) { return x; }
 HKDFAST_HD float plain(Fast x) { return x.x; }
-
-// e^(d scale) for many d.
-struct Power {
-  float natural, binary;  // the scale, and for base 2
-
-  HKDFAST_HD explicit Power(float scale) : natural(scale), binary(scale * 1.44269504f) {}
-  HKDFAST_HD float operator()(float d) const { return exp_(d * natural); }
-  HKDFAST_HD Fast operator()(Fast d) const { return approximate_exp2(d.x * binary); }
-};
 
 }  // namespace HKDFAST_ISA
 }  // namespace hkdfast

@@ -41,6 +41,8 @@ HKDFAST_HD float float_of(std::int32_t i) {
 HKDFAST_HD float to_float(std::int32_t i) { return static_cast<float>(i); }
 HKDFAST_HD float select(bool mask, float a, float b) { return mask ? a : b; }
 
+HKDFAST_HD float absolute(float x) { return float_of(bits_of(x) & 0x7fffffff); }
+
 // a * b + c, fused where the target has the instruction. Nothing else is: p and q of equal inputs come out equal.
 HKDFAST_HD float fused(float a, float b, float c) {
 #if defined(__CUDACC__) || defined(__FMA__) || defined(__aarch64__)
@@ -54,7 +56,6 @@ HKDFAST_HD float fused(float a, float b, float c) {
 constexpr int lanes = HKDFAST_LANES;
 typedef float Lanes __attribute__((vector_size(4 * lanes)));
 typedef std::int32_t Ints __attribute__((vector_size(4 * lanes)));
-typedef float HalfLanes __attribute__((vector_size(2 * lanes)));
 typedef double Doubles __attribute__((vector_size(4 * lanes)));
 
 HKDFAST_HD Ints bits_of(Lanes x) { return reinterpret_cast<Ints>(x); }
@@ -86,6 +87,8 @@ HKDFAST_HD Lanes load(const float* from) {
 }
 HKDFAST_HD void store(float* to, Lanes x) { memcpy(to, &x, sizeof x); }
 
+HKDFAST_HD Lanes absolute(Lanes x) { return float_of(bits_of(x) & 0x7fffffff); }
+
 // a where it is larger; b where either is NaN
 HKDFAST_HD Lanes larger(Lanes a, Lanes b) {
 #if HKDFAST_LANES == 16
@@ -105,6 +108,35 @@ HKDFAST_HD float largest(Lanes x) {
   return peak;
 }
 
+// Numbers whose upper halves these are: bfloat16 as float.
+HKDFAST_HD Lanes load_upper(const std::uint16_t* from) {
+#if HKDFAST_LANES == 16
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
+#elif HKDFAST_LANES == 8
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16));
+#else
+  typedef std::uint16_t Shorts __attribute__((vector_size(2 * lanes)));
+  Shorts x;
+  memcpy(&x, from, sizeof x);
+  return float_of(__builtin_convertvector(x, Ints) << 16);
+#endif
+}
+
+// Whether a comparison holds in some lane.
+HKDFAST_HD bool any(Ints mask) {
+#if HKDFAST_LANES == 16
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif HKDFAST_LANES == 8
+  return _mm256_movemask_ps(float_of(mask)) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(float_of(mask)) != 0;
+#else
+  std::int32_t found = 0;
+  for (int i = 0; i < lanes; ++i) found |= mask[i];
+  return found != 0;
+#endif
+}
+
 // A sum that is float for a few terms, then double.
 struct Sum {
   static constexpr int terms = 8;
@@ -112,11 +144,21 @@ struct Sum {
   Doubles low = {}, high = {};
 
   HKDFAST_HD void add(Lanes x) { part += x; }
+  HKDFAST_HD void add_product(Lanes x, Lanes y) { part = fused(x, y, part); }
   HKDFAST_HD void fold() {
-    HalfLanes half[2];
+#if HKDFAST_LANES == 16
+    low += _mm512_cvtps_pd(_mm512_castps512_ps256(part));
+    high += _mm512_cvtps_pd(_mm512_extractf32x8_ps(part, 1));
+#elif HKDFAST_LANES == 8
+    low += _mm256_cvtps_pd(_mm256_castps256_ps128(part));
+    high += _mm256_cvtps_pd(_mm256_extractf128_ps(part, 1));
+#else
+    typedef float Half __attribute__((vector_size(2 * lanes)));
+    Half half[2];
     memcpy(half, &part, sizeof part);
     low += __builtin_convertvector(half[0], Doubles);
     high += __builtin_convertvector(half[1], Doubles);
+#endif
     part = Lanes{};
   }
   HKDFAST_HD double total() const {
@@ -140,6 +182,30 @@ template <class Step>
 HKDFAST_HD void each_lanes(int n, Step step) {
   for (int i = 0; i < n; i += lanes) step(i);
 }
+#endif
+
+// 2^n with n the integer nearest d * rate, for d * rate < 128.
+template <class F>
+struct Power {
+  F y, n;
+
+  // Adding 1.5 * 2^23 rounds to an integer; the 127 makes its low bits the exponent field of 2^n.
+  static constexpr float shift = 12582912.f + 127.f;
+
+  HKDFAST_HD Power(F d, float rate) : y(fused(d, rate, shift)), n(y - shift) {}
+  // x 2^n, 0 where that is subnormal
+  HKDFAST_HD F times(F x) const { return select(y < shift - 126.f, F{}, x * float_of(bits_of(y) << 23)); }
+};
+
+#if HKDFAST_LANES == 16 && !defined(__CUDACC__)
+template <>
+struct Power<Lanes> {
+  Lanes n;
+
+  HKDFAST_HD Power(Lanes d, float rate) : n(_mm512_roundscale_ps(d * rate, _MM_FROUND_TO_NEAREST_INT)) {}
+  // scalef gives 0 for n = -infinity, also where x is NaN
+  HKDFAST_HD Lanes times(Lanes x) const { return _mm512_scalef_ps(x, n); }
+};
 #endif
 
 }  // namespace HKDFAST_ISA

@@ -5,44 +5,51 @@
 namespace hkdfast {
 namespace HKDFAST_ISA {
 
-// e^x = 2^n e^r with |r| <= log(2) / 2, for -87 <= x <= 88: power is 2^n and rest is e^r - 1.
+// A factor on the way to a power of 2: scale * log2(e), in two floats.
+struct Rate {
+  float high, low;
+
+  HKDFAST_HD explicit constexpr Rate(double scale)
+      : high(static_cast<float>(scale * 1.4426950408889634)),
+        low(static_cast<float>(scale * 1.4426950408889634 - high)) {}
+};
+
+// e^(scale d) = 2^n (1 + r p), |r| <= 1/2.
 template <class F>
 struct Exponential {
-  F power, rest;
+  Power<F> power;
+  F r, p;
 
-  HKDFAST_HD explicit Exponential(F x) {
-    // Adding 1.5 * 2^23 rounds to an integer; the 127 makes its low bits the exponent field of 2^n.
-    constexpr float shift = 12582912.f + 127.f;
-    const F y = fused(x, 1.44269504f, shift), n = y - shift;
-    const F r = fused(n, -1.42860682e-6f, fused(n, -0.693145752f, x));
-    F p = fused(r, 0.0013814320555f, 0.0083688506857f);
-    p = fused(p, r, 0.041668400168f);
-    p = fused(p, r, 0.16666519642f);
-    p = fused(p, r, 0.49999994040f);
-    rest = fused(p * r, r, r);
-    power = float_of(bits_of(y) << 23);
+  HKDFAST_HD Exponential(F d, Rate rate) : power(d, rate.high) {
+    r = fused(d, rate.low, fused(d, rate.high, -power.n));
+    p = fused(r, 0.000153531786f, 0.001339912997f);
+    p = fused(p, r, 0.009618439712f);
+    p = fused(p, r, 0.055503319949f);
+    p = fused(p, r, 0.240226477385f);
+    p = fused(p, r, 0.693147182465f);
   }
 };
 
-// e^x for x <= 88, within 1 ulp; 0 below -87, where float turns subnormal. NaN stays NaN.
+// e^(scale d) for scale d <= 88, within 1 ulp where it is at least 1e-37; 0 for -infinity. NaN stays NaN.
 template <class F>
-HKDFAST_HD F exp_(F x) {
+HKDFAST_HD F exp_(F d, Rate rate) {
 #ifdef __CUDA_ARCH__
-  return expf(x);
+  return exp2f(fmaf(d, rate.high, d * rate.low));
 #else
-  const Exponential<F> e(x);
-  return select(x < -87.f, F{}, fused(e.rest, e.power, e.power));
+  const Exponential<F> e(d, rate);
+  return e.power.times(fused(e.p, e.r, 1.f));
 #endif
 }
 
-// e^x - 1 for x <= 88, within 2 ulp.
+// e^x - 1 for x <= 0, within 2 ulp.
 template <class F>
 HKDFAST_HD F expm1_(F x) {
 #ifdef __CUDA_ARCH__
   return expm1f(x);
 #else
-  const Exponential<F> e(x);
-  return select(x < -87.f, F{} - 1.f, fused(e.rest, e.power, e.power - 1.f));
+  const Exponential<F> e(select(x < -80.f, F{} - 80.f, x), Rate(1));
+  const F power = e.power.times(F{} + 1.f);
+  return fused(e.r * e.p, power, power - 1.f);
 #endif
 }
 
@@ -75,12 +82,12 @@ HKDFAST_HD F tanh_(F x) {
 #ifdef __CUDA_ARCH__
   return tanhf(x);
 #else
-  const F size = select(x < 0.f, -x, x), square = x * x;
+  const F size = absolute(x), square = x * x;
   F p = fused(square, -0.005528633948f, 0.020483316853f);
   p = fused(p, square, -0.053692966700f);
   p = fused(p, square, 0.133308991790f);
   p = fused(p, square, -0.333332628012f);
-  const F e = exp_(-2.f * size), far = (1.f - e) / (1.f + e);
+  const F e = exp_(-size, Rate(2)), far = (1.f - e) / (1.f + e);
   return select(size < 0.65f, fused(x * square, p, x), select(x < 0.f, -far, far));
 #endif
 }

@@ -9,76 +9,93 @@ namespace hkdfast {
 namespace HKDFAST_ISA {
 
 constexpr int no_word = INT32_MAX;
-constexpr float slack = 16;  // e^16 times the terms of a lane is far from overflow and costs no precision
+
+// 1 / temperature: logits are multiplied by it.
+struct Scale {
+  float by;
+  Rate rate;
+
+  HKDFAST_HD explicit Scale(double by) : by(static_cast<float>(by)), rate(by) {}
+};
 
 // The softmax sums of one lane, in float: a lane has few words. They are taken relative to an origin, some logit that the
-// lane met, and not to the peak, so that a larger logit seldom makes them move.
+// lane met: its peak, or within slack of it, so that a larger logit seldom makes the sums move.
 struct Running {
   float origin = 0, bound = -INFINITY;  // above it a logit becomes the new origin
   float peak = -INFINITY, mate = -INFINITY;
   int word = no_word;
   float sum = 0, sum_at_1 = 0, moment = 0, gap = 0;
 
-  // What the gap of the side that keeps one gains when this side's origin moves by so much.
-  HKDFAST_HD float move(float to, float scale) {
-    const float by = to - origin, d = by * scale;
+  // By how much the origin moves, which the gap of the side that keeps one must learn.
+  HKDFAST_HD float move(float to, const Scale& scale, float slack) {
+    const float by = to - origin;
     if (bound > -INFINITY) {
-      const float factor = exp_(-d);
-      moment = factor * (moment - d * sum);
-      sum *= factor, gap *= factor, sum_at_1 *= exp_(-by);
+      const float factor = exp_(-by, scale.rate);
+      moment = factor * (moment - by * scale.by * sum);
+      sum *= factor, gap *= factor, sum_at_1 *= exp_(-by, Rate(1));
     }
     origin = to;
-    bound = to + slack / (scale > 1 ? scale : 1);
+    bound = to + slack;
     return by;
   }
 
-  HKDFAST_HD void find_first(const Octet& x, const Octet& other, float most, Order order, int lane, int base) {
+  // Before peak learns of most, the largest of x.
+  template <class W>
+  HKDFAST_HD void find_first(const W& x, const W& other, float most, int lane, int base) {
     if (!(most > peak)) return;
 #pragma unroll
-    for (int k = width - 1; k >= 0; --k)
-      if (x.of[k] == most) word = base + word_of(order, lane, k), mate = other.of[k];
+    for (int k = W::count - 1; k >= 0; --k)
+      if (x.of[k] == most) word = base + W::place(lane, k), mate = other.of[k];
   }
 };
 
-HKDFAST_HD float largest(const Octet& x) {
+template <class W>
+HKDFAST_HD float largest(const W& x) {
   float most = x.of[0];
 #pragma unroll
-  for (int k = 1; k < width; ++k) most = fmaxf(most, x.of[k]);
+  for (int k = 1; k < W::count; ++k) most = fmaxf(most, x.of[k]);
   return most;
 }
 
-template <class F>
-HKDFAST_HD float total(const F (&x)[width]) {
-  const F sum = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-  return plain(sum);
+// By pairs.
+template <class F, int count>
+HKDFAST_HD float total(const F (&x)[count]) {
+  float part[count];
+#pragma unroll
+  for (int k = 0; k < count; ++k) part[k] = plain(x[k]);
+#pragma unroll
+  for (int apart = 1; apart < count; apart *= 2)
+#pragma unroll
+    for (int k = 0; k < count; k += 2 * apart) part[k] += part[k + apart];
+  return part[0];
 }
 
 // Of a lane at its peak; offset: the other side's origin less this one's, with the sign that the gap has.
-HKDFAST_HD Softmax softmax(const Running& r, float scale, double offset, double& sum_at_1) {
+HKDFAST_HD Softmax softmax(const Running& r, const Scale& scale, double offset) {
   Softmax s;
   s.peak = r.peak, s.mate = r.mate, s.word = r.word;
-  const float by = r.peak > -INFINITY ? r.origin - r.peak : 0.f, d = by * scale, factor = exp_(d);
+  const float by = r.peak > -INFINITY ? r.origin - r.peak : 0.f, factor = exp_(by, scale.rate);
   s.sum = static_cast<double>(factor) * r.sum;
-  s.moment = static_cast<double>(factor) * r.moment + d * s.sum;
+  s.moment = static_cast<double>(factor) * r.moment + static_cast<double>(by) * scale.by * s.sum;
   s.gap = static_cast<double>(factor) * r.gap + offset * s.sum;
-  sum_at_1 = static_cast<double>(exp_(by)) * r.sum_at_1;
+  s.sum_at_1 = static_cast<double>(exp_(by, Rate(1))) * r.sum_at_1;
   return s;
 }
 
 // Over the lanes of a warp; every lane gets the result.
 template <class Team>
-HKDFAST_HD Softmax joined(const Team& team, const Softmax& of, float scale, bool moment, bool gap, double* sum_at_1) {
+HKDFAST_HD Softmax joined(const Team& team, const Softmax& of, const Scale& scale, bool moment, bool gap, bool at_1) {
   Softmax s;
   s.peak = team.largest(of.peak);
   // lanes without a word: their sums are 0, or NaN
-  const float by = of.peak > -INFINITY ? of.peak - s.peak : 0.f, d = by * scale;
-  const double factor = exp_(d);
+  const float by = of.peak > -INFINITY ? of.peak - s.peak : 0.f;
+  const double factor = exp_(by, scale.rate);
   s.word = team.smallest(of.peak == s.peak ? of.word : no_word);
   s.mate = team.largest(of.peak == s.peak && of.word == s.word ? of.mate : -INFINITY);
   s.sum = team.sum(factor * of.sum);
-  if (moment) s.moment = team.sum(factor * (of.moment + d * of.sum));
+  if (moment) s.moment = team.sum(factor * (of.moment + static_cast<double>(by) * scale.by * of.sum));
   if (gap) s.gap = team.sum(factor * of.gap);
-  if (sum_at_1) *sum_at_1 = team.sum(static_cast<double>(exp_(by)) * *sum_at_1);
+  if (at_1) s.sum_at_1 = team.sum(static_cast<double>(exp_(by, Rate(1))) * of.sum_at_1);
   return s;
 }
 

@@ -29,9 +29,9 @@ class Ring {
     for (int slot = 0; slot < task.plan.slots; ++slot) refill(slot);
   }
 
-  // step(at, row word, exist) for every step of the warp's chunks: where the slot begins in shared memory, the chunk's
-  // first word, the step's offset from it. The first sweep over a row waits for its data, the last one frees the slots.
-  template <bool first, bool last, class Step>
+  // step(at, begin, word) for every step of the warp's chunks: where the slot begins in shared memory, the chunk's first
+  // word, the step's offset from it. The first sweep over a row waits for its data, the last one frees the slots.
+  template <bool first, bool last, int STEP, class Step>
   HKDFAST_HD void sweep(Step step) {
     const Plan& plan = task_.plan;
     int slot = slot_;
@@ -43,7 +43,7 @@ class Ring {
       }
       const int begin = chunk_begin(i), at = slot_at(slot);
       const int words = task_.vocab - begin < plan.chunk ? task_.vocab - begin : plan.chunk;
-      for (int word = 0; word < words; word += step_words) step(at, begin, word);
+      for (int word = 0; word < words; word += STEP) step(at, begin, word);
       if (last) refill(slot);
       if (++slot == plan.slots) slot = 0, parity ^= 1;
     }
@@ -51,10 +51,10 @@ class Ring {
   }
 
   // step(word) for the first word of every step of the warp, of a row that is not loaded.
-  template <class Step>
+  template <int STEP, class Step>
   HKDFAST_HD void each_step(Step step) const {
     for (int i = 0; i < own_; ++i)
-      for (int word = 0; word < task_.plan.chunk && chunk_begin(i) + word < task_.vocab; word += step_words)
+      for (int word = 0; word < task_.plan.chunk && chunk_begin(i) + word < task_.vocab; word += STEP)
         step(chunk_begin(i) + word);
   }
 
@@ -129,11 +129,9 @@ class Ring {
           team_.copy(at + b.at + static_cast<int>(b.from - b.begin), b.from, static_cast<int>(b.to - b.from), barrier(slot));
       }
     }
-    if (plan.order == Order::strided || task_.vocab % width) {
 #pragma unroll
-      for (int i = 0; i < 3; ++i)
-        if (tiles[i].data) copy_ends(tiles[i], bulk(tiles[i], plan.tile_at[i], begin, words), at, words);
-    }
+    for (int i = 0; i < 3; ++i)
+      if (tiles[i].data) copy_ends(tiles[i], bulk(tiles[i], plan.tile_at[i], begin, words), at, words);
     if (++next_chunk_ == own_) {
       next_chunk_ = 0;
       next_row_ = live(next_row_ + team_.clusters());

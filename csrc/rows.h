@@ -8,14 +8,15 @@
 #pragma once
 #include "divergence.h"
 #include "law.h"
-#include "sums.h"
 #include "tiles.h"
+#include "sums.h"
 
 namespace hkdfast {
 namespace HKDFAST_ISA {
 
 constexpr std::int64_t piece_words = 16384;
 
+inline std::int64_t padded(std::int64_t vocab) { return (vocab + lanes - 1) / lanes * lanes; }
 inline std::int64_t pieces(std::int64_t vocab) { return (vocab + piece_words - 1) / piece_words; }
 
 // What a piece leaves behind.
@@ -44,7 +45,7 @@ inline void each_block(std::int64_t begin, std::int64_t end, Run run) {
 // One row on its way through the sweeps.
 struct Row {
   static std::int64_t scratch(std::int64_t vocab, bool purified) {
-    return (pieces(vocab) * static_cast<std::int64_t>(sizeof(Piece)) + (purified ? (vocab + lanes) * 4 : 0) + 63) / 64 * 64;
+    return pieces(vocab) * static_cast<std::int64_t>(sizeof(Piece)) + ((purified ? 2 : 1) * padded(vocab) * 4);
   }
 
   const Objective& o;
@@ -52,15 +53,18 @@ struct Row {
   std::int64_t row;
   int threads;  // that share the row
   Piece* piece;
+  float* slopes;    // (vocab,) kept from the sweep that sums them
   float* purified;  // (vocab,) the teacher's contrast, kept from the first sweep that needs it
   Source student, teacher, noisy;
   Contrast contrast{};
   double confidence = 0, a = 0;
+  bool pending;  // the teacher has yet to be purified
 
   Row(const Objective& o, const Rows& rows, std::int64_t row, int threads, void* scratch)
       : o(o), rows(rows), row(row), threads(threads), piece(static_cast<Piece*>(scratch)),
-        purified(reinterpret_cast<float*>(piece + pieces(rows.vocab))), student{rows.student, o.student},
-        teacher{rows.teacher, o.teacher}, noisy{rows.noisy, o.noisy} {
+        slopes(reinterpret_cast<float*>(piece + pieces(rows.vocab))), purified(slopes + padded(rows.vocab)), student{rows.student, o.student},
+        teacher{rows.teacher, o.teacher}, noisy{rows.noisy, o.noisy},
+        pending(o.purified) {
     if (o.difference) teacher.base = noisy.base = &rows.student;
   }
 
@@ -69,7 +73,7 @@ struct Row {
   // Logit of the label's word; NaN without one, or for one beyond the vocabulary.
   float label_logit(const Source& source) const {
     Block buffer;
-    return label() < rows.vocab ? *source.logits(row, label(), 1, buffer) : NAN;
+    return label() < rows.vocab ? source.logits(row, label(), 1, buffer).one(0) : NAN;
   }
 
   template <class Of>
@@ -87,9 +91,9 @@ struct Row {
       piece[i] = Piece();
       each_block(begin, end, [&](std::int64_t at, int n) {
         Block x, y;
-        const float *c = teacher.logits(row, at, n, x), *d = noisy.logits(row, at, n, y);
-        raise_and_add(piece[i].teacher, c, n, at, 1, by_entropy);
-        raise_and_add(piece[i].noisy, d, n, at, 1);
+        const Floats clean = teacher.logits(row, at, n, x);
+        by_entropy ? add<true>(piece[i].teacher, clean, n, at, 1) : add(piece[i].teacher, clean, n, at, 1);
+        add(piece[i].noisy, noisy.logits(row, at, n, y), n, at, 1);
       });
     });
     const Sums clean = joined(1, [](const Piece& p) { return p.teacher; });
@@ -100,11 +104,11 @@ struct Row {
     else if (law.confidence == Confidence::target)
       confidence = exp(static_cast<double>(label_logit(teacher)) - clean.peak - log_clean);
     else
-      confidence = rows.vocab == 1 ? 1 : 1 - clean.entropy() / log(static_cast<double>(rows.vocab));
+      confidence = rows.vocab == 1 ? 1 : 1 - clean.entropy(1) / log(static_cast<double>(rows.vocab));
     a = disturbed.sum == disturbed.sum ? purification(law, confidence, rows.alpha ? rows.alpha[row] : 0) : NAN;
 
     contrast.a = static_cast<float>(a), contrast.extrapolate = law.mode == Mode::extrapolate;
-    contrast.clean_peak = clean.peak, contrast.noisy_peak = finite_or_0(disturbed.peak);
+    contrast.clean_peak = clean.origin(), contrast.noisy_peak = disturbed.origin();
     // without a single noisy word every word stands alone, and their common constant is free
     contrast.alone = disturbed.sum == 0 ? 0.f : static_cast<float>(a * (contrast.extrapolate * log_clean - log_noisy));
     contrast.least = -INFINITY;
@@ -118,15 +122,15 @@ struct Row {
       Sums mass, odds;
       each_block(begin, end, [&](std::int64_t at, int n) {
         Block x, y;
-        const float *c = teacher.logits(row, at, n, x), *d = noisy.logits(row, at, n, y);
+        const Floats c = teacher.logits(row, at, n, x), d = noisy.logits(row, at, n, y);
         each_lanes(n, [&](int k) {
-          const Lanes own = load(c + k) - contrast.clean_peak, other = load(d + k) - contrast.noisy_peak;
+          const Lanes own = c(k) - contrast.clean_peak, other = d(k) - contrast.noisy_peak;
           const auto in = own >= contrast.least;
           store(x.words + k, select(in, own, all(-INFINITY)));
           store(y.words + k, select(in, contrast.odds(own, other), all(-INFINITY)));
         });
-        raise_and_add(mass, x.words, n, at, 1);
-        raise_and_add(odds, y.words, n, at, 1);
+        add(mass, {x.words}, n, at, 1);
+        add(odds, {y.words}, n, at, 1);
       });
       piece[i].teacher = mass, piece[i].noisy = odds;
     });
@@ -135,38 +139,50 @@ struct Row {
     contrast.inside = static_cast<float>(mass - log_clean - odds);
   }
 
-  // The teacher's logits of a block; with a law the purified ones, left in the row's scratch.
-  const float* teacher_logits(std::int64_t at, int n, Block& buffer) const {
-    const float* c = teacher.logits(row, at, n, buffer);
-    if (!o.purified) return c;
+  // The contrast of a block, left in the row's scratch.
+  Floats purified_logits(std::int64_t at, int n, Block& buffer) const {
+    const Floats c = teacher.logits(row, at, n, buffer);
     Block other;
-    const float* d = noisy.logits(row, at, n, other);
+    const Floats d = noisy.logits(row, at, n, other);
     float* z = purified + at;
     const Contrast contrast = this->contrast;
     each_lanes(n, [=](int k) {
-      store(z + k, contrast(load(c + k) - contrast.clean_peak, load(d + k) - contrast.noisy_peak));
+      store(z + k, contrast(c(k) - contrast.clean_peak, d(k) - contrast.noisy_peak));
     });
-    return z;
+    return {z};
   }
 
   // From here on the purified row is the teacher.
   void take_purified() {
-    if (o.purified) teacher = {{purified, Dtype::float32, 0}, {}, nullptr};
+    if (pending) teacher = {{purified, Dtype::float32, 0}, {}, nullptr};
+    pending = false;
+  }
+
+  // Calls run with the logits of student and teacher in a block.
+  template <class Run>
+  inline void with_logits(std::int64_t begin, int n, Run run) const {
+    if (!pending && student.direct(n, Dtype::bfloat16) && teacher.direct(n, Dtype::bfloat16)) {
+      run(Bfloats{at<std::uint16_t>(student.tile, row, begin)}, Bfloats{at<std::uint16_t>(teacher.tile, row, begin)});
+    } else {
+      Block x, y;
+      run(student.logits(row, begin, n, x), pending ? purified_logits(begin, n, y) : teacher.logits(row, begin, n, y));
+    }
   }
 };
 
 // The words of a row, as a divergence wants them, from logits of student and teacher.
 struct Words {
+  Rate rate;
   float scale, peak_q, peak_p, share_q, share_p;
-  float shift;    // gap between the two log-sums
+  float shift;  // gap between the two log-sums
   bool floored;
-  float floor;    // of log p, as a logit of the teacher less its peak
+  float floor;  // of log p, as a logit of the teacher less its peak
 
   HKDFAST_HD Word<Lanes> operator()(Lanes x, Lanes y) const {
     const Lanes to_q = x - peak_q;
     Lanes to_p = y - peak_p;
     if (floored) to_p = select(x > -INFINITY, larger(to_p, all(floor)), to_p);
-    return {exp_(to_p * scale) * share_p, exp_(to_q * scale) * share_q, (to_p - to_q) * scale - shift};
+    return {exp_(to_p, rate) * share_p, exp_(to_q, rate) * share_q, (to_p - to_q) * scale - shift};
   }
 };
 
@@ -207,25 +223,29 @@ inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int t
   Row r(o, rows, row, threads, scratch);
   if (o.purified) r.purify();
 
-  const float scale = static_cast<float>(1 / o.temperature);
+  const double scale = 1 / o.temperature;
   const bool metrics = rows.metrics != nullptr, floored = o.floor > -INFINITY;
-  const bool hard = rows.labels && (o.hard_weight != 0 || metrics), apart = hard && scale != 1.f;
-  const Mean mean = floored ? Mean::none : Divergence::mean;
-  const bool by_p = mean == Mean::gap_under_p, by_q = mean == Mean::gap_under_q;
+  const bool hard = rows.labels && (o.hard_weight != 0 || metrics), apart = hard && scale != 1;
+  constexpr Mean mean = Divergence::mean;
+  const bool short_cut = mean != Mean::none && !floored;  // the floor makes p another distribution than its sums tell
 
   each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
     Piece part;
-    Gap gap;
     each_block(begin, end, [&](std::int64_t at, int n) {
-      Block x_buffer, y_buffer;
-      const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher_logits(at, n, y_buffer);
-      gap.x = x, gap.y = y;
-      const bool new_q = raise(part.student, x, n, at, scale), new_p = raise(part.teacher, y, n, at, scale);
-      if (by_q && new_q) gap.top(static_cast<int>(part.student.top - at));
-      if (by_p && new_p) gap.top(static_cast<int>(part.teacher.top - at));
-      add(part.student, x, n, scale, metrics, by_q ? &gap : nullptr);
-      add(part.teacher, y, n, scale, metrics, by_p ? &gap : nullptr);
-      if (apart) raise_and_add(part.student_at_1, x, n, at, 1);
+      if (at + n < end) {
+        r.student.prefetch(row, at + n, end);
+        r.teacher.prefetch(row, at + n, end);
+      }
+      r.with_logits(at, n, [&](auto x, auto y) {
+        if (metrics)
+          add<true, mean>(part.student, part.teacher, x, y, n, at, scale);
+        else
+          add<false, mean>(part.student, part.teacher, x, y, n, at, scale);
+      });
+      if (apart) {
+        Block x;
+        add(part.student_at_1, r.student.logits(row, at, n, x), n, at, 1);
+      }
     });
     r.piece[i] = part;
   });
@@ -234,35 +254,40 @@ inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int t
   const Sums p = r.joined(scale, [](const Piece& p) { return p.teacher; });
   const Sums q1 = apart ? r.joined(1, [](const Piece& p) { return p.student_at_1; }) : q;
 
-  Words words;
-  words.scale = scale, words.floored = floored;
-  words.peak_q = finite_or_0(q.peak), words.peak_p = finite_or_0(p.peak);
-  words.share_q = static_cast<float>(1 / q.sum), words.share_p = static_cast<float>(1 / p.sum);
-  words.shift = static_cast<float>(p.log_sum() - q.log_sum());
-  words.floor = static_cast<float>((o.floor + p.log_sum()) / scale);
+  Words words{Rate(scale),
+              static_cast<float>(scale),
+              q.origin(),
+              p.origin(),
+              static_cast<float>(1 / q.sum),
+              static_cast<float>(1 / p.sum),
+              static_cast<float>(p.log_sum() - q.log_sum()),
+              floored,
+              static_cast<float>((o.floor + p.log_sum()) / scale)};
 
   Total total{};
   double sum_q = words.share_q * q.sum;  // not 1, since the share is rounded; the gradient must add up to 0 for all that
-  if (by_p || by_q) {
-    const double gap = by_p ? p.gap / p.sum : q.gap / q.sum;
-    if constexpr (Divergence::mean != Mean::none)
+  if (short_cut) {
+    if constexpr (mean != Mean::none) {
+      const double gap = mean == Mean::gap_under_p ? p.gap / p.sum : q.gap / q.sum;
       total = divergence.total(gap * scale - (p.lse(scale) - q.lse(scale)));
-    if (by_p) total.slope = sum_q - words.share_p * p.sum;
+    }
+    if (mean == Mean::gap_under_p) total.slope = sum_q - words.share_p * p.sum;
   } else {
     sum_q = 0;
     each_piece(rows.vocab, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
       Sum value, slope, share;
       each_block(begin, end, [&](std::int64_t at, int n) {
-        Block x_buffer, y_buffer;
-        const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher.logits(row, at, n, y_buffer);
-        each_lanes(
-            n,
-            [&](int k) {
-              const Word<Lanes> w = words(load(x + k), load(y + k));
-              const Term<Lanes> term = divergence(w);
-              value.add(term.value), slope.add(term.slope), share.add(w.q);
-            },
-            [&] { value.fold(), slope.fold(), share.fold(); });
+        r.with_logits(at, n, [&](auto x, auto y) {
+          each_lanes(
+              n,
+              [&](int k) {
+                const Word<Lanes> w = words(x(k), y(k));
+                const Term<Lanes> term = divergence(w);
+                value.add(term.value), slope.add(term.slope), share.add(w.q);
+                store(r.slopes + at + k, term.slope);
+              },
+              [&] { value.fold(), slope.fold(), share.fold(); });
+        });
       });
       r.piece[i].total = {value.total(), slope.total()};
       r.piece[i].sum_q = share.total();
@@ -280,7 +305,7 @@ inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int t
 
   if (metrics) {
     if (!o.purified) r.confidence = 1 / p.sum;
-    write_metrics(rows, row, {value, -target, q.entropy(), p.entropy(), r.confidence, r.a, q.top == p.top ? 1. : 0.});
+    write_metrics(rows, row, {value, -target, q.entropy(scale), p.entropy(scale), r.confidence, r.a, q.top == p.top ? 1. : 0.});
   }
   if (!rows.grad.data) return;
 
@@ -290,36 +315,44 @@ inline void do_row(const Objective& o, const Rows& rows, std::int64_t row, int t
     return;
   }
   double mean_slope = total.slope / sum_q;
-  if (by_q) {
+  if (short_cut && mean == Mean::gap_under_q) {
     // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken off
-    // both before either is rounded.
+    // both before either is rounded. This divergence's slope has no other use for p.
     Block buffer;
-    words.peak_p = *r.teacher.logits(row, q.top, 1, buffer);
+    words.peak_p = r.teacher.logits(row, q.top, 1, buffer).one(0);
     words.shift = 0;
     mean_slope = (words.peak_p - static_cast<double>(words.peak_q) - q.gap / q.sum) * scale;
   }
   const float mean_high = static_cast<float>(mean_slope), mean_low = static_cast<float>(mean_slope - mean_high);
-  const float soft_by = static_cast<float>(o.soft_weight * weight / o.temperature);
-  const float hard_by = hard ? static_cast<float>(o.hard_weight * weight) : 0.f;
-  const float peak_1 = finite_or_0(q1.peak), share_1 = static_cast<float>(1 / q1.sum);
+  const float soft_by = static_cast<float>(o.soft_weight * weight * scale);
+  const float hard_by = hard ? static_cast<float>(o.hard_weight * weight / q1.sum) : 0.f;
   each_piece(rows.vocab, threads, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
     each_block(begin, end, [&](std::int64_t at, int n) {
-      Block x_buffer, y_buffer, grad;
-      const float *x = r.student.logits(row, at, n, x_buffer), *y = r.teacher.logits(row, at, n, y_buffer);
+      Block grad;
       float* g = grad.words;
-      each_lanes(n, [=](int k) {
-        const Word<Lanes> w = words(load(x + k), load(y + k));
-        // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
-        const Lanes high = fused(w.q, -mean_high, divergence(w).slope);
-        store(g + k, fused(w.q, -mean_low, high) * soft_by);
+      // softmax Jacobian: d loss / d z = (slope - q * mean slope) / T
+      const auto jacobian = [=](Lanes slope, Lanes share) {
+        return fused(share, -mean_low, fused(share, -mean_high, slope)) * soft_by;
+      };
+      r.with_logits(at, n, [&](auto x, auto y) {
+        if (short_cut)
+          each_lanes(n, [=](int k) {
+            const Word<Lanes> w = words(x(k), y(k));
+            store(g + k, jacobian(divergence(w).slope, w.q));
+          });
+        else
+          each_lanes(n, [=, slopes = r.slopes + at](int k) {
+            store(g + k, jacobian(load(slopes + k), exp_(x(k) - words.peak_q, words.rate) * words.share_q));
+          });
+        if (hard_by != 0.f) {
+          each_lanes(n, [=, peak = q1.origin()](int k) {
+            store(g + k, fused(exp_(x(k) - peak, Rate(1)), hard_by, load(g + k)));
+          });
+          if (at <= r.label() && r.label() < at + n)
+            g[r.label() - at] -= static_cast<float>(o.hard_weight * weight);
+        }
+        r.student.backward(x, n, g);
       });
-      if (hard_by != 0.f) {
-        each_lanes(n, [=](int k) {
-          store(g + k, fused(exp_(load(x + k) - peak_1), share_1 * hard_by, load(g + k)));
-        });
-        if (at <= r.label() && r.label() < at + n) g[r.label() - at] -= hard_by;
-      }
-      r.student.backward(x, n, g);
       store(rows.grad, row, at, n, g);
     });
   });
@@ -351,7 +384,7 @@ inline bool rows(const Objective& o, const Rows& rows) {
 }
 
 inline void contrast(const Objective& o, const Rows& rows) {
-  const float scale = static_cast<float>(1 / o.temperature);
+  const double scale = 1 / o.temperature;
   each_row(rows, [&](std::int64_t row, int threads, void* scratch) {
     Row r(o, rows, row, threads, scratch);
     r.purify();
@@ -359,18 +392,18 @@ inline void contrast(const Objective& o, const Rows& rows) {
       Sums part;
       each_block(begin, end, [&](std::int64_t at, int n) {
         Block buffer;
-        raise_and_add(part, r.teacher_logits(at, n, buffer), n, at, scale);
+        add(part, r.purified_logits(at, n, buffer), n, at, scale);
       });
       r.piece[i] = Piece();
       r.piece[i].teacher = part;
     });
     const Sums p = r.joined(scale, [](const Piece& p) { return p.teacher; });
-    const float peak = finite_or_0(p.peak), log_sum = static_cast<float>(p.log_sum());
+    const float peak = p.origin(), log_sum = static_cast<float>(p.log_sum());
     each_piece(rows.vocab, threads, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
       each_block(begin, end, [&](std::int64_t at, int n) {
         Block out;
         const float* z = r.purified + at;
-        each_lanes(n, [&](int k) { store(out.words + k, (load(z + k) - peak) * scale - log_sum); });
+        each_lanes(n, [&](int k) { store(out.words + k, (load(z + k) - peak) * static_cast<float>(scale) - log_sum); });
         store(rows.grad, row, at, n, out.words);
       });
     });

@@ -34,29 +34,72 @@ inline void store(const Tile& tile, std::int64_t row, std::int64_t begin, int n,
   }
 }
 
+// Logits of a block: lanes from word i on, one of them, and the largest of the first n. A NaN is not the largest, or is
+// the result; the caller's sums tell.
+struct Floats {
+  const float* x;
+  HKDFAST_HD Lanes operator()(int i) const { return load(x + i); }
+  HKDFAST_HD float one(int i) const { return x[i]; }
+  HKDFAST_HD float peak(int n) const {
+    Lanes most = all(-INFINITY);
+    each_lanes(n, [&](int i) { most = larger(load(x + i), most); });
+    return largest(most);
+  }
+};
+
+struct Bfloats {
+  const std::uint16_t* x;
+  HKDFAST_HD Lanes operator()(int i) const { return load_upper(x + i); }
+  HKDFAST_HD float one(int i) const { return from_bf16(x[i]); }
+  HKDFAST_HD float peak(int n) const {
+    // integers in the order of the numbers: twice as many to a register, and nothing to convert
+    std::int16_t most = INT16_MIN;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < n; ++i) {
+      const std::int16_t bits = static_cast<std::int16_t>(x[i]);
+      const std::int16_t ordered = static_cast<std::int16_t>(bits ^ ((bits >> 15) & 0x7fff));
+      most = ordered > most ? ordered : most;
+    }
+    return from_bf16(static_cast<std::uint16_t>(most ^ ((most >> 15) & 0x7fff)));
+  }
+};
+
 // Where logits come from: a tile, what it is added to in the difference form, and how its numbers become logits.
 struct Source {
   Tile tile;
   Transform transform;
   const Tile* base = nullptr;
 
+  // Whether the numbers of a tile of this type are the logits, without lanes to fill up.
+  bool direct(int n, Dtype dtype) const {
+    return tile.dtype == dtype && n % lanes == 0 && transform.scale == 1.f && transform.softcap == 0.f && !base;
+  }
+
   // Logits of words begin .. begin + n of a row, in the buffer or in the tile itself. Lanes beyond n are masked words.
-  inline const float* logits(std::int64_t row, std::int64_t begin, int n, Block& buffer) const {
-    const bool plain = transform.scale == 1.f && transform.softcap == 0.f && !base;
-    if (plain && n % lanes == 0 && tile.dtype == Dtype::float32) return at<float>(tile, row, begin);
+  inline Floats logits(std::int64_t row, std::int64_t begin, int n, Block& buffer) const {
+    if (direct(n, Dtype::float32)) return {at<float>(tile, row, begin)};
     float* x = buffer.words;
     read(tile, row, begin, n, x);
-    if (!plain) transformed(row, begin, n, x);
+    if (base || transform.scale != 1.f || transform.softcap > 0.f) transformed(row, begin, n, x);
     for (int i = n; i % lanes; ++i) x[i] = -INFINITY;
-    return x;
+    return {x};
+  }
+
+  // Asks for a block before it is needed: the processor does not foresee where a sweep that pauses to compute goes on.
+  void prefetch(std::int64_t row, std::int64_t begin, std::int64_t vocab) const {
+    const int size = tile.dtype == Dtype::float32 ? 4 : 2;
+    const char* from = static_cast<const char*>(tile.data) + (row * tile.stride + begin) * size;
+    const char* to = from + least(block_words, vocab - begin) * size;
+    for (; from < to; from += 64) __builtin_prefetch(from);
   }
 
   // Takes a gradient in the logits back to the tile's numbers.
-  inline void backward(const float* logits, int n, float* grad) const {
+  template <class Logits>
+  inline void backward(Logits logits, int n, float* grad) const {
     const float scale = transform.scale, cap = transform.softcap;
     if (cap > 0.f) {
       each_lanes(n, [=](int i) {
-        const Lanes part = load(logits + i) / cap;
+        const Lanes part = logits(i) / cap;
         store(grad + i, load(grad + i) * (scale * (1.f - part * part)));
       });
     } else if (scale != 1.f) {

@@ -1,27 +1,24 @@
 // The numbers of a tile, from shared memory to floats, and gradients from floats to global memory.
+//
+// PLAIN tiles are bfloat16 and aligned: a lane takes 8 neighbours of a step, in one 16-byte access. Of others it takes
+// every 32nd word, one by one: that needs no alignment, and its accesses are as dense for the warp.
 #pragma once
 #include "cluster.h"
 
 namespace hkdfast {
 namespace HKDFAST_ISA {
 
-struct Octet {
-  float of[width];
+template <bool PLAIN>
+struct LaneWords {
+  static constexpr int count = PLAIN ? 8 : 4, step = count * warp_lanes;
+  float of[count];
+
+  HKDFAST_HD static int place(int lane, int k) { return PLAIN ? lane * count + k : k * warp_lanes + lane; }
 };
 
-struct alignas(16) Quad {
+struct alignas(16) Eight {
   std::uint32_t of[4];
 };
-struct alignas(8) Pair {
-  std::uint32_t of[2];
-};
-
-// The k-th word of a lane in a step.
-HKDFAST_HD int word_of(Order order, int lane, int k) {
-  if (order == Order::octets) return lane * width + k;
-  if (order == Order::quads) return k / 4 * (step_words / 2) + lane * 4 + k % 4;
-  return k * warp_lanes + lane;
-}
 
 HKDFAST_HD float number(std::uint16_t bits, Dtype dtype) {
   if (dtype == Dtype::bfloat16) return from_bf16(bits);
@@ -34,97 +31,70 @@ HKDFAST_HD float number(std::uint16_t bits, Dtype dtype) {
 #endif
 }
 
-HKDFAST_HD void numbers(std::uint32_t two, Dtype dtype, float& low, float& high) {
-  if (dtype == Dtype::bfloat16) {
-    low = float_of(static_cast<std::int32_t>(two << 16)), high = float_of(static_cast<std::int32_t>(two & 0xffff0000u));
-  } else {
-    low = number(static_cast<std::uint16_t>(two), dtype), high = number(static_cast<std::uint16_t>(two >> 16), dtype);
-  }
-}
-
-HKDFAST_HD std::uint32_t narrow(float low, float high, Dtype dtype) {
+HKDFAST_HD std::uint32_t two_bf16(float low, float high) {
 #ifdef __CUDA_ARCH__
   std::uint32_t two;
-  if (dtype == Dtype::bfloat16)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
   return two;
 #else
-  if (dtype == Dtype::bfloat16) return to_bf16(low) | static_cast<std::uint32_t>(to_bf16(high)) << 16;
-  return to_fp16(low) | static_cast<std::uint32_t>(to_fp16(high)) << 16;
+  return to_bf16(low) | static_cast<std::uint32_t>(to_bf16(high)) << 16;
+#endif
+}
+
+HKDFAST_HD std::uint16_t narrow(float x, Dtype dtype) {
+  if (dtype == Dtype::bfloat16) return static_cast<std::uint16_t>(two_bf16(x, 0.f));
+#ifdef __CUDA_ARCH__
+  std::uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+#else
+  return to_fp16(x);
 #endif
 }
 
 // A lane's words of the step that begins at this offset of shared memory.
-template <class Team>
-HKDFAST_HD Octet read(const Team& team, int at, Dtype dtype, Order order) {
-  Octet x;
-  const int lane = team.lane();
-  if (order == Order::strided) {
+template <bool PLAIN, class Team>
+HKDFAST_HD LaneWords<PLAIN> read(const Team& team, int at, Dtype dtype) {
+  using W = LaneWords<PLAIN>;
+  W x;
+  if constexpr (PLAIN) {
+    const Eight eight = team.template at<Eight>(at + 2 * W::place(team.lane(), 0));
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const int word = word_of(order, lane, k);
-      x.of[k] = dtype == Dtype::float32 ? team.template at<float>(at + 4 * word)
-                                        : number(team.template at<std::uint16_t>(at + 2 * word), dtype);
+    for (int k = 0; k < 4; ++k) {
+      x.of[2 * k] = float_of(static_cast<std::int32_t>(eight.of[k] << 16));
+      x.of[2 * k + 1] = float_of(static_cast<std::int32_t>(eight.of[k] & 0xffff0000u));
     }
   } else if (dtype == Dtype::float32) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Quad four = team.template at<Quad>(at + 4 * word_of(order, lane, 4 * i));
-#pragma unroll
-      for (int k = 0; k < 4; ++k) x.of[4 * i + k] = float_of(static_cast<std::int32_t>(four.of[k]));
-    }
-  } else if (order == Order::quads) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Pair four = team.template at<Pair>(at + 2 * word_of(order, lane, 4 * i));
-#pragma unroll
-      for (int k = 0; k < 2; ++k) numbers(four.of[k], dtype, x.of[4 * i + 2 * k], x.of[4 * i + 2 * k + 1]);
-    }
+    for (int k = 0; k < W::count; ++k) x.of[k] = team.template at<float>(at + 4 * W::place(team.lane(), k));
   } else {
-    const Quad eight = team.template at<Quad>(at + 2 * word_of(order, lane, 0));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) numbers(eight.of[k], dtype, x.of[2 * k], x.of[2 * k + 1]);
+    for (int k = 0; k < W::count; ++k)
+      x.of[k] = number(team.template at<std::uint16_t>(at + 2 * W::place(team.lane(), k)), dtype);
   }
   return x;
 }
 
 // Stores a lane's words of a step of which so many exist; to is the step's first word in global memory.
-template <class Team>
-HKDFAST_HD void write(const Team& team, char* to, Dtype dtype, Order order, int exist, const Octet& x) {
+template <bool PLAIN, class Team>
+HKDFAST_HD void write(const Team& team, char* to, Dtype dtype, int exist, const LaneWords<PLAIN>& x) {
+  using W = LaneWords<PLAIN>;
   const int lane = team.lane();
-  if (order == Order::strided || exist < step_words) {
+  if (PLAIN && exist >= W::step) {
+    Eight eight;
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const int word = word_of(order, lane, k);
-      if (word >= exist) continue;
-      if (dtype == Dtype::float32)
-        reinterpret_cast<float*>(to)[word] = x.of[k];
-      else
-        reinterpret_cast<std::uint16_t*>(to)[word] = static_cast<std::uint16_t>(narrow(x.of[k], 0.f, dtype));
-    }
-  } else if (dtype == Dtype::float32) {
+    for (int k = 0; k < 4; ++k) eight.of[k] = two_bf16(x.of[2 * k % W::count], x.of[(2 * k + 1) % W::count]);
+    *reinterpret_cast<Eight*>(to + 2 * W::place(lane, 0)) = eight;
+    return;
+  }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      Quad four;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) four.of[k] = static_cast<std::uint32_t>(bits_of(x.of[4 * i + k]));
-      *reinterpret_cast<Quad*>(to + 4 * word_of(order, lane, 4 * i)) = four;
-    }
-  } else if (order == Order::quads) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      Pair four;
-#pragma unroll
-      for (int k = 0; k < 2; ++k) four.of[k] = narrow(x.of[4 * i + 2 * k], x.of[4 * i + 2 * k + 1], dtype);
-      *reinterpret_cast<Pair*>(to + 2 * word_of(order, lane, 4 * i)) = four;
-    }
-  } else {
-    Quad eight;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) eight.of[k] = narrow(x.of[2 * k], x.of[2 * k + 1], dtype);
-    *reinterpret_cast<Quad*>(to + 2 * word_of(order, lane, 0)) = eight;
+  for (int k = 0; k < W::count; ++k) {
+    const int word = W::place(lane, k);
+    if (word >= exist) continue;
+    if (dtype == Dtype::float32)
+      reinterpret_cast<float*>(to)[word] = x.of[k];
+    else
+      reinterpret_cast<std::uint16_t*>(to)[word] = narrow(x.of[k], dtype);
   }
 }
 
