@@ -411,4 +411,4 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
     """
     given = arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics)
     with torch.cuda.device_of(student):
-        rows_kernel[(len(student),)](*given, **tile_choice(student.shape[1]))
+        rows_kernel[(len(student),)](*given, **tile_choice(student.shape[1], heavy=labels is not None))

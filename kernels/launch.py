@@ -2,13 +2,22 @@
 
 import math
 
+import torch
 
-def tile_choice(vocab):
-    """Words per step and warps: 8 words per thread are one 16-byte load of each bf16 tile. With 16 warps the assembler
-    holds itself to 64 registers and spills; few warps keep more rows in flight than the cache holds of their tails.
-    Not measured on a GPU yet."""
+
+def tile_choice(vocab, heavy=False):
+    """Words per step, warps and compiler options; heavy where a row carries labels.
+
+    8 words per thread are one 16-byte load of each bf16 tile. With 16 warps the assembler holds itself to 64 registers
+    and spills. Left to itself it also spills in heavy kernels, to fit one more program on a multiprocessor; a limit of
+    its own keeps it from that. Not measured on a GPU yet.
+    """
     warps = 4 if vocab <= 8192 else 8
-    return {"BLOCK": 256 * warps, "num_warps": warps}
+    # fused: one rounding less in the contrast; said, because Triton's default for it changes with 3.10
+    choice = {"BLOCK": 256 * warps, "num_warps": warps, "enable_fp_fusion": True}
+    if heavy and torch.version.hip is None:
+        choice["maxnreg"] = 168
+    return choice
 
 
 def transforms(*sides):
