@@ -33,6 +33,11 @@ def unit_stride(x):
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def threads(x):
+    """torch's number of threads, but no more than have 2**15 words each: waking one costs more than such a share."""
+    return max(1, min(torch.get_num_threads(), x.numel() >> 15))
+
+
 def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics, *, instruction_set=""):
     """hkdfast.reference.rows, on the fastest instruction set here or the one named (_cpu.instruction_sets())."""
     ours = [unit_stride(x) for x in (student, teacher, noisy, grad)]
@@ -48,7 +53,7 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
         tile(ours[3]),
         pointer(outputs[1]),
         *student.shape,
-        torch.get_num_threads(),
+        threads(student),
         instruction_set,
     )
     for given, used in zip((grad, loss, metrics), (ours[3], *outputs), strict=True):
@@ -68,7 +73,7 @@ def contrast(objective, clean, noisy, alpha, labels, out, *, instruction_set="")
         pointer(labels),
         tile(used),
         *clean.shape,
-        torch.get_num_threads(),
+        threads(clean),
         instruction_set,
     )
     if used is not out:

@@ -11,8 +11,6 @@ import torch
 
 from .objective import Law, Transform
 
-PIECE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # of a weight's copies in another dtype, at a time
-
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -168,14 +166,17 @@ class Logits:
         return self.grad, None, None
 
 
-def accumulate(out, a, b):
-    """out += a @ b, the sum kept in out's dtype."""
+def multiply(out, a, b, first):
+    """out = a @ b at first, later out += a @ b, the sum kept in out's dtype."""
     if out.dtype == a.dtype:
-        out.addmm_(a, b)
+        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
     elif out.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        out += a @ b  # a narrow GEMM of the CPU rounds each product once
+        if first:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:  # a narrow GEMM of the CPU rounds each product once
+        out.copy_(a @ b) if first else out.add_(a @ b)
 
 
 class Projection:
@@ -193,9 +194,10 @@ class Projection:
         vocab: words to compare.
         tiles: one of tiles.TILES.
         compute: dtype to which autocast casts operands, or None.
+        piece: bytes that a piece of the weight may take in other dtypes.
     """
 
-    def __init__(self, hiddens, weight, bias, vocab, tiles, compute):
+    def __init__(self, hiddens, weight, bias, vocab, tiles, compute, piece):
         self.hiddens, self.weight = hiddens, weight[:vocab]
         self.bias = None if bias is None else bias[:vocab]
         self.shapes = hiddens[0].shape, weight.shape
@@ -209,7 +211,7 @@ class Projection:
             self.gemm = self.operand if weight.is_cuda and self.operand == torch.bfloat16 else wide
         else:
             self.dtype = self.gemm = self.operand if self.operand != wide else torch.bfloat16
-        self.width, self.device = weight.shape[1], weight.device
+        self.width, self.device, self.piece = weight.shape[1], weight.device, piece
         self.casts = not weight.dtype == self.operand == self.gemm
         self.release()
 
@@ -222,11 +224,7 @@ class Projection:
 
     @property
     def fixed_bytes(self):
-        return min(PIECE_BYTES[self.kind], 8 * self.vocab * self.width) if self.casts or not self.exact else 0
-
-    @property
-    def kind(self):
-        return "cuda" if self.device.type == "cuda" else "cpu"
+        return min(self.piece, 8 * self.vocab * self.width) if self.casts or not self.exact else 0
 
     def select(self, index):
         """Keep these rows alone."""
@@ -245,8 +243,8 @@ class Projection:
         self.space = self.grad_space = self.d_hidden = self.d_weight = self.d_bias = None
 
     def pieces(self, depth):
-        """The columns of a tile in pieces of so many rows that, in two dtypes at once, fit PIECE_BYTES."""
-        step = max(1, PIECE_BYTES[self.kind] // (8 * max(depth, 1)))
+        """The columns of a tile, so many at a time that a matrix of this depth over them fits in two dtypes at once."""
+        step = max(1, self.piece // (8 * max(depth, 1)))
         return [slice(start, min(start + step, self.vocab)) for start in range(0, self.vocab, step)]
 
     def weights(self):
@@ -277,12 +275,10 @@ class Projection:
         out, hidden = self.space[: stop - start], self.hidden(start, stop)
         high = hidden.to(self.gemm)
         for columns, weight in self.weights():
-            if self.gemm == self.dtype:
-                torch.mm(high, weight.T, out=out[:, columns])
-                continue
-            torch.mm(high, weight.T, out_dtype=self.dtype, out=out[:, columns])
-            if hidden.dtype != self.gemm:  # a mean of draws: 16 bits hold one half of it, the rest takes a second GEMM
-                accumulate(out[:, columns], (hidden - high).to(self.gemm), weight.T)
+            multiply(out[:, columns], high, weight.T, True)
+            # a mean of draws is wider than the operands of a widening GEMM: what they do not hold takes a second one
+            if self.gemm != self.dtype and self.gemm != hidden.dtype:
+                multiply(out[:, columns], (hidden - high).to(self.gemm), weight.T, False)
         if self.bias is not None:
             out += self.bias.to(self.operand).to(self.dtype)
         return out
@@ -295,9 +291,10 @@ class Projection:
         """Gradients of nothing yet, in float32 or better."""
         x, weight, bias = self.wants
         like = dict(dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        self.d_hidden = (torch.empty if self.index is None else torch.zeros)(self.shapes[0], **like) if x else None
-        self.d_weight = torch.zeros(self.shapes[1], **like) if weight else None
+        self.d_hidden = torch.zeros(self.shapes[0], **like) if x else None
+        self.d_weight = torch.empty(self.shapes[1], **like) if weight else None
         self.d_bias = torch.zeros(self.shapes[1][:1], **like) if bias else None
+        self.first = True
 
     def gradient(self, start, stop, tile):
         return tile if self.grad_space is None else self.grad_space[: stop - start]
@@ -311,19 +308,19 @@ class Projection:
         if self.d_weight is not None:
             hidden = self.hidden(start, stop).to(self.gemm)
             for columns in [slice(0, self.vocab)] if self.exact else self.pieces(self.width):
-                accumulate(self.d_weight[columns], grad[:, columns].T, hidden)
+                multiply(self.d_weight[columns], grad[:, columns].T, hidden, self.first)
+            self.first = False
 
     def back_to_hidden(self, grad, start, stop):
-        if self.index is not None:
-            out = torch.zeros(stop - start, self.width, dtype=self.d_hidden.dtype, device=self.device)
-        else:
-            out = self.d_hidden[start:stop].zero_()
+        out = self.d_hidden[start:stop] if self.index is None else self.d_hidden[self.index[start:stop]]
         for columns, weight in self.weights():
-            accumulate(out, grad[:, columns], weight)
+            multiply(out, grad[:, columns], weight, columns.start == 0)
         if self.index is not None:
             self.d_hidden[self.index[start:stop]] = out
 
     def gradients(self):
+        if self.d_weight is not None:
+            self.d_weight[0 if self.first else self.vocab :] = 0  # words that no block has reached
         return self.d_hidden, self.d_weight, self.d_bias
 
 
@@ -333,7 +330,7 @@ class Average:
     def __init__(self, sides, transforms):
         self.sides, self.transforms = sides, transforms
         self.dtype = torch.promote_types(sides[0].dtype, torch.float32)
-        self.vocab, self.device = sides[0].vocab, None
+        self.vocab = sides[0].vocab
 
     @property
     def bytes_per_row(self):

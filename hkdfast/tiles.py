@@ -20,22 +20,24 @@ TILES = ("float32", "bfloat16", "difference")
 BUDGET = {"cpu": 512 << 20, "cuda": 4 << 30}  # bytes of tiles, unless the caller says
 
 
-def budget(device):
+def room(memory, device, weights, draws):
+    """Bytes for tiles. None where logits that exist are only read, which takes none."""
+    if memory is not None or not (draws or any(weight is not None for weight in weights)):
+        return memory
     if device.type != "cuda":
         return BUDGET["cpu"]
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(BUDGET["cuda"], (torch.cuda.mem_get_info(device)[0] + idle) // 2)
 
 
-def plan(sides, rows, device, memory):
-    """Rows per block: the fewest, evenly filled blocks whose tiles fit the budget."""
+def plan(sides, rows, memory):
+    """Rows per block: the fewest, evenly filled blocks whose tiles fit the memory."""
     per_row, fixed = sum(side.bytes_per_row for side in sides), max(side.fixed_bytes for side in sides)
     if not per_row or not rows:
         return max(rows, 1)
-    if memory is not None and memory < fixed + per_row:
+    if memory < fixed + per_row:
         raise ValueError(f"memory of {memory} bytes is too small: one row of tiles takes {fixed + per_row}")
-    room = (budget(device) if memory is None else int(memory)) - fixed
-    blocks = -(-rows // max(1, room // per_row))
+    blocks = -(-rows // ((memory - fixed) // per_row))
     step = -(-rows // blocks)
     logger.info("%d rows in %d blocks of %d, %.1f MB of tiles", rows, blocks, step, (fixed + step * per_row) / 1e6)
     return step
@@ -46,11 +48,12 @@ def autocast_dtype(device):
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def sides_of(xs, weights, biases, draws, vocab, compute, tiles):
+def sides_of(xs, weights, biases, draws, vocab, compute, tiles, memory):
     """The sides of the loop, the several draws of a disturbed branch (the last ones) made one."""
+    piece = memory and memory // 4
 
     def side(x, weight, bias):
-        return Logits(x, vocab) if weight is None else Projection([x], weight, bias, vocab, tiles, compute)
+        return Logits(x, vocab) if weight is None else Projection([x], weight, bias, vocab, tiles, compute, piece)
 
     single = len(xs) - len(draws)
     sides = [side(*tensors) for tensors in zip(xs[:single], weights[:single], biases[:single], strict=True)]
@@ -61,7 +64,7 @@ def sides_of(xs, weights, biases, draws, vocab, compute, tiles):
         same(w, weight) and same(b, bias) for w, b in zip(weights[single:], biases[single:], strict=True)
     )
     if shared and not any(transform != Transform() for transform in draws):
-        return [*sides, Projection(hiddens, weight, bias, vocab, tiles, compute)]
+        return [*sides, Projection(hiddens, weight, bias, vocab, tiles, compute, piece)]
     several = [side(*tensors) for tensors in zip(hiddens, weights[single:], biases[single:], strict=True)]
     return [*sides, Average(several, draws)]
 
@@ -119,13 +122,16 @@ def run(call, student, weight, wants, metrics):
     """
     objective, labels, alpha = call.objective, call.labels, call.alpha
     check_labels(labels, objective, call.vocab)
-    everyone = ([one, *others] for one, others in zip(student, (call.xs, call.weights, call.biases), strict=True))
-    sides = sides_of(*everyone, call.draws, call.vocab, call.compute, call.tiles)
+    xs, weights, biases = (
+        [one, *others] for one, others in zip(student, (call.xs, call.weights, call.biases), strict=True)
+    )
+    n, device = len(xs[0]), xs[0].device
+    memory = room(call.memory, device, weights, call.draws)
+    sides = sides_of(xs, weights, biases, call.draws, call.vocab, call.compute, call.tiles, memory)
     main, teacher, noisy = sides if len(sides) == 3 else (*sides, None)
     if objective.difference:
         for other in sides[1:]:
             other.subtract(main)
-    n, device = len(student[0]), student[0].device
     index = counted(labels, objective, sides)
     if index is not None:
         for one in sides:
@@ -165,7 +171,7 @@ def run(call, student, weight, wants, metrics):
         for start in range(0, rows, step):
             block(start, min(start + step, rows))
 
-    step = plan(sides, rows, device, call.memory)
+    step = plan(sides, rows, memory)
     try:
         sweep(step)
         again = False
