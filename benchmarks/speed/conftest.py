@@ -1,21 +1,88 @@
-"""Every benchmark states its error to float64 beside its time, and the results file how it came about."""
+"""Every benchmark states its error to float64 beside its time, and the results file how it came about.
+
+On a GPU times are those between two CUDA events, and the peak of the memory taken on top of the inputs stands beside.
+What could not run (a peer out of memory, say) is a result too: the file's "failures" tell who and why.
+"""
 
 import datetime
+import gc
+import os
 import shlex
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 import torch
 
+import hkdfast
+
 torch._dynamo.config.cache_size_limit = 64
+FAILURES = []
+
+
+class DeviceClock:
+    """Seconds by the device's own clock, summed up from event to event: a float32 of hours has no microseconds."""
+
+    __name__ = "cuda events"
+
+    def __init__(self):
+        self.seconds, self.last = 0.0, None
+
+    def __call__(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self.last is not None:
+            self.seconds += self.last.elapsed_time(event) / 1e3
+        self.last = event
+        return self.seconds
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        clock = DeviceClock()
+        for item in items:
+            if item.path.parent == Path(__file__).parent:
+                item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
 @pytest.fixture
-def step(benchmark):
+def timed(benchmark):
+    """Times a call: timed(call, who=..., what=..., shape=...) returns what its last run returned.
+
+    A peer that fails is recorded among the failures and skipped; hkdfast that fails is a failed test.
+    """
+
+    def run(call, iterations=1, rounds=9, **info):
+        benchmark.extra_info |= info
+        try:
+            if torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                benchmark.extra_info["peak memory"] = torch.cuda.max_memory_allocated() - before
+            return benchmark.pedantic(call, warmup_rounds=2, rounds=rounds, iterations=iterations)
+        except Exception as error:
+            if info["who"].startswith("hkdfast"):
+                raise
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            FAILURES.append({**info, "why": why})
+        # out here the traceback holds none of its tensors any more
+        gc.collect()
+        pytest.skip(f"{info['who']}: {FAILURES[-1]['why']}")
+
+    return run
+
+
+@pytest.fixture
+def step(timed):
     """Times loss and gradients of a function of tensors; returns (loss, gradients) of its last call."""
 
-    def run(loss, tensors, trained):
+    def run(loss, tensors, trained, **info):
         leaves = [t.detach().requires_grad_(i < trained) for i, t in enumerate(tensors)]
 
         def once():
@@ -23,24 +90,36 @@ def step(benchmark):
                 leaf.grad = None
             value = loss(*leaves)
             value.backward()
-            if value.is_cuda:
-                torch.cuda.synchronize()
-            return value
+            return value.detach()
 
-        value = benchmark.pedantic(once, warmup_rounds=2, rounds=9, iterations=1)
-        return value.detach(), [leaf.grad for leaf in leaves[:trained]]
+        value = timed(once, **info)
+        return value, [leaf.grad for leaf in leaves[:trained]]
 
     return run
 
 
+def driver():
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
+    gpu = torch.cuda.is_available()
     machine_info["torch_threads"] = torch.get_num_threads()
-    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info["gpu"] = torch.cuda.get_device_name() if gpu else None
+    machine_info["gpu_memory"] = torch.cuda.get_device_properties(0).total_memory if gpu else None
+    machine_info["driver"] = driver() if gpu else None
+    machine_info["cuda"] = torch.version.cuda
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    packages = ("torch", "triton", "trl", "liger-kernel", "transformers", "hkdfast")
-    versions = {}
+    packages = ("torch", "triton", "trl", "liger-kernel", "transformers")
+    versions = {"hkdfast": hkdfast.__version__}  # which may run from a checkout that is not installed
     for package in packages:
         try:
             versions[package] = version(package)
@@ -48,6 +127,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
             versions[package] = None
     output_json["versions"] = versions
     output_json["date"] = datetime.date.today().isoformat()
-    output_json["command"] = shlex.join(["pytest", *sys.argv[1:]])
+    settings = [f"{name}={os.environ[name]}" for name in ("HKDFAST_TINY", "HKDFAST_BACKEND") if name in os.environ]
+    output_json["command"] = shlex.join([*settings, "pytest", *sys.argv[1:]])
+    output_json["failures"] = FAILURES
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)

@@ -1,21 +1,32 @@
-"""What is timed: rows, vocabularies and hidden sizes. GPU vocabularies are those of released models."""
+"""What is timed: rows, vocabularies and hidden sizes. GPU vocabularies are those of released models.
+
+HKDFAST_TINY=1 takes every benchmark through in seconds on any machine, in shapes whose times say nothing.
+"""
+
+import os
 
 import torch
 
+from hkdfast import backends
+from hkdfast.backends import ORDER
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = os.environ.get("HKDFAST_TINY") == "1"
+SIZE = "tiny" if TINY else DEVICE
+_usable = backends()
+# the backends that run here, fastest first; the reference is what they are measured by
+BACKENDS = [name for name in ORDER[DEVICE] if name != "reference" and _usable[name] == "ok"] or ["reference"]
 
 # (rows, vocabulary) of logits
 LOGITS = {
+    "tiny": {"tiny": (4, 300)},
     "cpu": {"llama-2, 512 rows": (512, 32_000), "llama-3, 256 rows": (256, 128_256)},
-    "cuda": {
-        "llama-3": (8192, 128_256),
-        "qwen-2.5": (8192, 151_936),
-        "gemma-2": (8192, 256_000),
-    },
-}[DEVICE]
+    "cuda": {"llama-3": (8192, 128_256), "qwen-2.5": (8192, 151_936), "gemma-2": (8192, 256_000)},
+}[SIZE]
 
 # (rows, hidden size of the student, of the teacher, vocabulary) of heads
 HEADS = {
+    "tiny": {"A: tiny": (8, 16, 16, 300), "B: tiny": (8, 8, 16, 300)},
     "cpu": {"1024 rows, 512 x 32000": (1024, 512, 512, 32_000)},
     "cuda": {
         "A: 8192 rows, 4096/4096 x 151936": (8192, 4096, 4096, 151_936),
@@ -24,33 +35,65 @@ HEADS = {
         "D: 8192 rows, 4096/8192 x 128256": (8192, 4096, 8192, 128_256),
         "E: 8192 rows, 2304/3584 x 262144": (8192, 2304, 3584, 262_144),
     },
-}[DEVICE]
+}[SIZE]
+
+# sweeps for the figures: the same number of words in rows of every length, and shape A with fewer and more rows
+VOCABULARIES = {
+    "tiny": [(4, 100)],
+    "cpu": [],
+    "cuda": [(2**29 // v, v) for v in (1024, 4096, 16_384, 32_000, 65_536, 128_256, 151_936, 262_144)],
+}[SIZE]
+TOKENS = {
+    "tiny": [(4, 8, 8, 300)],
+    "cpu": [],
+    "cuda": [(n, 4096, 4096, 151_936) for n in (1024, 2048, 4096, 16_384)],
+}[SIZE]
+
+# (rows, vocabulary) of a step of decoding
+DECODING = {
+    "tiny": [(2, 300)],
+    "cpu": [(1, 32_000), (64, 32_000)],
+    "cuda": [(1, 151_936), (64, 151_936), (1024, 32_000)],
+}[SIZE]
+
+# heads on which the error is measured, and how far the teacher is: forward KL from 24 to 0.001
+ERRORS = {
+    "tiny": (4, 16, 16, 300),
+    "cpu": (64, 256, 256, 8000),
+    "cuda": (512, 1024, 1024, 32_768),
+}[SIZE]
+APART = (0.1,) if TINY else (3.0, 1.0, 0.3, 0.1, 0.03)
 
 
-def logits(shape, dtype, apart=1.0):
-    """(student, teacher): teacher = student + noise, as a student some way into its training has it."""
+def draw(*size, generator=None):
+    generator = generator or torch.Generator(DEVICE).manual_seed(0)
+    return torch.randn(size, generator=generator, device=DEVICE)
+
+
+def logits(shape, dtype, branches=2, apart=1.0):
+    """Student and others: each is the student + noise, as a student some way into its training has it."""
     generator = torch.Generator(DEVICE).manual_seed(0)
-    student = torch.randn(shape, generator=generator, device=DEVICE)
-    teacher = student + apart * torch.randn(shape, generator=generator, device=DEVICE)
-    return student.to(dtype), teacher.to(dtype)
+    student = draw(*shape, generator=generator)
+    others = ((student + apart * draw(*shape, generator=generator)).to(dtype) for _ in range(branches - 1))
+    return student.to(dtype), *others
 
 
-def heads(shape, dtype, apart=0.1):
-    """(hidden, weight, teacher's hidden, teacher's weight): logits of standard deviation 3. Where the hidden sizes
+def heads(shape, dtype, apart=0.1, spread=3.0):
+    """(hidden, weight, teacher's hidden, teacher's weight): logits of this standard deviation. Where the hidden sizes
     agree the teacher is the student plus noise, KL about 0.05: near convergence, where rounding shows."""
     rows, h_student, h_teacher, vocab = shape
     generator = torch.Generator(DEVICE).manual_seed(0)
 
-    def draw(*size):
-        return torch.randn(size, generator=generator, device=DEVICE)
+    def weights(width):
+        return (draw(vocab, width, generator=generator) * (spread / width**0.5)).to(dtype)
 
-    hidden, weight = draw(rows, h_student), draw(vocab, h_student) * 3 / h_student**0.5
+    hidden = draw(rows, h_student, generator=generator)
+    weight = weights(h_student)
     if h_teacher == h_student:
-        hidden_t, weight_t = hidden + apart * draw(rows, h_student), weight
+        hidden_t, weight_t = hidden + apart * draw(rows, h_student, generator=generator), weight.clone()
     else:
-        hidden_t, weight_t = draw(rows, h_teacher), draw(vocab, h_teacher) * 3 / h_teacher**0.5
-    hidden, hidden_t, weight = (t.to(dtype) for t in (hidden, hidden_t, weight))
-    return hidden, weight, hidden_t, weight.clone() if h_teacher == h_student else weight_t.to(dtype)
+        hidden_t, weight_t = draw(rows, h_teacher, generator=generator), weights(h_teacher)
+    return hidden.to(dtype), weight, hidden_t.to(dtype), weight_t
 
 
 def relative(got, exact):
