@@ -88,7 +88,7 @@ struct SkewKL {
   template <class F>
   HKDFAST_HD Term<F> operator()(Word<F> w) const {
     const Mixture<F> mixture(w, beta);
-    const F share = select(w.q > 0.f, (1.f - beta) * w.q / mixture.m, F{});
+    const F share = select(mixture.m > 0.f, (1.f - beta) * w.q / mixture.m, F{});
     return {mixture.p_log_p_m, -w.p * share};
   }
 };
@@ -100,7 +100,7 @@ struct SkewReverseKL {
   template <class F>
   HKDFAST_HD Term<F> operator()(Word<F> w) const {
     const Mixture<F> mixture(w, beta);
-    const F share = select(w.q > 0.f, (1.f - beta) * w.q / mixture.m, F{});
+    const F share = select(mixture.m > 0.f, (1.f - beta) * w.q / mixture.m, F{});
     return {mixture.q_log_q_m, fused(share, beta * (w.p - w.q), mixture.q_log_q_m)};
   }
 };
