@@ -1,4 +1,4 @@
-"""Purified log-probabilities for decoding: three sweeps, 14 bytes per word of two bf16 tiles and a float32 result."""
+"""Purified log-probabilities for decoding: three sweeps, 16 bytes per word of two bf16 tiles and a float32 result."""
 
 import torch
 import triton
@@ -88,4 +88,4 @@ def contrast(objective, clean, noisy, alpha, labels, out):
     """Purified log-probabilities; `hkdfast.reference.contrast` states the contract."""
     given = arguments(objective, clean, noisy, alpha, labels, out)
     with torch.cuda.device_of(clean):
-        contrast_kernel[(len(clean),)](*given, **tile_choice(clean.shape[1]))
+        contrast_kernel[(len(clean),)](*given, **tile_choice((clean, noisy, out)))

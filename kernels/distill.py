@@ -1,13 +1,19 @@
 """The row operation in Triton: one program per row, two to four sweeps over its vocabulary, float32 inside.
 
-1. statistics: the softmax sums of every tile, and the mean gap that reverse KL's gradient needs.
-2. with a law: the softmax sums of the contrast, whose weight only the first sweep has found.
-3. values and sum of slopes; forward and reverse KL know that sum already and skip this sweep when a gradient is wanted.
+1. statistics: the softmax sums of every tile, of the contrast too if the weight of the disturbed branch is known
+   (constant or rows, no plausibility set), and the mean gap that reverse KL's gradient needs.
+2. under another law: the softmax sums of the contrast, whose weight only the first sweep has found.
+3. values and mean tilt; forward and reverse KL know that mean already and skip this sweep if a gradient is wanted.
 4. gradient; for forward and reverse KL the values too.
 
-Traffic in bytes per word of three bf16 tiles (student, teacher, gradient): 10 for forward and reverse KL, 14 for the
-others; with a law (four tiles) 20 and 26; without a gradient 8 and 12. Sweeps run in turn forward and backward: each
-meets first what the one before left in the cache. Not measured on a GPU yet.
+Bytes per word of bf16 tiles, read and written, if no sweep finds anything in the cache:
+
+                              forward, reverse KL    others    no gradient
+    no law (three tiles)              10               14           8
+    constant, rows (four)             14               20          12
+    other laws                        20               26          18
+
+Sweeps run forward and backward in turn: each meets first what the one before read last. Not measured on a GPU yet.
 """
 
 from typing import NamedTuple
@@ -411,4 +417,4 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
     """
     given = arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics)
     with torch.cuda.device_of(student):
-        rows_kernel[(len(student),)](*given, **tile_choice(student.shape[1], heavy=labels is not None))
+        rows_kernel[(len(student),)](*given, **tile_choice((student, teacher, noisy, grad), labels))

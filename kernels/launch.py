@@ -5,18 +5,21 @@ import math
 import torch
 
 
-def tile_choice(vocab, heavy=False):
-    """Words per step, warps and compiler options; heavy where a row carries labels.
+def tile_choice(tiles, labels=None):
+    """Words per step, warps and compiler options for tiles of one shape (None: no such tile).
 
     8 words per thread are one 16-byte load of each bf16 tile. With 16 warps the assembler holds itself to 64 registers
-    and spills. Left to itself it also spills in heavy kernels, to fit one more program on a multiprocessor; a limit of
-    its own keeps it from that. Not measured on a GPU yet.
+    and spills. Left to itself it also spills the kernels that need most, to fit one more program on a multiprocessor:
+    those with labels, and those that read word by word because a size is odd. Not measured on a GPU yet.
     """
+    tiles = [tile for tile in tiles if tile is not None]
+    vocab = tiles[0].shape[1]
     warps = 4 if vocab <= 8192 else 8
     # fused: one rounding less in the contrast; said, because Triton's default for it changes with 3.10
     choice = {"BLOCK": 256 * warps, "num_warps": warps, "enable_fp_fusion": True}
-    if heavy and torch.version.hip is None:
-        choice["maxnreg"] = 168
+    odd = any(size % 16 for size in (vocab, *(tile.stride(0) for tile in tiles)))
+    if (labels is not None or odd) and torch.version.hip is None:
+        choice["maxnreg"] = 255
     return choice
 
 

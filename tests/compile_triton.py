@@ -5,7 +5,7 @@
     python tests/compile_triton.py --table                 every instantiation: registers, spills, shared memory
 
 The cases meet every divergence with every option of the kernels and every law, on bf16 tiles, and the lightest and the
-heaviest of them on float32 tiles.
+heaviest of them on float32 tiles and on fp16 tiles of an odd vocabulary.
 """
 
 import argparse
@@ -30,7 +30,9 @@ from hkdfast.kernels.launch import tile_choice
 from hkdfast.objective import METRICS, Law, Objective, Transform
 from hkdfast.reference import DIVERGENCES
 
-VOCAB, ROWS = 151936, 32
+ROWS = 32
+# dtype, vocabulary, whether every case is met: the others differ in their loads, stores and steps alone
+TILES = ((torch.bfloat16, 151936, True), (torch.float32, 151936, False), (torch.float16, 50257, False))
 CAPPED = {"student": Transform(1.0, 30.0), "teacher": Transform(1.0, 30.0), "noisy": Transform(1.0, 30.0)}
 
 # name: what is asked beside the divergence (of Objective, or which tensors are there)
@@ -60,13 +62,13 @@ def empty(dtype, *shape):
 
 
 def instantiations():
-    """(name, kernel, arguments) of every case."""
-    for dtype in (torch.bfloat16, torch.float32):
-        tile, short = empty(dtype, ROWS, VOCAB), str(dtype).removeprefix("torch.")
+    """(name, kernel, arguments, options) of every case."""
+    for dtype, vocab, every in TILES:
+        tile, short = empty(dtype, ROWS, vocab), str(dtype).removeprefix("torch.")
         numbers, labels = empty(torch.float32, ROWS), empty(torch.int64, ROWS)
         cases = [(f"{d}, {name}", {"divergence": d, **case}) for d in DIVERGENCES for name, case in CASES.items()]
         cases += [(name, {"divergence": "reverse_kl", "law": law, "labels": True}) for name, law in LAWS.items()]
-        if dtype == torch.float32:  # which differ in their loads and stores alone
+        if not every:
             cases = [case for case in cases if case[0].endswith(("gradient", "labels", "everything"))]
         for name, case in cases:
             given = dict(case)
@@ -87,6 +89,7 @@ def instantiations():
                     tile if there["grad"] else None,
                     empty(torch.float32, len(METRICS), ROWS) if there["metrics"] else None,
                 ),
+                tile_choice((tile,), labels if there["labels"] else None),
             )
         for name, law in {"constant": Law(), **LAWS}.items():
             yield (
@@ -98,14 +101,14 @@ def instantiations():
                     tile,
                     numbers if law.weight == "rows" else None,
                     labels if law.confidence == "target" else None,
-                    empty(torch.float32, ROWS, VOCAB),
+                    empty(torch.float32, ROWS, vocab),
                 ),
+                tile_choice((tile,)),
             )
 
 
 def source(kernel, given):
     """As the launch would specialise it: None and 1 are constants, multiples of 16 are known to be."""
-    given = dict(zip(kernel.arg_names, (*given, tile_choice(VOCAB)["BLOCK"]), strict=True))
     signature, constants, known = {}, {}, {}
     for i, param in enumerate(kernel.params):
         value = given[param.name]
@@ -140,9 +143,8 @@ def target_of(word):
 
 def compile_one(word, index):
     """(registers, bytes or registers spilled, bytes of shared memory) of an instantiation."""
-    target, (_, kernel, given) = target_of(word), list(instantiations())[index]
-    choice = tile_choice(VOCAB, heavy=dict(zip(kernel.arg_names, given, strict=False))["labels_ptr"] is not None)
-    choice.pop("BLOCK")
+    target, (_, kernel, given, choice) = target_of(word), list(instantiations())[index]
+    given = dict(zip(kernel.arg_names, (*given, choice.pop("BLOCK")), strict=True))
     if target.backend == "hip":
         choice.pop("maxnreg", None)
     compiled = triton.compile(source(kernel, given), target=target, options=choice)
@@ -157,7 +159,7 @@ def main():
     parser.add_argument("--only", default="", help="instantiations whose name has this in it")
     options = parser.parse_args()
     start = time.perf_counter()
-    names = [name for name, _, _ in instantiations()]
+    names = [name for name, *_ in instantiations()]
     jobs = [(word, i) for word in options.targets for i, name in enumerate(names) if options.only in name]
     if not jobs:
         sys.exit(f"no instantiation has {options.only!r} in its name; there are:\n" + "\n".join(names))

@@ -21,7 +21,7 @@ from hkdfast.kernels.launch import tile_choice
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = tile_choice(1)["BLOCK"]
+BLOCK = tile_choice((torch.empty(1, 1),))["BLOCK"]
 
 
 def draw(n, vocab, dtype=torch.float32, seed=0, spread=4.0):
