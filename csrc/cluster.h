@@ -57,8 +57,9 @@ struct Record {
 // What a row's later sweeps need to know.
 struct Facts {
   generic::Contrast contrast;
-  float peak_q, peak_p, share_q, share_p, shift, floor;
-  float slope, soft_by, hard_by, peak_1, share_1;
+  float peak_q, peak_p, shift, floor;
+  float share_q, share_p, share_q_low, share_p_low;  // 1 / sum in two floats
+  float slope, slope_low, soft_by, hard_by, peak_1, share_1;
   int blank;  // the row's gradient is 0
 };
 

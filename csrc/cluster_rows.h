@@ -168,28 +168,25 @@ class RowLoop {
   HKDFAST_HD void take_both(Pair& r, const W& x, const W& y, int base) const {
     const bool with_moment = measured(), with_first = measured() || mean_q;
     F to_q[W::count], to_p[W::count];
+    float by = 0;  // how far the student's origin moves, less how far the teacher's does
     if (WITH_Q) {
       const float most = largest(x);
-      if (most > r.q.bound) {
-        const float by = r.q.move(most, scale_, slack());
-        if (mean_q) r.q.gap += by * r.q.sum;
-        if (mean_p) r.p.gap += by * r.p.sum;
-      }
+      if (most > r.q.bound) by += r.q.move(most, scale_, slack());
       if (with_first) r.q.find_first(x, y, most, team_.lane(), base);
       r.q.peak = fmaxf(r.q.peak, most);
-      less(to_q, x, r.q.origin);
     }
     if (WITH_P) {
       const float most = largest(y);
-      if (most > r.p.bound) {
-        const float by = r.p.move(most, scale_, slack());
-        if (mean_q) r.q.gap -= by * r.q.sum;
-        if (mean_p) r.p.gap -= by * r.p.sum;
-      }
+      if (most > r.p.bound) by -= r.p.move(most, scale_, slack());
       if (measured()) r.p.find_first(y, x, most, team_.lane(), base);
       r.p.peak = fmaxf(r.p.peak, most);
-      less(to_p, y, r.p.origin);
     }
+    if (by != 0.f) {
+      if (mean_q) r.q.gap += by * r.q.sum;
+      if (mean_p) r.p.gap += by * r.p.sum;
+    }
+    if (WITH_Q) less(to_q, x, r.q.origin);
+    if (WITH_P) less(to_p, y, r.p.origin);
     if (WITH_Q) {
       if (mean_q && WITH_P)
         take(r.q, to_q, scale_, with_moment, to_p, to_q);
@@ -361,21 +358,31 @@ class RowLoop {
   // The words of a step as a divergence wants them.
   struct Compare {
     Scale scale;
-    float peak_q, peak_p, share_q, share_p, shift, floor;
+    float peak_q, peak_p, share_q, share_p, share_q_low, share_p_low, shift, floor;
     bool floored;
+
+    // A share rounded to float would make every p off by the same part, which total variation sees near convergence.
+    HKDFAST_HD static F shared(F e, float share, float low) {
+      return PLAIN ? e * F(share) : fused(e, F(share), e * F(low));
+    }
 
     HKDFAST_HD Word<F> operator()(float x, float y) const {
       const float to_q = x - peak_q;
       float to_p = y - peak_p;
       if (floored && x > -INFINITY && !(to_p > floor)) to_p = floor;
-      return {exp_(F(to_p), scale.rate) * F(share_p), exp_(F(to_q), scale.rate) * F(share_q), (to_p - to_q) * scale.by - shift};
+      return {shared(exp_(F(to_p), scale.rate), share_p, share_p_low), shared(exp_(F(to_q), scale.rate), share_q, share_q_low),
+              (to_p - to_q) * scale.by - shift};
     }
   };
 
   HKDFAST_HD Compare compare() const {
     const Facts& f = facts();
-    return {scale_, f.peak_q, f.peak_p, f.share_q, f.share_p, f.shift, f.floor, floored()};
+    return {scale_, f.peak_q, f.peak_p, f.share_q, f.share_p, f.share_q_low, f.share_p_low, f.shift, f.floor, floored()};
   }
+
+  struct Terms {
+    double value = 0, slope = 0, share = 0;  // sums over the row; share: of q
+  };
 
   HKDFAST_HD void distil(float student_label) {
         const bool wanted = task_.grad.data != nullptr;
@@ -392,35 +399,38 @@ class RowLoop {
     const Record found = reduced(record(r), [&](const Record& of) { return join_pair(of); });
     if (leader()) compare_facts(found);
 
-    double value = 0, slope = 0;
+    Terms sums;
     if (!mean_known()) {
       team_.sync_block();
       const Compare words = compare();
-      float value_sum = 0, slope_sum = 0;
+      Careful value, slope, share;
       const auto terms = [&](int at, int begin, int word) {
         const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
-        F values[W::count], slopes[W::count];
+        F values[W::count], slopes[W::count], shares[W::count];
 #pragma unroll
         for (int k = 0; k < W::count; ++k) {
-          const Term<F> term = divergence_(words(x.of[k], y.of[k]));
-          values[k] = term.value, slopes[k] = term.slope;
+          const Word<F> w = words(x.of[k], y.of[k]);
+          const Term<F> term = divergence_(w);
+          values[k] = term.value, slopes[k] = term.slope, shares[k] = w.q;
         }
-        value_sum += total(values), slope_sum += total(slopes);
+        value.add(total(values)), slope.add(total(slopes));
+        if (!PLAIN) share.add(total(shares));
       };
       if (wanted)
         sweep<false, false>(terms);
       else
         sweep<false, true>(terms);
       Record mine;
-      mine.side[0].sum = value_sum, mine.side[0].moment = slope_sum;
-      const Record sums = reduced(mine, [&](const Record& of) {
+      mine.side[0].sum = value.total(), mine.side[0].moment = slope.total(), mine.side[0].gap = share.total();
+      const Softmax all = reduced(mine, [&](const Record& of) {
         Record all;
         all.side[0].sum = team_.sum(of.side[0].sum), all.side[0].moment = team_.sum(of.side[0].moment);
+        if (!PLAIN) all.side[0].gap = team_.sum(of.side[0].gap);
         return all;
-      });
-      value = sums.side[0].sum, slope = sums.side[0].moment;
+      }).side[0];
+      sums = {all.sum, all.moment, all.gap};
     }
-    if (leader()) result(found, value, slope, student_label);
+    if (leader()) result(found, sums, student_label);
     team_.sync_block();
     if (wanted) gradient(contrast);
   }
@@ -429,15 +439,17 @@ class RowLoop {
     const Softmax &q = found.side[0], &p = found.side[1];
     Facts& f = facts();
     f.peak_q = finite(q.peak), f.peak_p = finite(p.peak);
-    f.share_q = static_cast<float>(1 / q.sum), f.share_p = static_cast<float>(1 / p.sum);
+    f.share_q = static_cast<float>(1 / q.sum), f.share_q_low = static_cast<float>(1 / q.sum - f.share_q);
+    f.share_p = static_cast<float>(1 / p.sum), f.share_p_low = static_cast<float>(1 / p.sum - f.share_p);
     f.shift = static_cast<float>(log(p.sum / q.sum));
     f.floor = floored() ? static_cast<float>((task_.floor + log(p.sum)) * task_.temperature) : -INFINITY;
   }
 
   // Loss and metrics of the row, and what its gradient is made of.
-  HKDFAST_HD void result(const Record& found, double value, double slope, float student_label) {
+  HKDFAST_HD void result(const Record& found, const Terms& sums, float student_label) {
     const Softmax &q = found.side[0], &p = found.side[1];
     Facts& f = facts();
+    double value = sums.value;
     if constexpr (mean != Mean::none) {
       if (mean_known()) {
         const double gap = mean_p ? p.gap / p.sum : q.gap / q.sum;
@@ -461,16 +473,17 @@ class RowLoop {
     }
     const float weight = task_.weight ? task_.weight[row_] : 1.f;
     f.blank = !(loss * weight - loss * weight == 0.f);
-    // The shares are rounded, so that the q of a row add up to sum_q, not to 1; the gradient must add up to 0 for all that.
-    const double sum_q = f.share_q * q.sum, sum_p = f.share_p * p.sum;
-    slope = mean_known() && mean_p ? (sum_q - sum_p) / sum_q : slope / sum_q;
+    // The q of a row are rounded and do not add up to 1. The gradient must add up to 0 for all that.
+    const double known_q = PLAIN ? f.share_q * q.sum : 1, known_p = PLAIN ? f.share_p * p.sum : 1;
+    const double sum_q = PLAIN || mean_known() ? known_q : sums.share;
+    double slope = (mean_known() && mean_p ? known_q - known_p : sums.slope) / sum_q;
     if (mean_known() && mean_q) {
       // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken off
       // both before either is rounded.
       f.peak_p = q.mate, f.shift = 0;
       slope = (static_cast<double>(q.mate) - f.peak_q - q.gap / q.sum) / task_.temperature;
     }
-    f.slope = static_cast<float>(slope);
+    f.slope = static_cast<float>(slope), f.slope_low = static_cast<float>(slope - f.slope);
     f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
     f.hard_by = hard() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
     f.peak_1 = f.peak_q, f.share_1 = static_cast<float>(1 / sum_at_1);
@@ -487,7 +500,9 @@ class RowLoop {
       for (int k = 0; k < W::count; ++k) {
         // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
         const Word<F> w = words(x.of[k], y.of[k]);
-        g.of[k] = fused(plain(w.q), -f.slope, plain(divergence_(w).slope)) * f.soft_by;
+        float slope = fused(plain(w.q), -f.slope, plain(divergence_(w).slope));
+        if (!PLAIN) slope = fused(plain(w.q), -f.slope_low, slope);
+        g.of[k] = slope * f.soft_by;
       }
       if (!PLAIN && label >= 0) {
         const Scale at_1(1);

@@ -192,6 +192,7 @@ struct Power {
   // Adding 1.5 * 2^23 rounds to an integer; the 127 makes its low bits the exponent field of 2^n.
   static constexpr float shift = 12582912.f + 127.f;
 
+  static HKDFAST_HD F bounded(F d, float) { return d; }
   HKDFAST_HD Power(F d, float rate) : y(fused(d, rate, shift)), n(y - shift) {}
   // x 2^n, 0 where that is subnormal
   HKDFAST_HD F times(F x) const { return select(y < shift - 126.f, F{}, x * float_of(bits_of(y) << 23)); }
@@ -202,8 +203,9 @@ template <>
 struct Power<Lanes> {
   Lanes n;
 
+  // scalef knows no underflow that an infinite x would not undo, and x is a polynomial in what n leaves of d * rate
+  static HKDFAST_HD Lanes bounded(Lanes d, float least) { return larger(all(least), d); }
   HKDFAST_HD Power(Lanes d, float rate) : n(_mm512_roundscale_ps(d * rate, _MM_FROUND_TO_NEAREST_INT)) {}
-  // scalef gives 0 for n = -infinity, also where x is NaN
   HKDFAST_HD Lanes times(Lanes x) const { return _mm512_scalef_ps(x, n); }
 };
 #endif

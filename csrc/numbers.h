@@ -8,10 +8,12 @@ namespace HKDFAST_ISA {
 // A factor on the way to a power of 2: scale * log2(e), in two floats.
 struct Rate {
   float high, low;
+  float least;  // below it a power is 0
 
   HKDFAST_HD explicit constexpr Rate(double scale)
       : high(static_cast<float>(scale * 1.4426950408889634)),
-        low(static_cast<float>(scale * 1.4426950408889634 - high)) {}
+        low(static_cast<float>(scale * 1.4426950408889634 - high)),
+        least(static_cast<float>(-200 / scale)) {}
 };
 
 // e^(scale d) = 2^n (1 + r p), |r| <= 1/2.
@@ -20,8 +22,11 @@ struct Exponential {
   Power<F> power;
   F r, p;
 
-  HKDFAST_HD Exponential(F d, Rate rate) : power(d, rate.high) {
-    r = fused(d, rate.low, fused(d, rate.high, -power.n));
+  HKDFAST_HD Exponential(F d, Rate rate) : Exponential(Power<F>::bounded(d, rate.least), rate.high, rate.low) {}
+
+ private:
+  HKDFAST_HD Exponential(F d, float high, float low) : power(d, high) {
+    r = fused(d, low, fused(d, high, -power.n));
     p = fused(r, 0.000153531786f, 0.001339912997f);
     p = fused(p, r, 0.009618439712f);
     p = fused(p, r, 0.055503319949f);

@@ -70,6 +70,18 @@ HKDFAST_HD float total(const F (&x)[count]) {
   return part[0];
 }
 
+// A sum of many floats that loses none of them: what rounding takes is kept (Kahan).
+struct Careful {
+  float sum = 0, lost = 0;
+
+  HKDFAST_HD void add(float x) {
+    const float more = x - lost, next = sum + more;
+    lost = (next - sum) - more;
+    sum = next;
+  }
+  HKDFAST_HD double total() const { return static_cast<double>(sum) - lost; }
+};
+
 // Of a lane at its peak; offset: the other side's origin less this one's, with the sign that the gap has.
 HKDFAST_HD Softmax softmax(const Running& r, const Scale& scale, double offset) {
   Softmax s;

@@ -4,9 +4,10 @@
 #include "cpu.h"
 
 #ifdef HKDFAST_X86
-// After the headers of the standard library: what they define inline is shared with the baseline by the linker.
+#include <immintrin.h>
+
+// After the headers of the library: what those define inline the linker shares with the baseline.
 #ifdef __clang__
-#define HKDFAST_FMA
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")

@@ -4,12 +4,13 @@
 #include "cpu.h"
 
 #ifdef HKDFAST_X86
-// After the headers of the standard library: what they define inline is shared with the baseline by the linker.
+#include <immintrin.h>
+
+// After the headers of the library: what those define inline the linker shares with the baseline.
 #ifdef __clang__
-#define HKDFAST_FMA
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,fma,prefer-vector-width=512"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #endif
 #define HKDFAST_ISA avx512
 #define HKDFAST_LANES 16
