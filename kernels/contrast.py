@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import law_numbers, law_words, tile_choice, transforms
 from .law import Branches, alone, confidence, contrasted, purification
-from .row import Tile, Tiles, columns, log_prob, narrow, words
+from .row import Tile, Tiles, columns, log_prob, narrow, word_at, words
 from .sweeps import purified, statistics
 
 
@@ -41,16 +41,16 @@ def contrast_kernel(
         Tile(clean_ptr + row * clean_stride, clean_scale, clean_cap),
         Tile(noisy_ptr + row * noisy_stride, noisy_scale, noisy_cap),
     )
-    label = 0
-    if labels_ptr is not None:
-        label = tl.maximum(tl.load(labels_ptr + row), 0)
+    target = 0.0
+    if CONFIDENCE == "target":
+        target = word_at(tiles, tl.maximum(tl.load(labels_ptr + row), 0), False).teacher
     if WEIGHT == "rows":
         alpha = tl.load(alpha_ptr + row).to(tl.float32)
     found = statistics(
         tiles, vocab, rate, None, False, False, True, CONFIDENCE == "entropy", True, False, False,
         False, False, MODE, False, False, BLOCK,
     )  # fmt: skip
-    sure = confidence(tiles, vocab, found.clean, found.entropy, label, CONFIDENCE, False)
+    sure = confidence(vocab, found.clean, found.entropy, target, CONFIDENCE)
     a = purification(sure, alpha, threshold, WEIGHT)
     kept = alone(found.clean.log_sum, found.noisy.log_sum, a, MODE)
     teacher, shift, _, _, _ = purified(

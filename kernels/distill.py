@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..objective import METRICS
 from . import divergence as divergences
 from .contrast import contrast  # noqa: F401  a backend is one module
 from .launch import law_numbers, law_words, tile_choice, transforms
@@ -41,9 +42,12 @@ from .row import (
     logit_slope,
     narrow,
     number_at,
+    word_at,
     words,
 )
 from .sweeps import purified, statistics
+
+COLUMNS = tl.constexpr(len(METRICS))
 
 
 class Side(NamedTuple):
@@ -51,11 +55,11 @@ class Side(NamedTuple):
 
     student: Softmax
     teacher: Softmax
-    student_origin: tl.tensor  # taken off the logits before they are compared
+    student_origin: tl.tensor  # taken off the logits before their difference, apart, is
     teacher_origin: tl.tensor
-    level: tl.tensor  # what is left of the gap then at a word with log p - log q = shift
+    level: tl.tensor  # log p - log q = (apart - level) * rate + shift
     shift: tl.tensor
-    mate_level: tl.tensor  # and at the student's peak
+    mate_level: tl.tensor  # apart, at the student's peak
     rate: tl.tensor
     beta: tl.tensor
     floor: tl.tensor  # or None
@@ -90,6 +94,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def facing(student, teacher, mate, rate, beta, floor, STRAIGHT: tl.constexpr):
+    """The two sides of a row, with the origins from which their gap rounds least."""
     # Logits that lie near each other are subtracted as they are, which loses nothing; if one side is shifted against
     # the other, the peaks come off first, for the difference would round at the size of the shift.
     apart = teacher.peak - student.peak
@@ -109,7 +114,7 @@ def facing(student, teacher, mate, rate, beta, floor, STRAIGHT: tl.constexpr):
 
 @triton.jit
 def pair(x, y, apart, side):
-    """The probabilities of words whose logits are x and y, apart from each other's origins by that much."""
+    """The probabilities of words whose logits are x and y; apart as in Side."""
     log_q = log_prob(x, side.student, side.rate)
     log_p = log_prob(y, side.teacher, side.rate)
     gap = (apart - side.level) * side.rate + side.shift
@@ -234,9 +239,9 @@ def rows_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 at 16k tokens of a 131k vocabulary
-    METRICS: tl.constexpr = metrics_ptr is not None
+    TABLE: tl.constexpr = metrics_ptr is not None
     LAW: tl.constexpr = noisy_ptr is not None
-    HARD: tl.constexpr = labels_ptr is not None and (hard_weight is not None or METRICS)
+    HARD: tl.constexpr = labels_ptr is not None and (hard_weight is not None or TABLE)
     # whether the mean tilt comes without a sweep of its own
     KNOWN: tl.constexpr = KIND != "tilt" and floor is None
     MATE: tl.constexpr = KIND != "slope" and grad_ptr is not None
@@ -250,8 +255,8 @@ def rows_kernel(
         label = tl.load(labels_ptr + row)
         if label == ignore_index:
             tl.store(loss_ptr + row, 0.0)
-            if METRICS:
-                for i in tl.static_range(7):
+            if TABLE:
+                for i in tl.static_range(COLUMNS):
                     tl.store(metrics_ptr + i * metrics_stride + row, 0.0)
             if grad_ptr is not None:
                 blank(grad_ptr + row * grad_stride, vocab, BLOCK)
@@ -266,9 +271,13 @@ def rows_kernel(
         Tile(teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap),
         noisy_tile,
     )
-    hard = 0.0
+    # single words are read before the first sweep, whose barriers keep them ahead of a gradient in the student's place
+    target = 0.0
+    clean_target = 0.0
     if HARD:
         target = logit(number_at(tiles.student, label), tiles.student)
+    if LAW and CONFIDENCE == "target":
+        clean_target = word_at(tiles, label, DIFFERENCE).teacher
 
     a = 0.0
     branches = None
@@ -284,9 +293,9 @@ def rows_kernel(
                 a, 0.0, None, 0.0,
             )  # fmt: skip
     found = statistics(
-        tiles, vocab, rate, branches, HARD, not LAW or JOINT, LAW and (METRICS or not JOINT),
+        tiles, vocab, rate, branches, HARD, not LAW or JOINT, LAW and (TABLE or not JOINT),
         CONFIDENCE == "entropy", LAW and not JOINT, MATE and (not LAW or JOINT), MEAN and (not LAW or JOINT),
-        METRICS or MATE and LAW and not JOINT, METRICS, MODE, STRAIGHT, DIFFERENCE, BLOCK,
+        TABLE or MATE and LAW and not JOINT, TABLE, MODE, STRAIGHT, DIFFERENCE, BLOCK,
     )  # fmt: skip
     student = found.student
     teacher = found.teacher
@@ -296,15 +305,15 @@ def rows_kernel(
     sure = 0.0
     if not LAW:
         sure = 1 / teacher.total
-    elif METRICS or not JOINT:
-        sure = confidence(tiles, vocab, found.clean, found.entropy, label, CONFIDENCE, DIFFERENCE)
+    elif TABLE or not JOINT:
+        sure = confidence(vocab, found.clean, found.entropy, clean_target, CONFIDENCE)
     if LAW and not JOINT:
         a = purification(sure, alpha, threshold, WEIGHT)
         kept = alone(found.clean.log_sum, found.noisy.log_sum, a, MODE)
         branches = Branches(found.clean, found.noisy, a, kept, least, 0.0)
         teacher, set_shift, mate, mean, other_best = purified(
             tiles, vocab, rate, student, found.student_best.word, branches,
-            MODE, OUTSIDE, MATE, MEAN, METRICS, DIFFERENCE, BLOCK,
+            MODE, OUTSIDE, MATE, MEAN, TABLE, DIFFERENCE, BLOCK,
         )  # fmt: skip
         best = other_best.word
         branches = Branches(found.clean, found.noisy, a, kept, least, set_shift)
@@ -325,10 +334,11 @@ def rows_kernel(
             teacher, _, mate, mean, other_best = purified(
                 tiles, vocab, rate, student, again.student_best.word,
                 Branches(branches.clean, branches.noisy, a, kept, None, 0.0),
-                MODE, OUTSIDE, MATE, MEAN, METRICS, DIFFERENCE, BLOCK,
+                MODE, OUTSIDE, MATE, MEAN, TABLE, DIFFERENCE, BLOCK,
             )  # fmt: skip
             best = other_best.word
         branches = Branches(branches.clean, branches.noisy, a, kept, None, 0.0)
+    hard = 0.0
     if HARD:
         hard = found.hard_sum - (target - student.peak)
 
@@ -366,14 +376,15 @@ def rows_kernel(
     if hard_weight is not None:
         loss += hard_weight * hard
     tl.store(loss_ptr + row, loss)
-    if METRICS:
+    if TABLE:
         agree = found.student_best.word == best
         columns_of_row = (value, hard, sums.student_entropy, sums.teacher_entropy, sure, a, agree)
-        for i in tl.static_range(7):
+        for i in tl.static_range(COLUMNS):
             tl.store(metrics_ptr + i * metrics_stride + row, columns_of_row[i])
     if grad_ptr is not None:
         # after the fact, for such rows are rare: what a row of infinite loss stored is taken back
         if not (tl.abs(loss * factor) < float("inf")):
+            tl.debug_barrier()
             blank(grad_ptr + row * grad_stride, vocab, BLOCK)
 
 
@@ -396,11 +407,11 @@ def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, g
         student.shape[1],
         *transforms(objective.student, objective.teacher, objective.noisy),
         1 / objective.temperature,
-        objective.beta,
-        divergences.CENTRE[name](objective.beta),
-        None if objective.floor == float("-inf") else objective.floor,
-        objective.soft_weight,
-        objective.hard_weight or None,
+        float(objective.beta),
+        divergences.CENTRE[name](float(objective.beta)),
+        None if objective.floor == float("-inf") else float(objective.floor),
+        float(objective.soft_weight),
+        float(objective.hard_weight) or None,
         objective.ignore_index,
         *law_numbers(law),
         getattr(divergences, name),

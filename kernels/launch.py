@@ -25,14 +25,15 @@ def tile_choice(tiles, labels=None):
 
 def transforms(*sides):
     """scale and softcap of each side."""
-    return [number for side in sides for number in (side.scale, side.softcap)]
+    # floats all: an integer 1 would become a constant of another kernel
+    return [None if number is None else float(number) for side in sides for number in (side.scale, side.softcap)]
 
 
 def law_numbers(law):
     """alpha, threshold, and the logarithm of the plausibility or None for no set."""
     if law is None:
         return 0.0, 0.0, None
-    return law.alpha, law.threshold, math.log(law.plausibility) if law.plausibility else None
+    return float(law.alpha), float(law.threshold), math.log(law.plausibility) if law.plausibility else None
 
 
 def law_words(law):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .row import LOW, Softmax, log_prob, word_at
+from .row import LOW, Softmax, log_prob
 
 
 class Branches(NamedTuple):
@@ -21,14 +21,14 @@ class Branches(NamedTuple):
 
 
 @triton.jit
-def confidence(tiles, vocab, clean, entropy, label, CONFIDENCE: tl.constexpr, DIFFERENCE: tl.constexpr):
-    """How sure the clean branch is of its answer."""
+def confidence(vocab, clean, entropy, target, CONFIDENCE: tl.constexpr):
+    """How sure the clean branch is of its answer; target is its logit of the label."""
     if CONFIDENCE == "max_prob":
         sure = 1 / clean.total
     elif CONFIDENCE == "entropy":
         sure = 1 - entropy / tl.log(vocab * tl.full((), 1.0, tl.float32))
     else:
-        sure = tl.exp(log_prob(word_at(tiles, label, DIFFERENCE).teacher, clean, 1.0))
+        sure = tl.exp(log_prob(target, clean, 1.0))
     return sure
 
 
