@@ -11,6 +11,9 @@ import torch
 
 from .objective import Law, Transform
 
+# torch 2.8 and 2.9 take no float32 summand beside 16-bit operands (pytorch/pytorch#167931)
+WIDE_SUM = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
+
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -166,15 +169,22 @@ class Logits:
         return self.grad, None, None
 
 
+def widens(tensor):
+    """Whether the GEMM of a tensor's device can sum and write float32 from 16-bit operands."""
+    return tensor.is_cuda
+
+
 def multiply(out, a, b, first):
     """out = a @ b at first, later out += a @ b, the sum kept in out's dtype."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-    elif out.is_cuda:
+    elif widens(out):
         if first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
+        elif WIDE_SUM:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            out.add_(torch.mm(a, b, out_dtype=out.dtype))
     else:  # a narrow GEMM of the CPU rounds each product once
         out.copy_(a @ b) if first else out.add_(a @ b)
 
@@ -208,7 +218,7 @@ class Projection:
         if self.exact:
             self.dtype = wide
             # fp16 is not widened by the GEMM: its gradient tile would underflow
-            self.gemm = self.operand if weight.is_cuda and self.operand == torch.bfloat16 else wide
+            self.gemm = self.operand if widens(weight) and self.operand == torch.bfloat16 else wide
         else:
             self.dtype = self.gemm = self.operand if self.operand != wide else torch.bfloat16
         self.width, self.device, self.piece = weight.shape[1], weight.device, piece
