@@ -146,7 +146,7 @@ def contrast(
         labels, alpha = (t if t is None else t.reshape(n).contiguous() for t in (labels, purified.alpha))
         loop.check_labels(labels, objective, words)
         xs, weights, biases = zip(*(parts(branch, n) for branch in branches), strict=True)
-        memory = loop.room(memory, device, weights, draws)
+        memory = loop.room(memory, device, weights, draws, False)
         clean, noisy = sides = loop.sides_of(xs, weights, biases, draws, words, compute, tiles, memory)
         dtype = torch.promote_types(clean.dtype, torch.float32)
         alpha = alpha if alpha is None else alpha.to(dtype)

@@ -160,7 +160,8 @@ def distill_loss(
             error to float64 at most 3e-3 for bf16 models from KL 24 to 0.001. "bfloat16": 16-bit tiles, error 2e-2 at
             KL 4, more than the gradient itself at 0.0004. "difference": 16-bit tiles of teacher minus student, where
             all sides share one weight, bias and scale and no softcap: error 2e-2 from KL 24 down to 4e-5.
-        memory: bytes for tiles; None: 512 MiB on the CPU, 4 GiB on CUDA but at most half of what is free.
+        memory: bytes for tiles; None: 512 MiB on the CPU; on CUDA 2 GiB, with a trained head 8 GiB, but at most half of
+            what is free.
         metrics: also return a dict of (...) tensors, no gradient: divergence, cross_entropy, student_entropy,
             teacher_entropy, confidence, purification, agreement (hkdfast.objective.METRICS says what each is).
         backend: "cpu", "triton" or "reference"; None picks the fastest that is built for the device.

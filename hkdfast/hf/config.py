@@ -68,7 +68,7 @@ class SeedConfig(TrainingArguments):
     )
     yes_rate: bool = option(False, "Log how many answers lean to yes rather than no; for questions of that kind.")
     tiles: str = option("float32", "How logits are multiplied out, tile by tile.", TILES)
-    memory: int | None = option(None, "Bytes for tiles; by default 512 MiB on the CPU, 4 GiB on CUDA.")
+    memory: int | None = option(None, "Bytes for tiles; by default as in distill_loss.")
     backend: str | None = option(None, "What computes the loss; by default the fastest that is built here.", MODULES)
     learning_rate: float = option(2e-4, "The largest learning rate.")
     num_train_epochs: float = option(1.0, "Passes over the data in each round, unless max_steps says.")
