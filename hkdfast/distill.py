@@ -1,6 +1,7 @@
 """distill_loss: checks, reductions, autograd. The work is done in tiles.py."""
 
 import math
+from functools import cache
 
 import torch
 
@@ -41,15 +42,31 @@ def run(*args):
         return loop.run(*args)
 
 
+@cache
+def scale_kernel():
+    """kernels/scale.py, or None without Triton."""
+    try:
+        from .kernels.scale import scale
+    except ImportError:
+        return None
+    return scale
+
+
 def scaled(grad, factor, dtype):
     """grad * factor in dtype; in grad's own memory when this backward is the last to read it."""
     if grad is None:
         return None
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (grad * factor).to(dtype)
-    if factor.numel() != 1 or not visible(factor) or factor.item() != 1:
-        grad.mul_(factor)
-    return grad.to(dtype)
+    if not grad.is_cuda:
+        if factor.numel() != 1 or not visible(factor) or factor.item() != 1:
+            grad.mul_(factor)
+        return grad.to(dtype)
+    out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    one = factor.numel() == 1 and grad.dtype != torch.float64 and grad.is_contiguous()
+    if one and scale_kernel():
+        return scale_kernel()(grad, factor, out)
+    return torch.mul(grad, factor, out=out)
 
 
 def weighted(loss, weight):
