@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hkdfast.backends import MODULES
 from hkdfast.objective import METRICS, Law, Objective, Transform
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def home(module):
+    """The device on which a backend's tiles live here; what a test puts in a backend's place runs on the CPU."""
+    on_gpu = [name for backend, name in MODULES.items() if backend != "cpu"]
+    return DEVICE if getattr(module, "__name__", None) in on_gpu else "cpu"
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ CASES = {
 
 
 def inputs(case):
-    """(student, teacher, noisy, alpha, labels, weight) of a case, in its dtypes."""
+    """(student, teacher, noisy, alpha, labels, weight) of a case, in its dtypes, on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(like=None, offset=0.0, masked=(), dtype=None):
@@ -92,19 +101,20 @@ def inputs(case):
 
 
 def run_rows(module, case, divergence, exact=False, **options):
-    """(loss, gradient, metrics) of a backend's row operation; exact: in float64."""
-    student, teacher, noisy, alpha, labels, weight = inputs(case)
+    """(loss, gradient, metrics) of a backend's row operation, brought to the CPU; exact: in float64."""
+    device = home(module)
+    student, teacher, noisy, alpha, labels, weight = (t if t is None else t.to(device) for t in inputs(case))
     objective = Objective(divergence=divergence, **{"beta": 0.3, **case.options, **options})
     if exact:
         student, teacher, noisy = (t if t is None else t.double() for t in (student, teacher, noisy))
     wide = torch.float64 if exact else torch.float32
     kept = torch.float64 if exact else torch.float32 if student.dtype == torch.float16 else student.dtype
     n = len(student)
-    loss, metrics, grad = torch.empty(n, dtype=wide), torch.empty(len(METRICS), n, dtype=wide), student.to(kept)
-    grad = torch.empty_like(grad)
+    loss, metrics = (torch.empty(*shape, dtype=wide, device=device) for shape in ((n,), (len(METRICS), n)))
+    grad = torch.empty_like(student, dtype=kept)
     by_rows = objective.law is not None and objective.law.weight == "rows"
     module.rows(objective, student, teacher, noisy, alpha if by_rows else None, labels, weight, loss, grad, metrics)
-    return loss, grad, metrics
+    return loss.cpu(), grad.cpu(), metrics.cpu()
 
 
 def worst(x):

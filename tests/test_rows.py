@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, Case, assert_as_close_as_torch, inputs, run_rows
+from cases import CASES, Case, assert_as_close_as_torch, home, inputs, run_rows
 
 from hkdfast import DIVERGENCES, backends, reference
 from hkdfast.backends import load
@@ -39,14 +39,15 @@ def test_masked_words_are_absent(backend, divergence):
     """-inf on both sides: the loss is that of the other words, and a masked word gets no gradient."""
     masked = CASES["both masked"]
     words = list(masked.masked[0])
-    loss, grad, _ = run_rows(load(backend), masked, divergence)
-    student, teacher, *_ = inputs(masked)
+    module = load(backend)
+    loss, grad, _ = run_rows(module, masked, divergence)
+    student, teacher = (t.to(home(module)) for t in inputs(masked)[:2])
     kept = [v for v in range(student.shape[1]) if v not in words]
-    short, short_grad = torch.empty(len(student)), torch.empty(len(student), len(kept))
+    short, short_grad = student.new_empty(len(student)), student.new_empty(len(student), len(kept))
     objective = Objective(divergence=divergence, beta=0.3)
-    load(backend).rows(objective, student[:, kept], teacher[:, kept], None, None, None, None, short, short_grad, None)
-    torch.testing.assert_close(loss, short)
-    torch.testing.assert_close(grad[:, kept], short_grad)
+    module.rows(objective, student[:, kept], teacher[:, kept], None, None, None, None, short, short_grad, None)
+    torch.testing.assert_close(loss, short.cpu())
+    torch.testing.assert_close(grad[:, kept], short_grad.cpu())
     assert grad[:, words].eq(0).all()
 
 
@@ -87,12 +88,12 @@ def test_contrast_matches_the_definition(backend, plausibility, outside):
     from cases import law
 
     case = Case((3, 1031), torch.bfloat16, options=law(plausibility=plausibility, outside=outside))
-    _, clean, noisy, *_ = inputs(case)
+    module = load(backend)
+    clean, noisy = (t.to(home(module)) for t in inputs(case)[1:3])
     objective = Objective(temperature=0.7, **case.options)
-    out, plain = torch.empty(clean.shape), torch.empty(clean.shape)
-    exact = torch.empty(clean.shape, dtype=torch.float64)
-    load(backend).contrast(objective, clean, noisy, None, None, out)
+    out, plain, exact = (torch.empty_like(clean, dtype=d) for d in (torch.float32, torch.float32, torch.float64))
+    module.contrast(objective, clean, noisy, None, None, out)
     reference.contrast(objective, clean, noisy, None, None, plain)
     reference.contrast(objective, clean.double(), noisy.double(), None, None, exact)
     assert_as_close_as_torch(out, plain, exact)
-    torch.testing.assert_close(out.exp().sum(-1), torch.ones(3))
+    torch.testing.assert_close(out.exp().sum(-1), torch.ones_like(out[:, 0]))

@@ -1,7 +1,13 @@
 """The same loss by others, on the same inputs. Each is a function of the divergence's name and of the tensors."""
 
 import math
+import sys
+from contextlib import nullcontext
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +99,21 @@ def liger_rows(divergence, student, teacher):
     return liger_module("rows", BETA[divergence])(log_q, log_p)
 
 
-def trl(divergence, hidden, weight, hidden_t, weight_t):
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+@cache
+def trl_function():
+    """TRL's autograd function. Where datasets is missing (60 MB for a GPU machine without an index), which the rest of
+    TRL imports, its kernels are imported alone; of the rest they ask only to gather a head that ZeRO-3 has split."""
+    if find_spec("datasets") is None:
+        folder = Path(find_spec("trl").origin).parent
+        for name, path in (("trl", folder), ("trl.trainer", folder / "trainer"), ("trl.trainer.utils", None)):
+            module = sys.modules[name] = ModuleType(name)
+            module.__path__ = [] if path is None else [str(path)]
+        sys.modules["trl.trainer.utils"].maybe_gather_lm_head_ctx = lambda *weights: nullcontext()
+    return import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
 
-    loss, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, hidden_t, weight_t, None, BETA[divergence])
+
+def trl(divergence, hidden, weight, hidden_t, weight_t):
+    loss, _ = trl_function().apply(hidden, weight, None, hidden_t, weight_t, None, BETA[divergence])
     return loss.mean()
 
 

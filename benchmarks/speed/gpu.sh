@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# Proves hkdfast on a machine with a GPU and measures it against its peers, in stages of under nine minutes each.
+#
+#   benchmarks/speed/gpu.sh [--tiny] [STAGE...]     without a stage: all of them, one after the other
+#   benchmarks/speed/gpu.sh report [FOLDER...]      anywhere: one results file of the parts, its figures, README's table
+#
+# A stage leaves its log and its part of the results in $OUT (out/gpu by default) and builds first what is not built.
+# Wheels in .whl/, collected by wheels.sh, are installed if there are any; nothing is downloaded.
+# --tiny takes every stage through on any machine, with or without a GPU, in shapes whose times say nothing.
+set -euo pipefail
+[ -z "${OUT:-}" ] || OUT=$(realpath -m "$OUT")
+cd "$(dirname "$0")/../.."
+self=benchmarks/speed/gpu.sh
+STAGES=(build correct sanitize logits vocabulary heads-ab heads-cde frozen sweeps)
+export OUT=${OUT:-$PWD/out/gpu} PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+site=${HKDFAST_SITE:-/tmp/hkdfast-site}
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$OUT"
+
+build() {
+    if compgen -G ".whl/*.whl" > /dev/null; then
+        $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
+    fi
+    if [ -z "${HKDFAST_TINY:-}" ]; then
+        nvidia-smi
+        nvcc --version
+        # this GPU's own architecture alone; 90a has instructions that plain 90 lacks
+        : "${HKDFAST_CUDA_ARCHS:=$($python -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')}"
+        export HKDFAST_CUDA_ARCHS
+        rm -f hkdfast/_cpu*.so hkdfast/_cuda*.so
+        $python setup.py -q build_ext --inplace
+    fi
+    $python -m hkdfast doctor
+    $python - <<'PYTHON'
+import sys
+
+import torch
+
+from hkdfast import backends
+
+report = backends()
+wanted = {"cpu"} if not torch.cuda.is_available() else {"cpu", "triton"}
+if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9:
+    wanted.add("cuda")
+missing = {name: report.get(name, "unknown") for name in wanted if report.get(name) != "ok"}
+sys.exit(f"backends that should run here do not: {missing}" if missing else 0)
+PYTHON
+    mkdir -p build "$site"
+    touch "$(built)"
+}
+
+tests() { # pytest on several processes where pytest-xdist is there: most of the time Triton compiles
+    local several=()
+    if $python -c 'import xdist' 2> /dev/null; then several=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
+    $python -m pytest -q -p no:cacheprovider "${several[@]}" "$@"
+}
+
+correct() {
+    if [ -n "${HKDFAST_TINY:-}" ]; then
+        tests tests/test_device.py -k "not long"
+    else
+        tests tests/test_rows.py tests/test_device.py tests/test_triton.py $(compgen -G "tests/test_cuda*.py")
+    fi
+}
+
+watched() { # BACKEND DIVERGENCE OPERATION KERNEL, as tests/sanitize.py --list has them
+    if [ -n "${HKDFAST_TINY:-}" ]; then
+        $python tests/sanitize.py --few "$@"
+        return
+    fi
+    local tool
+    for tool in memcheck racecheck; do # addresses; shared memory. The kernels of torch are not watched.
+        echo "$tool: $*"
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex "kns=$4" $python tests/sanitize.py "$@"
+    done
+}
+
+sanitize() {
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor an allocation of its own, so that a step beyond it is seen
+    local status=0
+    $python tests/sanitize.py --list > "$OUT/sanitize.runs"
+    # each run in a process with a log of its own: most of the time goes into compiling for Triton
+    xargs -P "$(nproc)" -L 1 bash -c '"$0" --watched "$@" > "$OUT/sanitize-$1-$2-$3.log" 2>&1 || { echo "failed: $*"; exit 1; }' \
+        "$self" < "$OUT/sanitize.runs" || status=1
+    grep -H -E "SUMMARY|cases ran" "$OUT"/sanitize-*.log || true
+    return $status
+}
+
+bench() { # bench NAME PYTEST-ARGUMENTS...: one part of the results
+    local name=$1
+    shift
+    $python -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-group-by=param:shape \
+        --benchmark-json="$OUT/$name.json" "$@"
+}
+speed=benchmarks/speed
+logits() { bench logits $speed/bench_logits.py -k "not vocabulary"; }
+vocabulary() { bench vocabulary $speed/bench_logits.py -k vocabulary; }
+heads-ab() { bench heads-ab $speed/bench_heads.py::bench_heads -k "trained and (A: or B:)"; }
+heads-cde() { bench heads-cde $speed/bench_heads.py::bench_heads -k "trained and not (A: or B:)"; }
+frozen() { bench frozen $speed/bench_heads.py::bench_heads -k frozen; }
+sweeps() { bench sweeps $speed/bench_heads.py -k "bench_tokens or bench_errors or bench_gemms"; }
+
+report() {
+    $python $speed/collect.py "${@:-$OUT}"
+    $python $speed/figures.py
+    $python benchmarks/readme.py
+}
+
+stage() { # in a process of its own, for errexit is off in a function whose failure is looked at
+    printf '\n=== %s\n' "$1"
+    local start=$SECONDS status=0
+    "$BASH" "$self" --stage "$1" 2>&1 | tee "$OUT/$1.log" || status=$?
+    printf '=== %s: %s after %d s\n' "$1" "$([ $status = 0 ] && echo done || echo "FAILED ($status)")" $((SECONDS - start))
+    return $status
+}
+
+built() { # what stands in build/ for these sources: the marker goes with the machine's copy of the tree
+    echo "build/gpu-$(cat setup.py csrc/* | sha256sum | cut -c -16)"
+}
+
+if [ "${1:-}" = --tiny ]; then
+    export HKDFAST_TINY=1
+    shift
+fi
+case "${1:-}" in
+    --stage) "$2"; exit ;;
+    --watched) shift; watched "$@"; exit ;;
+    report) shift; report "$@"; exit ;;
+esac
+for name in "$@"; do
+    if [[ " ${STAGES[*]} " != *" $name "* ]]; then
+        echo "unknown stage '$name', expected report or some of: ${STAGES[*]}" >&2
+        exit 2
+    fi
+done
+if [ $# = 0 ]; then set -- "${STAGES[@]}"; fi
+failed=()
+if [ "$1" != build ] && [ -z "${HKDFAST_TINY:-}" ] && { [ ! -e "$(built)" ] || [ ! -d "$site" ]; }; then
+    stage build || failed+=(build)
+fi
+for name in "$@"; do stage "$name" || failed+=("$name"); done
+if [ ${#failed[@]} != 0 ]; then
+    echo "failed: ${failed[*]}; the logs are in $OUT"
+    exit 1
+fi
