@@ -1,7 +1,7 @@
 // The divergences, once for both compilers: every row loop is a template over one of these.
-// Each gives its value at one word and its slope, d value / d log q up to a multiple of q, in nats: the softmax Jacobian
-// slope_v - q_v sum(slope) removes any such multiple, so the one is taken that rounds least. A multiple of q by a constant of
-// the row is as free: the gap that ReverseKL's slope is made of may be taken less that of any one word.
+// Each gives its value at one word and its slope, d value / d log q up to a multiple of q, in nats. The softmax
+// Jacobian, slope_v - q_v sum(slope), removes any such multiple, so the one is taken that rounds least. A multiple that
+// is a constant of the row is as free: the gap that ReverseKL's slope is made of may be taken less that of any one word.
 #pragma once
 #include "numbers.h"
 
@@ -49,8 +49,8 @@ struct ReverseKL {
 };
 
 // m = beta p + (1 - beta) q, with p log(p / m) and q log(q / m). The larger of p and q is taken as the unit of the
-// logarithm, so that a word which one side all but excludes does not cancel, and the smaller follows from the gap, so that
-// near convergence the two logarithms cancel to second order and no rounding of p or q is left over.
+// logarithm, so that a word which one side all but excludes does not cancel, and the smaller follows from the gap, so
+// that near convergence the two logarithms cancel to second order and no rounding of p or q is left over.
 template <class F>
 struct Mixture {
   F m, p_log_p_m, q_log_q_m;
@@ -110,9 +110,10 @@ struct TotalVariation {
   static constexpr Mean mean = Mean::none;
   template <class F>
   HKDFAST_HD Term<F> operator()(Word<F> w) const {
-    const F excess = 0.5f * (w.p - w.q), half = 0.5f * w.q;
-    // the sign from gap: p and q are rounded, and near convergence their difference has the sign of the rounding
-    return {absolute(excess), select(w.gap > 0.f, -half, select(w.gap < 0.f, half, F{}))};
+    // from the gap: p and q are rounded, and near convergence their difference is that of the roundings
+    const F larger = select(w.p > w.q, w.p, w.q), half = 0.5f * w.q;
+    const F excess = select(larger > 0.f, -larger * expm1_(-absolute(w.gap)), F{});
+    return {0.5f * excess, select(w.gap > 0.f, -half, select(w.gap < 0.f, half, F{}))};
   }
 };
 

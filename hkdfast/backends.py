@@ -7,13 +7,15 @@ from importlib import import_module
 import torch
 
 # Fastest first, per device type. The reference runs everywhere, so no call is left without a home.
-ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 MODULES = {
     "cpu": "hkdfast.cpu",
+    "cuda": "hkdfast.cuda",
     "triton": "hkdfast.kernels.distill",
     "reference": "hkdfast.reference",
 }
-DTYPES = {name: (torch.float32, torch.bfloat16, torch.float16) for name in ("cpu", "triton")}  # the reference: any
+# Dtypes of the tiles; the reference takes any.
+DTYPES = {name: (torch.float32, torch.bfloat16, torch.float16) for name in ("cpu", "cuda", "triton")}
 
 
 def check(name):
@@ -54,8 +56,19 @@ def find(device, dtype, backend=None):
         if dtype not in DTYPES.get(backend, (dtype,)):
             raise ValueError(f"backend {backend!r} takes {DTYPES[backend]}, not {dtype}; the reference takes any")
         return load(backend)
+    return fastest(ORDER.get(device.type, ("reference",)), dtype)
+
+
+def after(name, device, dtype):
+    """The backend that takes over where this one cannot: a row that is too long for it."""
+    order = ORDER[device.type]
+    return fastest(order[order.index(name) + 1 :], dtype)
+
+
+def fastest(names, dtype):
+    """The first of these backends that is usable here and takes this dtype. That it is the reference is told, once."""
     why = []
-    for name in ORDER.get(device.type, ("reference",)):
+    for name in names:
         if dtype not in DTYPES.get(name, (dtype,)):
             continue
         try:
@@ -63,7 +76,7 @@ def find(device, dtype, backend=None):
         except ImportError as error:
             why.append(f"{name}: {error}")
             continue
-        if why:
+        if why and name == "reference":
             fell(name, tuple(why))
         return found
 

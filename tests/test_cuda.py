@@ -1,0 +1,335 @@
+"""The cuda backend. Its row loop runs here on the CPU, as fibers under a scheduler that means no good
+(tests/cluster.cpp). Where there is a GPU, tests/test_rows.py runs the same cases on it, and what is special here runs too."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import mmap
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, Case, assert_as_close_as_torch, inputs, law, run_rows
+
+import hkdfast
+from hkdfast import DIVERGENCES, native, reference
+from hkdfast.backends import load
+from hkdfast.objective import METRICS, Objective
+
+ROOT = Path(__file__).parents[1]
+SHARED = 232448  # bytes of a block on Hopper
+ON_GPU = pytest.mark.skipif(hkdfast.backends()["cuda"] != "ok", reason=hkdfast.backends()["cuda"])
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """tests/cluster.cpp, compiled once for each state of its sources."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
+    sources = [ROOT / "tests/cluster.cpp", *sorted((ROOT / "csrc").glob("*.h"))]
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    target = ROOT / f"build/cluster-{state}/cluster{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = target.with_suffix(".part")
+        flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared"]
+        headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        subprocess.run([compiler, *flags, *headers, str(sources[0]), "-o", str(made)], check=True)
+        made.rename(target)
+    spec = importlib.util.spec_from_file_location("cluster", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclasses.dataclass
+class Emulated:
+    """A backend: so many clusters of blocks of warps, and the order in which their threads run."""
+
+    module: object
+    blocks: int = 2
+    warps: int = 2
+    clusters: int = 2
+    shared_bytes: int = SHARED
+    seed: int = 0
+    without: str = ""  # which part of the Team does nothing
+
+    def rows(self, *tensors):
+        native.rows(self.module.rows, *tensors, self)
+
+    def contrast(self, *tensors):
+        native.contrast(self.module.contrast, *tensors, self)
+
+
+class Moved:
+    """A backend of the GPU, for tensors of the CPU."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def run(self, operation, objective, tensors, outputs):
+        ours = [t if t is None else t.cuda() for t in tensors]
+        getattr(self.module, operation)(objective, *ours)
+        for i in outputs:
+            if tensors[i] is not None:
+                tensors[i].copy_(ours[i])
+
+    def rows(self, objective, *tensors):
+        self.run("rows", objective, tensors, (6, 7, 8))
+
+    def contrast(self, objective, *tensors):
+        self.run("contrast", objective, tensors, (4,))
+
+
+def assert_matches(backend, case, divergence):
+    exact = run_rows(reference, case, divergence, exact=True)
+    plain = run_rows(reference, case, divergence)
+    got = run_rows(backend, case, divergence)
+    for name, truth, torch_, ours in zip(("loss", "gradient"), exact, plain, got, strict=False):
+        assert_as_close_as_torch(ours, torch_, truth, name)
+    for name, truth, torch_, ours in zip(METRICS, exact[2], plain[2], got[2], strict=True):
+        assert_as_close_as_torch(ours, torch_, truth, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_cluster_matches_the_definition(cluster, divergence, case):
+    turn = list(CASES).index(case) + list(DIVERGENCES).index(divergence)
+    assert_matches(Emulated(cluster, 2 ** (turn % 4), 1 + turn // 4 % 2, seed=turn), CASES[case], divergence)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("case", ["bf16", "ragged", "long", "constant law", "plausible"])
+def test_every_size_of_a_cluster(cluster, case, blocks):
+    for warps in (1, 3):
+        assert_matches(Emulated(cluster, blocks, warps, seed=blocks), CASES[case], "reverse_kl")
+
+
+BACKENDS = [pytest.param(Emulated, id="emulated"), pytest.param(Moved, marks=ON_GPU, id="gpu")]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return Emulated(request.getfixturevalue("cluster")) if request.param is Emulated else Moved(load("cuda"))
+
+
+def run_tiles(backend, divergence, *tiles, grad=None, wanted=True, metrics=False, **options):
+    """(loss, gradient, metrics) of tiles as they lie."""
+    student, teacher, *rest = tiles
+    noisy = rest[0] if rest else None
+    n = len(student)
+    loss, measured = torch.empty(n), torch.empty(len(METRICS), n) if metrics else None
+    if grad is None and wanted:
+        grad = torch.empty(student.shape, dtype=student.dtype)
+    objective = Objective(divergence=divergence, beta=0.3, **options)
+    backend.rows(objective, student, teacher, noisy, None, None, None, loss, grad, measured)
+    return loss, grad, measured
+
+
+def tiles(n, vocab, dtype=torch.bfloat16, count=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(4 * torch.randn(n, vocab, generator=generator)).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_plain_tiles_without_metrics(backend, divergence, count):
+    """The fast instances: aligned bfloat16, several rows for each cluster, with and without a gradient."""
+    options = law(alpha=0.7) if count == 3 else {}
+    ours = tiles(7, 2048 + 8, count=count)
+    exact, exact_grad, _ = run_tiles(reference, divergence, *[t.double() for t in ours], **options)
+    plain, plain_grad, _ = run_tiles(reference, divergence, *ours, **options)
+    loss, grad, _ = run_tiles(backend, divergence, *ours, **options)
+    assert_as_close_as_torch(loss, plain, exact)
+    assert_as_close_as_torch(grad, plain_grad, exact_grad)
+    assert ((grad.double() - exact_grad).norm() / exact_grad.norm()).item() < 3e-3
+    alone, _, _ = run_tiles(backend, divergence, *ours, wanted=False, **options)
+    assert torch.equal(alone, loss) or divergence in ("forward_kl", "reverse_kl")
+    torch.testing.assert_close(alone, loss)
+
+
+@pytest.mark.parametrize("apart", [3.0, 0.3, 0.03])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_plain_tiles_near_convergence(backend, divergence, apart):
+    student, noise = tiles(4, 4096)
+    teacher = (student.float() + apart * noise.float() / 4).bfloat16()
+    _, exact, _ = run_tiles(reference, divergence, student.double(), teacher.double())
+    _, grad, _ = run_tiles(backend, divergence, student, teacher)
+    assert ((grad.double() - exact).norm() / exact.norm()).item() < 3e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocab", [1, 5, 1021, 2311])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_rows_that_are_not_aligned(backend, vocab, offset, dtype):
+    """Views into wider tensors: nothing beside a row is read as its word, nothing beside it is written."""
+    wide = [torch.full((5, vocab + 4), float("nan"), dtype=dtype) for _ in range(3)]
+    views = [t[:, offset : offset + vocab] for t in wide]
+    packed = tiles(5, vocab, dtype)
+    for view, numbers in zip(views, packed, strict=False):
+        view.copy_(numbers)
+    loss, grad, _ = run_tiles(backend, "jensen_shannon", *views[:2], grad=views[2])
+    expected, expected_grad, _ = run_tiles(reference, "jensen_shannon", *packed)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    wide[2][:, offset : offset + vocab] = float("nan")
+    assert wide[2].isnan().all()
+
+
+@pytest.mark.parametrize("vocab", [1024, 1031])
+@pytest.mark.parametrize("count", [2, 3])
+def test_in_place(backend, vocab, count):
+    """The gradient over the student's tile, while the next rows are loaded: the same numbers."""
+    options = law(weight="linear", alpha=2.0) if count == 3 else {}
+    for divergence in ("reverse_kl", "skew_kl"):
+        ours = tiles(9, vocab, count=count)
+        loss, grad, _ = run_tiles(backend, divergence, *ours, **options)
+        again, over, _ = run_tiles(backend, divergence, *ours, grad=ours[0], **options)
+        assert torch.equal(loss, again) and torch.equal(grad, over)
+        assert over is ours[0]
+
+
+def test_columns_with_a_stride(backend):
+    student, teacher = (t.t() for t in tiles(300, 6))
+    loss, grad, _ = run_tiles(backend, "forward_kl", student, teacher, grad=student.clone())
+    expected, expected_grad, _ = run_tiles(reference, "forward_kl", student, teacher)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_ignored_rows_are_never_loaded(cluster):
+    case = dataclasses.replace(CASES["labels"], shape=(9, 1000), ignored=(0, 1, 4, 8))
+    student, teacher, _, _, labels, weight = inputs(case)
+    student[[0, 1, 4, 8]] = float("nan")
+    loss, grad = torch.empty(9), torch.empty(9, 1000)
+    objective = Objective(hard_weight=0.7)
+    Emulated(cluster).rows(objective, student, teacher, None, None, labels, weight, loss, grad, None)
+    assert loss[[0, 1, 4, 8]].eq(0).all() and grad[[0, 1, 4, 8]].eq(0).all()
+    assert loss[[2, 3, 5, 6, 7]].gt(0).all() and not grad.isnan().any()
+
+
+@pytest.mark.parametrize("outside", ["clean", "drop"])
+@pytest.mark.parametrize("plausibility", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_contrast_matches_the_definition(backend, dtype, plausibility, outside):
+    case = Case((3, 1031), dtype, options=law(plausibility=plausibility, outside=outside))
+    _, clean, noisy, *_ = inputs(case)
+    objective = Objective(temperature=0.7, **case.options)
+    out, plain = torch.empty(clean.shape), torch.empty(clean.shape)
+    exact = torch.empty(clean.shape, dtype=torch.float64)
+    backend.contrast(objective, clean, noisy, None, None, out)
+    reference.contrast(objective, clean, noisy, None, None, plain)
+    reference.contrast(objective, clean.double(), noisy.double(), None, None, exact)
+    assert_as_close_as_torch(out, plain, exact)
+
+
+@pytest.mark.parametrize("case", ["bf16", "ragged", "plausible"])
+def test_no_order_of_the_threads_changes_a_bit(cluster, case):
+    first = run_rows(Emulated(cluster, 4), CASES[case], "jensen_shannon")
+    for seed in range(1, 6):
+        for a, b in zip(first, run_rows(Emulated(cluster, 4, seed=seed), CASES[case], "jensen_shannon"), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("without", ["sync_warp", "sync_block", "sync_cluster", "wait", "fence"])
+def test_the_emulation_sees_what_is_missing(cluster, without):
+    """Each of these, taken away, makes some run of eight fail; else the tests above would prove nothing."""
+    # as little room as a row needs, so that slots are filled again while others of the warp may still read them
+    tight = Emulated(cluster, 2, 2, clusters=1, shared_bytes=SHARED)
+    right = run_rows(tight, CASES["ragged"], "jensen_shannon")
+    failures = 0
+    for seed in range(8):
+        try:
+            got = run_rows(dataclasses.replace(tight, seed=seed, without=without), CASES["ragged"], "jensen_shannon")
+            failures += not all(torch.equal(a, b) for a, b in zip(right, got, strict=True))
+        except cluster.Unmet:
+            failures += 1
+    assert failures
+
+
+def test_rows_beyond_two_to_the_31(cluster):
+    vocab, stride = 1024, 2**31 + 8
+    memory = mmap.mmap(-1, 2 * (stride + vocab), flags=mmap.MAP_PRIVATE | mmap.MAP_NORESERVE)
+    far = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
+    student, teacher = tiles(2, vocab)
+    far.copy_(student)
+    loss, grad, _ = run_tiles(Emulated(cluster), "reverse_kl", far, teacher, grad=far)
+    expected, expected_grad, _ = run_tiles(Emulated(cluster), "reverse_kl", student, teacher)
+    assert torch.equal(loss, expected) and torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtypes", "blocks"),
+    [
+        (32000, ["bfloat16"] * 2, 1),
+        (128256, ["bfloat16"] * 2, 4),
+        (151936, ["bfloat16"] * 2, 4),
+        (151936, ["bfloat16"] * 3, 8),
+        (262144, ["bfloat16"] * 2, 8),
+        (262144, ["float32"] * 2, 16),
+        (3_000_000, ["float32"] * 2, 0),
+    ],
+)
+def test_the_cluster_is_the_smallest_that_leaves_room_for_the_next_row(cluster, vocab, dtypes, blocks):
+    plan = cluster.plan(vocab, dtypes, SHARED, 16)
+    assert plan["blocks"] == blocks
+    if blocks:
+        assert plan["bytes"] <= SHARED
+        assert plan["chunk"] * plan["chunks"] >= vocab > plan["chunk"] * (plan["chunks"] - 1)
+        # a warp has room for all its chunks of a row
+        assert plan["slots"] * plan["blocks"] * plan["warps"] >= plan["chunks"]
+
+
+@ON_GPU
+def test_a_row_that_does_not_fit_runs_on_the_next_backend():
+    student, teacher = (t.cuda() for t in tiles(2, 1_200_000))
+    loss, grad = torch.empty(2, device="cuda"), torch.empty_like(student)
+    load("cuda").rows(Objective("reverse_kl"), student, teacher, None, None, None, None, loss, grad, None)
+    expected, _, _ = run_tiles(reference, "reverse_kl", student.cpu(), teacher.cpu())
+    torch.testing.assert_close(loss.cpu(), expected)
+
+
+@ON_GPU
+def test_a_cuda_graph_replays_to_the_same_bits():
+    student, teacher = (t.cuda() for t in tiles(300, 32000))
+    loss, grad = torch.empty(300, device="cuda"), torch.empty_like(student)
+    arguments = (Objective("jensen_shannon"), student, teacher, None, None, None, None, loss, grad, None)
+    load("cuda").rows(*arguments)
+    before = loss.clone(), grad.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        load("cuda").rows(*arguments)
+    loss.fill_(float("nan")), grad.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(loss, before[0]) and torch.equal(grad, before[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backends_say_why_there_is_no_cuda():
+    why = hkdfast.backends()["cuda"]
+    assert "torch" in why if importlib.util.find_spec("hkdfast._cuda") else "nvcc" in why
+
+
+IMPORT = """
+import sys
+import hkdfast, torch
+hkdfast.distill_loss(torch.randn(2, 9, requires_grad=True), torch.randn(2, 9)).backward()
+print("hkdfast._cuda" in sys.modules or "hkdfast.cuda" in sys.modules)
+"""
+
+
+def test_work_on_the_cpu_never_touches_the_cuda_module():
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("hkdfast._cuda"), reason="built without nvcc")
+def test_the_compiler_kept_to_registers():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/compile_cuda.py"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
