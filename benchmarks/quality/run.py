@@ -75,13 +75,13 @@ def report(bases, seeds, exams, tuning, work, systems):
     told = ", ".join(f"{shift:.1f}" for shift in shifts.values())
     moved = {(base, None): shifted(cells[base], shift) for base, shift in shifts.items()}
     rows.append(entry(f"shift of yes by {told}, tuned with labels", 1, moved))
-    for name in tqdm([*study.TRAINED, study.SECOND], "trained"):
+    for name in tqdm(study.ALL, "trained"):
         files = {(base, seed): study.cell_file(work, base, name, seed) for base in bases for seed in seeds}
         ours = {key: read_cell(file) for key, file in files.items() if file.exists()}
         if name not in systems or not ours or {base for base, _ in ours} != set(bases):
             continue
         rows.append(entry(name, 1, ours))
-        if name in ("SEED", study.SECOND):
+        if name.startswith("SEED"):
             matched = {}
             for key, cell in ours.items():
                 base = only(cells[key[0]], sets)
@@ -99,7 +99,7 @@ def make_cells(options, bases, seeds, systems, exams, tuning, work):
     runs = [(base, name, seeds[0]) for name in study.TRAINED if name in systems for base in bases]
     runs += [(base, "SEED", number) for number in seeds[1:] for base in bases]
     for base, name, number in tqdm(runs, "train"):
-        rounds = 2 if name == "SEED" and options.full and number == seeds[0] else 1
+        rounds = 2 if name in study.TWICE and options.full and number == seeds[0] else 1
         study.distil(base, name, number, exams, work, options.device, rounds)
 
 
@@ -107,7 +107,7 @@ def seed(options):
     torch.set_num_threads(options.threads)
     bases = options.bases or (sorted(folder.name for folder in study.BASES.iterdir()) if options.full else ["seed1"])
     seeds = options.seeds or (SEEDS if options.full else SEEDS[:1])
-    systems = [*study.DECODED, *study.TRAINED, study.SECOND] if options.full else ["base", "contrast, 1 draw", "SEED"]
+    systems = [*study.DECODED, *study.ALL] if options.full else ["base", "contrast, 1 draw", "SEED"]
     work = options.work / ("full" if options.full else "quick")
     fresh = study.FRESH if options.full else study.FRESH[:1]
     exams = [study.Exam(number, device=options.device) for number in fresh]

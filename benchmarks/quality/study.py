@@ -38,17 +38,21 @@ RECIPE = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "noise_sigma": SIGMA,
-    "alpha": [ALPHA],
+    "alpha": [ALPHA, 1.0],  # of two rounds
+    "plausibility": 0.01,
 }
 TRAINED = {
-    "SEED": {"alpha": [ALPHA, 1.0]},  # of two rounds; a second one makes another system
-    "sharpened teacher": {},
-    "blind prompts": {},
+    "SEED": {},
+    "no plausibility": {"plausibility": 0.0},
+    "sharpened teacher": {"plausibility": 0.0},
     "forward KL": {"divergence": "forward_kl"},
+    "blind prompts": {},
     "Jensen-Shannon": {"divergence": "jensen_shannon"},
     "alpha 0": {"alpha": [0.0], "max_steps": 50},
 }
-SECOND = "SEED, two rounds"
+TWICE = ("SEED", "no plausibility")  # whose second round is another system
+SECOND = ", two rounds"  # added to the name
+ALL = [*TRAINED, *(name + SECOND for name in TWICE)]
 
 
 class Exam:
@@ -217,7 +221,7 @@ def decode(base, system, exams, work, device="cpu"):
 
 def distil(base, system, seed, exams, work, device="cpu", rounds=1):
     """Make the cells of a system of TRAINED, one per round, unless they are there."""
-    files = [cell_file(work, base, name, seed) for name in (system, SECOND)[:rounds]]
+    files = [cell_file(work, base, name, seed) for name in (system, system + SECOND)[:rounds]]
     if all(file.exists() for file in files):
         return
     processor = AutoProcessor.from_pretrained(BASES / base)
