@@ -63,18 +63,6 @@ def test_rounds_are_logged_with_their_own_schedule_and_contrast(evolved):
     assert history[3]["agreement"] == 1.0 or history[3]["divergence"] < history[0]["divergence"]
 
 
-@pytest.mark.parametrize("limit, rounds", [(1e-9, {1}), (float("inf"), {1, 2})])
-def test_a_round_that_would_only_blur_is_left_out(evolved, tmp_path, limit, rounds):
-    """No answers are that sure, so the first round's model is the result: to the bit what it is where two are run."""
-    trainer = trainer_of(tmp_path, zoo.batch(size=8), lora_dropout=0.1, **EVOLVING, round_entropy=limit)
-    trainer.train()
-    trainer.save_model(str(tmp_path / "final"))
-    assert {entry["round"] for entry in trainer.state.log_history} == rounds
-    same = evolved[0] / ("round-1/checkpoint-3" if len(rounds) == 1 else "final")
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "final", same))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 @pytest.mark.parametrize("checkpoint", ["final", "round-2/checkpoint-3"])
 def test_all_rounds_are_one_ordinary_adapter_on_the_original_model(evolved, checkpoint):
     folder, trainer = evolved

@@ -4,7 +4,6 @@ A cell is one system on one base with one seed. It answers every question of the
 log-probabilities, so a stopped study goes on where it was. `table.py` makes the tables of it.
 """
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -232,6 +231,3 @@ def distil(base, system, seed, exams, work, device="cpu", rounds=1):
         keep(files[round_ - 1], exams, answer, yes_no(processor))
 
     train(base, system, seed, after, device, rounds=rounds)
-    for file in files:
-        if not file.exists():  # SeedTrainer left the second round out
-            shutil.copyfile(files[0], file)

@@ -60,11 +60,6 @@ class SeedConfig(TrainingArguments):
     noise_sigma: float | None = option(None, "Add noise of this standard deviation in normalised pixels instead.")
     noise_draws: int = option(1, "Noise draws per step whose logits are averaged, one forward each. Fresh every step.")
     rounds: int = option(1, "Self-evolving rounds: after each, the adapted model, merged, is the next teacher.")
-    round_entropy: float = option(
-        1.2,
-        "A further round is left out if purification makes the mean entropy of answers more than this many times the "
-        "model's own: then the noised branch has no prior left to take away.",
-    )
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: int = option(32, "The adapter's product is scaled by lora_alpha / lora_r.")
     lora_dropout: float = option(0.0, "Dropout before the adapter, in the student only.")
@@ -87,8 +82,6 @@ class SeedConfig(TrainingArguments):
         for name in ("rounds", "noise_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.round_entropy > 0:
-            raise ValueError(f"round_entropy must be positive, got {self.round_entropy}")
         if not self.alpha:
             raise ValueError("alpha must be one number per round, got none")
         self.rehearse()

@@ -37,7 +37,7 @@ class RoundsTrainer(Trainer):
             others: as in Trainer.train.
 
         Returns:
-            TrainOutput of the last round trained; None if the checkpoint stands at its end.
+            TrainOutput of the last round; None if the checkpoint stands at its end.
         """
         if self.args.rounds == 1:
             set_seed(self.args.seed)
@@ -56,9 +56,8 @@ class RoundsTrainer(Trainer):
                 else:
                     self.args.output_dir = str(Path(output_dir) / f"round-{number}")
                     result = self.train_round(checkpoint if number == resumed else None, others)
-                if number == self.args.rounds or number >= resumed and not self.worth_another_round():
-                    break
-                self.evolve()
+                if number < self.args.rounds:
+                    self.evolve()
         finally:
             self.args.output_dir = output_dir
         self.state.log_history = self.history + self.state.log_history
@@ -73,10 +72,6 @@ class RoundsTrainer(Trainer):
                 return None
         self.optimizer = self.lr_scheduler = None
         return super().train(resume_from_checkpoint=checkpoint, **others)
-
-    def worth_another_round(self):
-        """Whether the model, as this round has left it, is a good teacher for one more."""
-        return True
 
     def evolve(self):
         """The student becomes the next teacher, with a new adapter."""

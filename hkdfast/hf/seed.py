@@ -1,12 +1,10 @@
 """SEED as a Trainer: one copy of the weights, the frozen model teaches the model with the adapter."""
 
 from collections import defaultdict
-from itertools import islice
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
-from transformers.utils import logging
 
 from ..contrast import purify
 from ..distill import distill_loss
@@ -14,12 +12,8 @@ from ..seed import answer_rows, isolate, mixed
 from .adapter import check_adapter, seed_adapter
 from .collator import QuestionCollator
 from .config import LAW, LOSS, SeedConfig
-from .head import LanguageHead, answers, as_teacher, evaluating, hidden_states, inside_head, plain
+from .head import LanguageHead, as_teacher, hidden_states, inside_head, plain
 from .rounds import RoundsTrainer
-
-logger = logging.get_logger(__name__)
-
-PROBED = 1024  # examples on which a further round is judged
 
 
 class SeedTrainer(RoundsTrainer):
@@ -42,8 +36,6 @@ class SeedTrainer(RoundsTrainer):
     Raises:
         ValueError: before any work, if the model has no head or the adapter cannot be used; at the first batch, if the
             head's scale or softcap cannot be told, or the batch has no images.
-
-    With rounds > 1, a round that purification would only blur is left out, and those after it: `round_entropy`.
 
     The result is one ordinary PEFT adapter on the original model, whatever the number of rounds: save it with
     save_model(folder), load it with PeftModel.from_pretrained(model, folder). Round n's product stands beside the
@@ -109,39 +101,6 @@ class SeedTrainer(RoundsTrainer):
         self.places["train"] = None
         return super().train(*args, **others)
 
-    def worth_another_round(self):
-        """Whether purification still leaves the model's answers about as sure as they are, on PROBED examples.
-
-        Where the disturbed branch holds a prior, taking it away decides questions. Where the rounds before have used
-        that prior up, what is taken away is noise, and the purified answers blur.
-        """
-        data, size = self.train_dataset, self.args.per_device_train_batch_size
-        if hasattr(data, "__len__"):
-            examples = [data[i] for i in range(0, len(data), max(1, len(data) // PROBED))][:PROBED]
-        else:
-            examples = list(islice(data, PROBED))
-        own = purified = 0.0
-        self.round += 1
-        with evaluating(self.model):
-            model = answers(self.model, head=self.head)
-            for first in range(0, len(examples), size):
-                batch = self._prepare_inputs(self.data_collator(examples[first : first + size]))
-                clean = model(batch)
-                noise = {"seed": mixed(self.args.seed, "round", self.round), "first": first}
-                teacher = self.purify(clean, *self.isolate(model, batch, **noise))
-                options = self.args.of(("tiles", "memory", "backend"))
-                _, metrics = distill_loss(clean, teacher, labels=answer_rows(batch)[1], metrics=True, **options)
-                own += metrics["student_entropy"].sum().item()
-                purified += metrics["teacher_entropy"].sum().item()
-        self.round -= 1
-        ratio = purified / max(own, torch.finfo(torch.float32).tiny)
-        if ratio > self.args.round_entropy:
-            logger.warning(
-                f"round {self.round + 1} is left out: purified answers have {ratio:.2f} times the entropy of the "
-                f"model's own, round_entropy allows {self.args.round_entropy}"
-            )
-        return ratio <= self.args.round_entropy
-
     # the loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -152,7 +111,14 @@ class SeedTrainer(RoundsTrainer):
         noise = self.next_noise(len(rows))
         with as_teacher(self.model):
             clean = hidden_states(model, self.head, inputs, rows)
-            noisy = self.isolate(lambda batch: hidden_states(model, self.head, batch, rows), inputs, **noise)
+            noisy = isolate(
+                lambda batch: hidden_states(model, self.head, batch, rows),
+                inputs,
+                step=self.args.noise_step,
+                sigma=self.args.noise_sigma,
+                draws=self.args.noise_draws,
+                **noise,
+            )
 
         def loss(hidden):
             student = self.head.source(hidden)
@@ -168,10 +134,6 @@ class SeedTrainer(RoundsTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             value = value * (self.accelerator.num_processes // self.get_tp_size())
         return (value, {"loss": value}) if return_outputs else value
-
-    def isolate(self, model, batch, **noise):
-        step, sigma, draws = self.args.noise_step, self.args.noise_sigma, self.args.noise_draws
-        return isolate(model, batch, step=step, sigma=sigma, draws=draws, **noise)
 
     def purify(self, clean, *noisy):
         return purify(clean, list(noisy), self.args.alpha_of(self.round), **self.args.of(LAW))
