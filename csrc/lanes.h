@@ -23,8 +23,8 @@
 #define HKDFAST_HD inline __attribute__((always_inline))
 #endif
 
-// Everything that computes lies in a namespace of the instruction set: the same headers are compiled for several, and of
-// two functions with one name the linker would keep one, perhaps that with AVX-512, for all.
+// Everything that computes lies in a namespace of the instruction set: the same headers are compiled for several, and
+// of two functions with one name the linker would keep one, perhaps that with AVX-512, for all.
 namespace hkdfast {
 namespace HKDFAST_ISA {
 

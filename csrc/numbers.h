@@ -35,7 +35,8 @@ struct Exponential {
   }
 };
 
-// e^(scale d) for scale d <= 88, within 1 ulp where it is at least 1e-37; 0 for -infinity. NaN stays NaN.
+// e^(scale d) for scale d <= 88; 0 for -infinity, and NaN stays NaN. Within 1 ulp down to 1e-37; without a fused
+// multiply-add scale d is rounded first, which is 2 ulp at e^-5 and 23 at e^-80.
 template <class F>
 HKDFAST_HD F exp_(F d, Rate rate) {
 #ifdef __CUDA_ARCH__
