@@ -10,7 +10,7 @@ from shapes import APART, DEVICE, ERRORS, HEADS, TINY, TOKENS, heads, relative
 
 from hkdfast import Head, distill_loss
 
-DTYPES = {"bf16": torch.bfloat16} if DEVICE == "cuda" else {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"bf16": torch.bfloat16} if DEVICE == "cuda" or TINY else {"fp32": torch.float32, "bf16": torch.bfloat16}
 TIMED = ("forward_kl", "reverse_kl", "jensen_shannon") if DEVICE == "cuda" else ("reverse_kl", "jensen_shannon")
 MORE = ("skew_kl", "skew_reverse_kl", "total_variation")  # on a GPU, at shape A
 NARROW = ("bfloat16", "difference")
@@ -83,12 +83,12 @@ def bench_tokens(benchmark, step, who, shape):
 
 
 @pytest.mark.parametrize("divergence", TIMED)
-@pytest.mark.parametrize("apart", APART)
+@pytest.mark.parametrize("shape, apart", [(f"apart {apart}", apart) for apart in APART])
 @pytest.mark.parametrize("who", WHO)
-def bench_errors(benchmark, step, who, apart, divergence):
+def bench_errors(benchmark, step, who, shape, apart, divergence):
     """From far to near convergence: the error is what counts here, the time of one small step says little."""
     what = f"error, heads bf16, {divergence}"
-    info = dict(what=what, shape=f"apart {apart}", apart=apart, rounds=1)
+    info = dict(what=what, shape=shape, apart=apart, rounds=1)
     benchmark.extra_info |= measure(step, who, "bf16", divergence, ERRORS, 2, spread=6.0, **info)
 
 

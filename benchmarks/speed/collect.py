@@ -14,7 +14,7 @@ STATISTICS = ("min", "max", "mean", "stddev", "median", "iqr", "rounds", "iterat
 SAME = (
     ("machine_info", "gpu"),
     ("machine_info", "driver"),
-    ("machine_info", "cpu"),
+    ("machine_info", "cpu", "brand_raw"),
     ("versions",),
     ("commit_info", "id"),
 )
@@ -39,7 +39,7 @@ def merge(parts):
             stats = {name: one["stats"][name] for name in STATISTICS}
             benchmarks[one["fullname"]] = {"name": one["name"], "stats": stats, "extra_info": one["extra_info"]}
     kept = {key: first[key] for key in ("machine_info", "commit_info", "versions", "date")}
-    failures = {json.dumps(one, sort_keys=True): one for part in parts for one in part["failures"]}
+    failures = {json.dumps(one, sort_keys=True): one for part in parts for one in part.get("failures", [])}
     commands = list(dict.fromkeys(part["command"] for part in parts))
     return {**kept, "command": commands, "failures": list(failures.values()), "benchmarks": list(benchmarks.values())}
 

@@ -6,27 +6,46 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from speed_table import floor_of, floors
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def read(path):
-    """{what: {who: [benchmark's facts, its median in ms among them]}}, and the machine's name."""
+    """{what: {who: [a benchmark's facts, with its median in ms and the fraction of it that is the floor]}}, and the
+    machine's name."""
     data = json.loads(path.read_text())
-    found = defaultdict(lambda: defaultdict(list))
+    found, floor = defaultdict(lambda: defaultdict(list)), floors(data["benchmarks"])
     for benchmark in data["benchmarks"]:
-        info = benchmark["extra_info"]
-        found[info["what"]][info["who"]].append({**info, "ms": benchmark["stats"]["median"] * 1e3})
+        info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
+        if info["who"] in ("copy", "its GEMMs alone"):
+            continue
+        least = floor_of(info["what"], info["shape"], floor)
+        facts = {**info, "ms": seconds * 1e3, "fraction": None if least is None else least / seconds}
+        found[info["what"]][info["who"]].append(facts)
     machine = data["machine_info"]
     return found, machine["gpu"] or machine["cpu"]["brand_raw"]
 
 
 def style(who):
-    """Ours thick, each peer with a colour that it keeps from figure to figure."""
-    peers = ("eager", "torch.compile", "Liger", "TRL", "copy", "its GEMMs")
+    """Ours blue and thick, each peer with a colour that it keeps from figure to figure."""
+    peers = ("eager", "torch.compile", "Liger", "TRL")
     if who.startswith("hkdfast"):
-        return {"color": "C0", "linewidth": 2.5, "linestyle": "--" if "triton" in who else "-"}
+        pattern = next(
+            (p for word, p in (("triton", "--"), ("bfloat16", ":"), ("difference", "-.")) if word in who), "-"
+        )
+        return {"color": "C0", "linewidth": 2.5, "linestyle": pattern}
     number = next((i for i, peer in enumerate(peers, 1) if who.startswith(peer)), len(peers) + 1)
-    return {"color": f"C{number}", "linewidth": 1.2, "linestyle": ":" if "compiled" in who else "-"}
+    pattern = "--" if "compiled" in who else ":" if "fused" in who else "-"
+    return {"color": f"C{number}", "linewidth": 1.2, "linestyle": pattern}
+
+
+HATCHES = {"-": "", "--": "///", ":": "...", "-.": "xxx"}
+
+
+def legend(panels):
+    """On the panel that shows most."""
+    max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1])).legend(fontsize=6)
 
 
 def number(facts):
@@ -48,7 +67,7 @@ def lines(found, prefix, x, y, floor=None):
         if floor:
             panel.axhline(floor[1], color="black", linewidth=0.8, linestyle=":", label=floor[0])
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=6)
+    legend(panels)
     return figure
 
 
@@ -64,13 +83,13 @@ def bars(found, prefix, y, log=False):
         width = 0.8 / len(found[what])
         for i, (who, runs) in enumerate(found[what].items()):
             heights = {shapes.index(run["shape"]) + i * width: y[1](run) for run in runs if y[1](run) is not None}
-            colour, hatch = style(who)["color"], "" if style(who)["linestyle"] == "-" else "///"
+            colour, hatch = style(who)["color"], HATCHES[style(who)["linestyle"]]
             panel.bar(list(heights), list(heights.values()), width, label=who, color=colour, hatch=hatch)
         panel.set(title=what, ylabel=y[0])
         if log:
             panel.set_yscale("log")
         panel.set_xticks(range(len(shapes)), [shape.split(":")[0] for shape in shapes], fontsize=7)
-    panels[0].legend(fontsize=6)
+    legend(panels)
     return figure
 
 
@@ -85,38 +104,6 @@ def panels_of(count):
     return figure, list(axes.flat[:count])
 
 
-def floors(found):
-    """{(what, shape): ms that nothing can beat}: the products alone, or the least traffic at the speed of a copy."""
-    floor = {}
-    for what, by_who in found.items():
-        for who, runs in by_who.items():
-            for run in runs:
-                if who == "its GEMMs alone":
-                    floor[what, run["shape"]] = run["ms"]
-                if who == "copy":  # moves two of the three streams of a loss with its gradient, of SEED's four
-                    floor["logits", run["shape"]], floor["SEED", run["shape"]] = 1.5 * run["ms"], 2 * run["ms"]
-    return floor
-
-
-def floor_of(what, shape, floor):
-    """Of a group of benchmarks, or None where none was measured."""
-    if what.startswith(("logits", "SEED")):
-        return floor.get((what.split()[0], shape))
-    head = what.split(",")[0] + (", frozen head" if what.endswith("frozen head") else "")
-    return floor.get((head, shape))
-
-
-def with_floors(found):
-    """Every run of ours and of the peers knows how far it is above its floor."""
-    floor = floors(found)
-    for what, by_who in found.items():
-        for runs in by_who.values():
-            for run in runs:
-                least = floor_of(what, run["shape"], floor)
-                run["fraction"] = None if least is None else least / run["ms"]
-    return found
-
-
 def draw(path):
     """The figures of one results file, beside it; returns their paths."""
     import matplotlib
@@ -125,7 +112,6 @@ def draw(path):
     from matplotlib import pyplot
 
     found, machine = read(path)
-    with_floors(found)
     time, memory = ("ms", lambda run: run["ms"]), ("GB above the inputs", gigabytes)
     figures = {
         "vocabulary": lines(

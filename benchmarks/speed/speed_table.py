@@ -5,41 +5,69 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PEERS = ("eager", "torch.compile", "Liger chunked, compiled", "TRL ChunkedDivergence")
+COLUMNS = {  # of a peer that has several ways, the fastest
+    "eager": ("eager",),
+    "torch.compile": ("torch.compile",),
+    "Liger 0.8.5": ("Liger chunked", "Liger chunked, compiled", "Liger fused JSD", "Liger JSD"),
+    "TRL 1.16": ("TRL ChunkedDivergence",),
+}
+TABLED = ("logits", "SEED", "heads")  # the rest are sweeps, for the figures
 
 
-def cell(ours, peer):
-    """How many times a peer's time is ours, and its error."""
-    if peer is None:
-        return "-"
+def cell(ours, peers, failures):
+    """How many times a peer's time is ours, and its error; why it has none."""
+    if not peers:
+        return "out of memory" if any("OutOfMemory" in why for why in failures) else "failed" if failures else "-"
+    peer = min(peers, key=lambda one: one["stats"]["median"])
     return f"{peer['stats']['median'] / ours['stats']['median']:.1f}x ({peer['extra_info']['gradient error']:.0e})"
 
 
-def roof(results, group, shape):
-    """What nothing can beat: three streams at the speed of a copy, which moves two; or the matrix products alone."""
-    for (what, where), runs in results.items():
-        if where == shape and what == "copy bf16" and group.startswith("logits"):
-            return 1.5 * runs["copy"]["stats"]["median"]
-        if where == shape and group.startswith(what) and "its GEMMs alone" in runs:
-            return runs["its GEMMs alone"]["stats"]["median"]
+def floors(benchmarks):
+    """{(what, shape): seconds that nothing can beat}: the products alone, or the least traffic at a copy's speed."""
+    floor = {}
+    for benchmark in benchmarks:
+        info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
+        if info["who"] == "its GEMMs alone":
+            floor[info["what"], info["shape"]] = seconds
+        if info["who"] == "copy":  # it moves two streams; a loss and its gradient three, SEED's four
+            floor["logits", info["shape"]], floor["SEED", info["shape"]] = 1.5 * seconds, 2 * seconds
+    return floor
+
+
+def floor_of(what, shape, floor):
+    """The floor of a group, or None where none was measured."""
+    if what.startswith(("logits", "SEED")):
+        return floor.get((what.split()[0], shape))
+    return floor.get((what.split(",")[0] + (", frozen head" if what.endswith("frozen head") else ""), shape))
 
 
 def rows(path):
-    results = defaultdict(dict)
+    results, failures = defaultdict(dict), defaultdict(dict)
     data = json.loads(path.read_text())
     for benchmark in data["benchmarks"]:
         info = benchmark["extra_info"]
         results[info["what"], info["shape"]][info["who"]] = benchmark
+    for failure in data.get("failures", []):
+        failures[failure["what"], failure["shape"]][failure["who"]] = failure["why"]
+    floor = floors(data["benchmarks"])
     for (what, shape), runs in results.items():
         for who in runs:
-            if not who.startswith("hkdfast"):
+            if not who.startswith("hkdfast") or not what.startswith(TABLED):
                 continue
-            ours, floor = runs[who], roof(results, what, shape)
+            ours, least = runs[who], floor_of(what, shape, floor)
             tiles = who.removeprefix("hkdfast").strip(", ")
             name = f"{what}, {shape}" + (f", {tiles}" if tiles else "")
             time = f"{ours['stats']['median'] * 1e3:.1f} ms ({ours['extra_info']['gradient error']:.0e})"
-            over = "-" if floor is None else f"{ours['stats']['median'] / floor:.2f}x"
-            yield [name, time, over, *(cell(ours, runs.get(peer)) for peer in PEERS)]
+            over = "-" if least is None else f"{ours['stats']['median'] / least:.2f}x"
+            cells = (
+                cell(
+                    ours,
+                    [runs[peer] for peer in peers if peer in runs],
+                    [why for peer, why in failures[what, shape].items() if peer in peers],
+                )
+                for peers in COLUMNS.values()
+            )
+            yield [name, time, over, *cells]
 
 
 def machine(path):
@@ -55,8 +83,8 @@ def table(path, wanted):
         f"{machine(path)}. Median time of loss and gradients, in brackets the gradient's error to float64; for each"
         " peer how many times ours its time is, and its error.",
         "",
-        "| | hkdfast | over its floor | eager | torch.compile | Liger 0.8.5 | TRL 1.16 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| | hkdfast | over its floor | {' | '.join(COLUMNS)} |",
+        "| --- | --- | --- |" + " --- |" * len(COLUMNS),
         *(f"| {' | '.join(row)} |" for row in rows(path) if wanted in row[0]),
     ]
 
