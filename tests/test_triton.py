@@ -126,7 +126,8 @@ def test_words_that_only_the_noisy_branch_masks():
             results = []
             for module, dtype in ((distill, torch.float32), (reference, torch.float32), (reference, torch.float64)):
                 tiles = [tile.to(dtype) for tile in (student, clean, noisy)]
-                loss, grad, metrics = (torch.empty(*s, dtype=dtype) for s in ((n,), (n, vocab), (len(METRICS), n)))
+                shapes = ((n,), (n, vocab), (len(METRICS), n))
+                loss, grad, metrics = (torch.empty(*s, dtype=dtype, device=DEVICE) for s in shapes)
                 module.rows(objective, *tiles, None, None, None, loss, grad, metrics)
                 results.append((loss, grad, metrics))
             for got, plain, exact in zip(*results, strict=True):
