@@ -160,14 +160,16 @@ def distill_loss(
             skew_reverse_kl takes 0 < beta <= 1 and is reverse_kl at 1. The others do not read it.
         temperature: positive and finite, divides the logits of both sides.
         t_squared: multiply the divergence (value and gradient) by temperature ** 2, as Hinton et al. do.
-        labels: (...) int64, the next word of each row (shift them yourself), or None. Rows labelled ignore_index cost 0
-            and, with heads, no products. On CUDA with heads the host waits once, for their number.
+        labels: (...) int64, the next word of each row, or None. Shift them rather than logits, whose view [:, :-1] has
+            to be copied. Rows labelled ignore_index cost 0 and, with heads, no products. On CUDA with heads the host
+            waits once, for their number.
         hard_weight: the cross entropy of the student against labels, at temperature 1, is added this many times.
         weight: (...) factors of the rows' losses, not negative, any float dtype; they do not change the denominator of
             the mean. No gradient.
         reduction: "mean" over num_items, "sum", or "none": (...) losses. With "none" and a Head, backward computes the
             tiles again, for it alone knows each row's upstream gradient; no other case computes anything twice.
-        num_items: denominator of the mean, a number or a tensor of one; None: the rows not ignored. 0 counts as 1.
+        num_items: denominator of the mean, and for no other reduction: a number or a tensor of one; None: the rows not
+            ignored. 0 counts as 1.
         ignore_index: the label of rows that do not count.
         vocab: None: both sides must have the same words. "common": the first words that both have. A number: the first
             so many. Words beyond count as absent, on both sides; they get a zero gradient.

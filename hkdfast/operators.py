@@ -72,7 +72,7 @@ def distill(
     call = tiles.Call(
         xs[1:], weights[1:], biases[1:], labels, alpha, asked, draws, vocab, compute, tiling, memory, backend
     )
-    with autograd_keys(), torch.no_grad():
+    with autograd_keys(), torch.no_grad(), torch.autocast(xs[0].device.type, enabled=False):
         results = tiles.run(call, (xs[0], weights[0], biases[0]), weight, wants, metrics)
     return _dense(results, results[0])
 
