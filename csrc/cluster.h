@@ -129,7 +129,7 @@ inline Plan plan_for(const Task& task, int shared_bytes, int blocks, int warps) 
   return plan;
 }
 
-// The smallest cluster that leaves a third of a row's room to the next row, else the smallest that holds a row. Beyond 8
+// The smallest cluster that leaves a quarter of a row's room to the next row, else the smallest that holds a row. Beyond 8
 // blocks a cluster is not portable, and is taken for want of another only.
 inline Plan plan_of(const Task& task, int shared_bytes, int largest_cluster) {
   Plan fits;
@@ -138,7 +138,7 @@ inline Plan plan_of(const Task& task, int shared_bytes, int largest_cluster) {
     if (!plan.blocks) continue;
     if (!fits.blocks) fits = plan;
     if (blocks > 8) break;
-    if (3 * plan.slots * plan.blocks * plan.warps >= 4 * plan.chunks) return plan;
+    if (4 * plan.slots * plan.blocks * plan.warps >= 5 * plan.chunks) return plan;
   }
   return fits;
 }

@@ -70,12 +70,11 @@ class RowLoop {
     return to.softcap > 0.f ? to.softcap * tanh_(z / to.softcap) : z;
   }
 
-  // Logits of one step, -infinity past the end of the row.
+  // Logits of one step, -infinity past the end of the row, as the numbers are there: a softcap makes them finite.
   HKDFAST_HD void finish(W& x, const Transform& to, int base) const {
-    if (!PLAIN && (to.scale != 1.f || to.softcap > 0.f)) {
+    if (PLAIN || (to.scale == 1.f && to.softcap == 0.f)) return;
 #pragma unroll
-      for (int k = 0; k < W::count; ++k) x.of[k] = transformed(x.of[k], to);
-    }
+    for (int k = 0; k < W::count; ++k) x.of[k] = transformed(x.of[k], to);
     if (base + W::step > task_.vocab) {
 #pragma unroll
       for (int k = 0; k < W::count; ++k)
@@ -371,7 +370,7 @@ class RowLoop {
       float to_p = y - peak_p;
       if (floored && x > -INFINITY && !(to_p > floor)) to_p = floor;
       return {shared(exp_(F(to_p), scale.rate), share_p, share_p_low), shared(exp_(F(to_q), scale.rate), share_q, share_q_low),
-              (to_p - to_q) * scale.by - shift};
+              fused(to_p - to_q, scale.by, -shift)};
     }
   };
 

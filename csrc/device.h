@@ -10,9 +10,11 @@ extern __shared__ __align__(128) char shared_memory[];
 
 class DeviceTeam {
  public:
+  // The shuffle tells the compiler that all lanes have the same warp: what follows from it needs no vector registers.
+  __device__ __forceinline__ DeviceTeam() : warp_(__shfl_sync(all_lanes, threadIdx.x / warp_lanes, 0)) {}
+
   __device__ __forceinline__ int lane() const { return threadIdx.x % warp_lanes; }
-  // the same in all lanes, which the compiler must know to keep what follows from it out of vector registers
-  __device__ __forceinline__ int warp() const { return __shfl_sync(all_lanes, threadIdx.x / warp_lanes, 0); }
+  __device__ __forceinline__ int warp() const { return warp_; }
   __device__ __forceinline__ int warps() const { return blockDim.x / warp_lanes; }
   __device__ __forceinline__ int block() const { return special<0>(); }
   __device__ __forceinline__ int blocks() const { return special<1>(); }
@@ -38,9 +40,10 @@ class DeviceTeam {
 
   __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
   __device__ __forceinline__ void sync_block() const { __syncthreads(); }
-  // What any thread stored before, in whose shared memory ever, every thread of the cluster sees after.
+  // What any thread stored before, in whose shared memory ever, every thread of the cluster sees after. Not the aligned
+  // form: lanes may come apart, after what the leader alone does.
   __device__ __forceinline__ void sync_cluster() const {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
   }
 
   // Stores what lies at this address of our shared memory to the same address of another block's.
@@ -88,6 +91,7 @@ class DeviceTeam {
 
  private:
   static constexpr std::uint32_t all_lanes = 0xffffffffu;
+  int warp_;
 
   __device__ __forceinline__ static std::uint32_t address(const void* shared) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));

@@ -90,5 +90,24 @@ HKDFAST_HD Fast expm1_(Fast a) {
 HKDFAST_HD float plain(float x) { return x; }
 HKDFAST_HD float plain(Fast x) { return x.x; }
 
+// As in divergence.h, with the ratio of p and q straight from the gap, by two approximate functions. The gap is
+// bounded, so that a word that one side lacks costs it 0 without a selection.
+template <>
+struct Mixture<Fast> {
+  Fast m, p_log_p_m, q_log_q_m;
+
+  HKDFAST_HD Mixture(Word<Fast> w, float beta) {
+    const float p = w.p.x, q = w.q.x, distance = fminf(fabsf(w.gap.x), 200.f), larger = fmaxf(p, q);
+    const bool teacher_larger = w.gap.x > 0.f;
+    const float ratio = approximate_exp2(distance * -1.44269504f);
+    const float x = (teacher_larger ? 1.f - beta : beta) * (ratio - 1.f), sum = 1.f + x;
+    const float log_m = fused(approximate_log2(sum), 0.693147181f, x - (sum - 1.f));  // less that of the larger
+    const float of_larger = larger > 0.f ? larger * -log_m : 0.f, of_smaller = larger * ratio * (-log_m - distance);
+    m = fused(beta, p, (1.f - beta) * q);
+    p_log_p_m = teacher_larger ? of_larger : of_smaller;
+    q_log_q_m = teacher_larger ? of_smaller : of_larger;
+  }
+};
+
 }  // namespace HKDFAST_ISA
 }  // namespace hkdfast

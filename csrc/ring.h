@@ -103,6 +103,15 @@ class Ring {
     }
   }
 
+  HKDFAST_HD void mask(const Tile& tile, int at, int from, int to) {
+    for (int word = from + team_.lane(); word < to; word += warp_lanes) {
+      if (tile.dtype == Dtype::float32)
+        team_.template at<float>(at + 4 * word) = -INFINITY;
+      else
+        team_.template at<std::uint16_t>(at + 2 * word) = tile.dtype == Dtype::bfloat16 ? 0xff80 : 0xfc00;
+    }
+  }
+
   // The warp is done with what lies in the slot: the next chunk of its queue takes the place.
   HKDFAST_HD void refill(int slot) {
     if (next_row_ >= task_.n) return;
@@ -132,6 +141,12 @@ class Ring {
 #pragma unroll
     for (int i = 0; i < 3; ++i)
       if (tiles[i].data) copy_ends(tiles[i], bulk(tiles[i], plan.tile_at[i], begin, words), at, words);
+    if (words % step_words) {  // the last step goes on behind the row's end: masked words
+      const int whole = (words + step_words - 1) / step_words * step_words;
+#pragma unroll
+      for (int i = 0; i < 3; ++i)
+        if (tiles[i].data) mask(tiles[i], at + bulk(tiles[i], plan.tile_at[i], begin, words).at, words, whole);
+    }
     if (++next_chunk_ == own_) {
       next_chunk_ = 0;
       next_row_ = live(next_row_ + team_.clusters());

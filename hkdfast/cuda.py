@@ -47,6 +47,8 @@ if why := unusable():
 def launch(operation, objective, x, *tensors):
     """One operation on the stream that torch uses now, or on the next backend if x's device or row is not for us."""
     device = x.device
+    if device.type != "cuda":
+        raise ValueError(f"the cuda backend takes tensors on a CUDA device, not on {device}")
     done = False
     if not missing(device.index):
         with torch.cuda.device(device):

@@ -22,7 +22,7 @@ def unit_stride(x):
 
 
 def rows(call, objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics, *how):
-    """What a compiled row operation returns; `hkdfast.reference.rows` explains the tensors, how are its last arguments."""
+    """What a compiled row operation returns. how: its last arguments; the others are of `hkdfast.reference.rows`."""
     ours = [unit_stride(x) for x in (student, teacher, noisy, grad)]
     vectors = [
         vector(x, dtype) for x, dtype in ((alpha, torch.float32), (labels, torch.int64), (weight, torch.float32))

@@ -58,7 +58,7 @@ class Scheduler {
     current_scheduler = this;
     std::size_t live = fibers_.size();
     while (live) {
-      if (!arrivals_.empty() && (ready_.empty() || random_() % 4 == 0)) {
+      if (!arrivals_.empty() && (ready_.empty() || random_() % 64 == 0)) {
         const std::size_t i = random_() % arrivals_.size();
         std::swap(arrivals_[i], arrivals_.back());
         const auto arrival = arrivals_.back();

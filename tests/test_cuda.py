@@ -1,5 +1,5 @@
 """The cuda backend. Its row loop runs here on the CPU, as fibers under a scheduler that means no good
-(tests/cluster.cpp). Where there is a GPU, tests/test_rows.py runs the same cases on it, and what is special here runs too."""
+(tests/cluster.cpp). Where there is a GPU, tests/test_rows.py runs the same cases on it."""
 
 import dataclasses
 import hashlib
@@ -30,15 +30,19 @@ def cluster():
     """tests/cluster.cpp, compiled once for each state of its sources."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
-    sources = [ROOT / "tests/cluster.cpp", *sorted((ROOT / "csrc").glob("*.h"))]
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    source = ROOT / "tests/cluster.cpp"
+    headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    needs = subprocess.run(
+        [compiler, "-std=c++17", "-MM", *headers, source], capture_output=True, text=True, check=True
+    )
+    ours = [Path(name) for name in needs.stdout.split() if name.startswith(str(ROOT))]
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in ours)).hexdigest()[:16]
     target = ROOT / f"build/cluster-{state}/cluster{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         made = target.with_suffix(".part")
         flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared"]
-        headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        subprocess.run([compiler, *flags, *headers, str(sources[0]), "-o", str(made)], check=True)
+        subprocess.run([compiler, *flags, *headers, source, "-o", made], check=True)
         made.rename(target)
     spec = importlib.util.spec_from_file_location("cluster", target)
     module = importlib.util.module_from_spec(spec)
@@ -253,7 +257,7 @@ def test_the_emulation_sees_what_is_missing(cluster, without):
 
 def test_rows_beyond_two_to_the_31(cluster):
     vocab, stride = 1024, 2**31 + 8
-    memory = mmap.mmap(-1, 2 * (stride + vocab), flags=mmap.MAP_PRIVATE | mmap.MAP_NORESERVE)
+    memory = mmap.mmap(-1, 2 * (stride + vocab), flags=mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE
     far = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
     student, teacher = tiles(2, vocab)
     far.copy_(student)
