@@ -80,13 +80,15 @@ watched() { # BACKEND DIVERGENCE OPERATION KERNEL, as tests/sanitize.py --list h
 
 sanitize() {
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor an allocation of its own, so that a step beyond it is seen
-    local status=0
-    $python tests/sanitize.py --list > "$OUT/sanitize.runs"
-    if [ -n "${HKDFAST_TINY:-}" ]; then sed -i -n '1p;$p' "$OUT/sanitize.runs"; fi
+    local status=0 logs
+    logs=$(mktemp -d)
+    $python tests/sanitize.py --list > "$logs/runs"
+    if [ -n "${HKDFAST_TINY:-}" ]; then sed -i -n '1p;$p' "$logs/runs"; fi
     # each run in a process with a log of its own: most of the time goes into compiling for Triton
-    xargs -P "$(nproc)" -L 1 bash -c '"$0" --watched "$@" > "$OUT/sanitize-$1-$2-$3.log" 2>&1 || { echo "failed: $*"; exit 1; }' \
-        "$self" < "$OUT/sanitize.runs" || status=1
-    grep -H -E "SUMMARY|cases ran" "$OUT"/sanitize-*.log || true
+    xargs -P "$(nproc)" -L 1 bash -c '"$0" --watched "$@" > "'"$logs"'/$1-$2-$3.log" 2>&1 || { echo "failed: $*"; exit 1; }' \
+        "$self" < "$logs/runs" || status=1
+    tail -n 100 "$logs"/*.log
+    rm -r "$logs"
     return $status
 }
 
@@ -122,28 +124,33 @@ built() { # what stands in build/ for these sources: the marker goes with the ma
     echo "build/gpu-$(cat setup.py csrc/* | sha256sum | cut -c -16)"
 }
 
-if [ "${1:-}" = --tiny ]; then
-    export HKDFAST_TINY=1
-    shift
-fi
-case "${1:-}" in
-    --stage) "$2"; exit ;;
-    --watched) shift; watched "$@"; exit ;;
-    report) shift; report "$@"; exit ;;
-esac
-for name in "$@"; do
-    if [[ " ${STAGES[*]} " != *" $name "* ]]; then
-        echo "unknown stage '$name', expected report or some of: ${STAGES[*]}" >&2
-        exit 2
+main() { # whole before it runs: bash would read on in a file that is edited meanwhile
+    if [ "${1:-}" = --tiny ]; then
+        export HKDFAST_TINY=1
+        shift
     fi
-done
-if [ $# = 0 ]; then set -- "${STAGES[@]}"; fi
-failed=()
-if [ "$1" != build ] && [ -z "${HKDFAST_TINY:-}" ] && { [ ! -e "$(built)" ] || [ ! -d "$site" ]; }; then
-    stage build || failed+=(build)
-fi
-for name in "$@"; do stage "$name" || failed+=("$name"); done
-if [ ${#failed[@]} != 0 ]; then
-    echo "failed: ${failed[*]}; the logs are in $OUT"
-    exit 1
-fi
+    case "${1:-}" in
+        --stage) "$2"; return ;;
+        --watched) shift; watched "$@"; return ;;
+        report) shift; report "$@"; return ;;
+    esac
+    local name failed=()
+    for name in "$@"; do
+        if [[ " ${STAGES[*]} " != *" $name "* ]]; then
+            echo "unknown stage '$name', expected report or some of: ${STAGES[*]}" >&2
+            return 2
+        fi
+    done
+    if [ $# = 0 ]; then set -- "${STAGES[@]}"; fi
+    if [ "$1" != build ] && [ -z "${HKDFAST_TINY:-}" ] && { [ ! -e "$(built)" ] || [ ! -d "$site" ]; }; then
+        stage build || failed+=(build)
+    fi
+    for name in "$@"; do stage "$name" || failed+=("$name"); done
+    if [ ${#failed[@]} != 0 ]; then
+        echo "failed: ${failed[*]}; the logs are in $OUT"
+        return 1
+    fi
+}
+
+main "$@"
+exit
