@@ -35,6 +35,7 @@ def law(**words):
     return {"law": Law(**{"alpha": 1.5, **words})}
 
 
+# Errors are compared by the largest over the rows: where PyTorch can be lucky on a few rows, there are more of them.
 CASES = {
     "plain": Case(),
     "ragged": Case((3, 1031), options={"temperature": 0.5}),
@@ -47,7 +48,7 @@ CASES = {
     "long": Case((2, 20011), torch.bfloat16),
     "far": Case(spread=12.0),
     "near": Case(apart=0.1),
-    "converged": Case(apart=0.01),
+    "converged": Case((24, 1000), apart=0.01),
     "equal": Case(apart=0.0),
     "shifted": Case(apart=0.1, offset=100.0),
     "hot": Case(options={"temperature": 20.0}),
@@ -62,7 +63,7 @@ CASES = {
     "softcap and labels": Case(labels=True, options={"student": Transform(2.0, 8.0), "hard_weight": 0.3}),
     "difference": Case(apart=None, spread=1.0, options={"difference": True}),
     "constant law": Case(options=law(), apart=0.5),
-    "linear law": Case(options=law(weight="linear", alpha=8.0), spread=2.0),
+    "linear law": Case((24, 1000), options=law(weight="linear", alpha=8.0), spread=2.0),
     "gate": Case(options=law(weight="gate", threshold=0.2, alpha=2.0), spread=3.0),
     "entropy law": Case(options=law(weight="linear", confidence="entropy", alpha=3.0), spread=2.0),
     "target law": Case(options=law(weight="linear", confidence="target"), labels=True, ignored=(0,)),
