@@ -115,7 +115,8 @@ struct Distillation {
     sum_q = words.share_q * q.sum;
     if constexpr (mean != Mean::none) {
       const double gap = mean == Mean::gap_under_p ? p.gap / p.sum : q.gap / q.sum;
-      total = divergence.total(gap * scale - (p.lse(scale) - q.lse(scale)));
+      const double of_peaks = static_cast<double>(p.peak) - q.peak;
+      total = divergence.total((gap - of_peaks) * scale - (p.log_sum() - q.log_sum()));
     }
     if (mean == Mean::gap_under_p) total.slope = sum_q - words.share_p * p.sum;
   }

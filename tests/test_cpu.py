@@ -79,6 +79,14 @@ def test_contrast_shares_a_row_among_threads(threads, threads_):
     assert_as_close_as_torch(out, plain, exact)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 20.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_vocabulary_of_one_word_costs_nothing(divergence, temperature):
+    """Both sides have probability 1, whatever their logits: exactly 0."""
+    loss, grad, _ = run_rows(cpu, CASES["one word"], divergence, temperature=temperature)
+    assert loss.eq(0).all() and grad.eq(0).all()
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
