@@ -108,11 +108,11 @@ def test_a_stage_run_again_replaces_its_figures():
 def test_a_peer_out_of_memory_is_a_result(tmp_path):
     (tmp_path / "full.py").write_text(
         "import torch\n"
-        "def pytest_collection_modifyitems(items):\n"
-        "    import bench_logits\n"
+        "def pytest_configure():\n"
+        "    import peers\n"
         "    def full(*args):\n"
         "        raise torch.OutOfMemoryError('of nothing left')\n"
-        "    bench_logits.PURIFIED['eager'] = full\n"
+        "    peers.PURIFIED['eager'] = full\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "full", "-p", "no:cacheprovider", "-k", "bench_seed",
