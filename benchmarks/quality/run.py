@@ -63,7 +63,7 @@ def report(bases, seeds, exams, tuning, work, systems):
         row = {"runs": len(ours), "pooled": compare(list(ours.values()), [theirs[key] for key in ours], exams)}
         for base in bases if len(bases) > 1 else ():
             keys = [key for key in ours if key[0] == base]
-            row[base] = compare([ours[key] for key in keys], [theirs[key] for key in keys], exams)
+            row[base] = compare([ours[key] for key in keys], [theirs[key] for key in keys], exams, ["greedy"])
         return name, forwards, row
 
     rows = []
@@ -77,9 +77,11 @@ def report(bases, seeds, exams, tuning, work, systems):
     rows.append(entry(f"shift of yes by {told}, tuned with labels", 1, moved))
     for name in tqdm(study.ALL, "trained"):
         files = {(base, seed): study.cell_file(work, base, name, seed) for base in bases for seed in seeds}
-        ours = {key: read_cell(file) for key, file in files.items() if file.exists()}
-        if name not in systems or not ours or {base for base, _ in ours} != set(bases):
+        # a seed counts once every base has it, so that all bases weigh the same
+        done = [seed for seed in seeds if all(files[base, seed].exists() for base in bases)]
+        if name not in systems or not done:
             continue
+        ours = {key: read_cell(file) for key, file in files.items() if key[1] in done}
         rows.append(entry(name, 1, ours))
         if name.startswith("SEED"):
             matched = {}
@@ -112,7 +114,8 @@ def seed(options):
     fresh = study.FRESH if options.full else study.FRESH[:1]
     exams = [study.Exam(number, device=options.device) for number in fresh]
     tuning = study.Exam(study.TUNING, device=options.device)
-    make_cells(options, bases, seeds, systems, exams, tuning, work)
+    if not options.tables:
+        make_cells(options, bases, seeds, systems, exams, tuning, work)
     if options.cells:
         return
     rows = report(bases, seeds, exams, tuning, work, systems)
@@ -147,6 +150,7 @@ if __name__ == "__main__":
     add("--bases", nargs="+", help="folders of bases/; default seed1, with --full all")
     add("--seeds", type=int, nargs="+", help="default 1, with --full 1 2 3: the first for every system, all for SEED")
     add("--cells", action="store_true", help="stop before the tables: for several processes that share the work")
+    add("--tables", action="store_true", help="make no cell, only the tables of those that are there")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--threads", type=int, default=torch.get_num_threads())
     add("--work", type=Path, default=Path("out/quality"), help="where finished cells are kept")

@@ -8,7 +8,7 @@ from hkdfast.evaluate.bootstrap import paired
 from hkdfast.evaluate.pope import Marks, score
 
 MODES = {"greedy": 1, "sampled": 5}  # draws of every answer, from the whole vocabulary at temperature 1
-RESAMPLES = 2000
+RESAMPLES = 1000
 YES, NO = 0, 1  # columns of a cell, see Exam.take
 
 
@@ -88,20 +88,21 @@ def auc(cell, exams, split):
     return float(np.mean(areas))
 
 
-def compare(ours, theirs, exams):
+def compare(ours, theirs, exams, modes=MODES):
     """One row of a table.
 
     Args:
         ours: cells of a system, one per base and seed.
         theirs: cells of what it is compared with, as many.
         exams: the question sets.
+        modes: of MODES.
 
     Returns:
         {mode: {split: {"f1", "accuracy", "yes_rate", "auc", "f1_gain", "accuracy_gain"}}}, percent and percentage
         points, a gain as [difference, low, high].
     """
     row = {}
-    for mode in MODES:
+    for mode in modes:
         row[mode] = {}
         sides = [[marked(cell, exams, mode) for cell in cells] for cells in (ours, theirs)]
         for split in SPLITS:
