@@ -17,9 +17,10 @@ def readme():
     found = json.loads(FILE.read_text())
     base = next(row for row in found["rows"] if row["system"] == "base")["pooled"]["greedy"]
     told = ", ".join(f"{split} {base[split]['f1']:.1f}" for split in SPLITS)
+    where = f"{found['processor']}, `{FILE.relative_to(Path(__file__).parents[2])}`"
     lines = [
-        f"{len(found['bases'])} bases, {len(found['sets'])} fresh question sets of {found['images']} images; F1 of the bases,"
-        f" greedy: {told}. Change in F1 with its 95 % interval; {found['processor']}, `benchmarks/quality/results/seed.json`.",
+        f"{len(found['bases'])} bases, {len(found['sets'])} fresh question sets of {found['images']} images; F1 of the"
+        f" bases, greedy: {told}. Change in F1 with its 95 % interval over images; {where}.",
         "",
         f"| | runs | forwards | {' | '.join(f'greedy, {split}' for split in SPLITS)} | sampled, adversarial |",
         "|" + " --- |" * (len(SPLITS) + 4),
