@@ -20,6 +20,14 @@ class Ring {
         all_warps_(team.blocks() * team.warps()) {
     const int chunks = task.plan.chunks;
     own_ = first_ < chunks ? (chunks - first_ - 1) / all_warps_ + 1 : 0;
+    each_tile([&](const Tile& tile, int) {
+      const int size = tile.dtype == Dtype::float32 ? 4 : 2;
+      word_bytes_ += size;
+      const std::uintptr_t places = reinterpret_cast<std::uintptr_t>(tile.data) |
+                                    static_cast<std::uintptr_t>(tile.stride * size) |
+                                    static_cast<std::uintptr_t>(task.vocab) * size;
+      whole_ = whole_ && places % 16 == 0;
+    });
     if (team.lane() == 0)
       for (int slot = 0; slot < task.plan.slots; ++slot) team.init(barrier(slot));
     team.publish_barriers();
@@ -118,34 +126,23 @@ class Ring {
     const Plan& plan = task_.plan;
     const int begin = chunk_begin(next_chunk_), at = slot_at(slot);
     const int words = task_.vocab - begin < plan.chunk ? task_.vocab - begin : plan.chunk;
-    const Tile tiles[] = {task_.student, task_.teacher, task_.noisy};
     team_.fence_before_copies();  // what this lane stored or read there comes before what the copy engine writes
     team_.sync_warp();
-    if (team_.lane() == 0) {
-      int bytes = 0;
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        if (!tiles[i].data) continue;
-        const Bulk b = bulk(tiles[i], plan.tile_at[i], begin, words);
-        bytes += static_cast<int>(b.to - b.from);
+    if (whole_) {
+      if (team_.lane() == 0) {
+        team_.expect(barrier(slot), words * word_bytes_);
+        each_tile([&](const Tile& tile, int tile_at) {
+          const int size = tile.dtype == Dtype::float32 ? 4 : 2;
+          const char* from = static_cast<const char*>(tile.data) + (next_row_ * tile.stride + begin) * size;
+          team_.copy(at + tile_at, from, words * size, barrier(slot));
+        });
       }
-      team_.expect(barrier(slot), bytes);
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        if (!tiles[i].data) continue;
-        const Bulk b = bulk(tiles[i], plan.tile_at[i], begin, words);
-        if (b.to > b.from)
-          team_.copy(at + b.at + static_cast<int>(b.from - b.begin), b.from, static_cast<int>(b.to - b.from), barrier(slot));
-      }
+    } else {
+      refill_ragged(slot, at, begin, words);
     }
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-      if (tiles[i].data) copy_ends(tiles[i], bulk(tiles[i], plan.tile_at[i], begin, words), at, words);
     if (words % step_words) {  // the last step goes on behind the row's end: masked words
-      const int whole = (words + step_words - 1) / step_words * step_words;
-#pragma unroll
-      for (int i = 0; i < 3; ++i)
-        if (tiles[i].data) mask(tiles[i], at + bulk(tiles[i], plan.tile_at[i], begin, words).at, words, whole);
+      const int end = (words + step_words - 1) / step_words * step_words;
+      each_tile([&](const Tile& tile, int tile_at) { mask(tile, at + bulk(tile, tile_at, begin, words).at, words, end); });
     }
     if (++next_chunk_ == own_) {
       next_chunk_ = 0;
@@ -153,9 +150,35 @@ class Ring {
     }
   }
 
+  HKDFAST_HD void refill_ragged(int slot, int at, int begin, int words) {
+    if (team_.lane() == 0) {
+      int bytes = 0;
+      each_tile([&](const Tile& tile, int tile_at) {
+        const Bulk b = bulk(tile, tile_at, begin, words);
+        bytes += static_cast<int>(b.to - b.from);
+      });
+      team_.expect(barrier(slot), bytes);
+      each_tile([&](const Tile& tile, int tile_at) {
+        const Bulk b = bulk(tile, tile_at, begin, words);
+        if (b.to > b.from)
+          team_.copy(at + b.at + static_cast<int>(b.from - b.begin), b.from, static_cast<int>(b.to - b.from), barrier(slot));
+      });
+    }
+    each_tile([&](const Tile& tile, int tile_at) { copy_ends(tile, bulk(tile, tile_at, begin, words), at, words); });
+  }
+
+  template <class Run>
+  HKDFAST_HD void each_tile(Run run) const {
+    if (task_.student.data) run(task_.student, task_.plan.tile_at[0]);
+    if (task_.teacher.data) run(task_.teacher, task_.plan.tile_at[1]);
+    if (task_.noisy.data) run(task_.noisy, task_.plan.tile_at[2]);
+  }
+
   Team& team_;
   const Task& task_;
   int first_, all_warps_, own_;
+  bool whole_ = true;   // every chunk of every tile is whole 16 bytes of global memory
+  int word_bytes_ = 0;  // of all tiles
   int slot_ = 0;
   std::uint32_t parity_ = 0;
   std::int64_t next_row_ = 0;  // and chunk, to be loaded
