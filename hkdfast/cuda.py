@@ -5,8 +5,9 @@ A row is held in the shared memory of a cluster of thread blocks, so that its lo
 each with its own dtype; the arithmetic is float32 with the sums of a row in double. Results are the same from run to
 run, bit for bit. No call waits for the device or allocates on it, so calls can be captured in a CUDA graph.
 
-A row that does not fit (bfloat16: some 870,000 words of two tiles, 580,000 of three; float32: half of that) runs on the
-next backend of the table, Triton. So does a device that these kernels were not compiled for, beside one that they were.
+A row that does not fit (on Hopper more than 850,000 words of two bfloat16 tiles or 390,000 of two float32 ones, 590,000
+or 262,144 of three) runs on the next backend of the table, Triton. So does work on a device that these kernels were not
+compiled for, beside one that they were.
 """
 
 from functools import lru_cache
