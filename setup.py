@@ -50,12 +50,15 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         if ext.name != CUDA.name:
             return super().build_extension(ext)
-        target = Path(self.get_ext_fullpath(ext.name))
+        target, stamp = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "archs"
         made_of = [Path(path) for path in (*ext.sources, *ext.depends, "setup.py")]
         made = target.stat().st_mtime if target.exists() else 0
-        if not self.force and all(path.stat().st_mtime < made for path in made_of):
+        same = stamp.exists() and stamp.read_text() == " ".join(ARCHS)
+        if same and not self.force and all(path.stat().st_mtime < made for path in made_of):
             return None
         target.parent.mkdir(parents=True, exist_ok=True)
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(" ".join(ARCHS))
         flags = ["-shared", "-O3", "-std=c++17", "-fmad=false", f"--threads={os.cpu_count() or 1}"]
         host = "-Xcompiler=-fPIC,-fvisibility=hidden"
         archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
@@ -73,7 +76,8 @@ class BuildExt(build_ext):
 
     def copy_extensions_to_source(self):
         # of an editable install; an extension that could not be built is not there to be copied
-        self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
+        built = Path(self.build_lib)
+        self.extensions = [ext for ext in self.extensions if (built / self.get_ext_filename(ext.name)).exists()]
         super().copy_extensions_to_source()
 
 
