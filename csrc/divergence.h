@@ -112,7 +112,7 @@ struct TotalVariation {
   HKDFAST_HD Term<F> operator()(Word<F> w) const {
     // from the gap: p and q are rounded, and near convergence their difference is that of the roundings
     const F larger = select(w.p > w.q, w.p, w.q), half = 0.5f * w.q;
-    const F excess = select(larger > 0.f, -larger * expm1_(-absolute(w.gap)), F{});
+    const F excess = larger * select(larger > 0.f, -expm1_(-absolute(w.gap)), F{});  // a NaN stays
     return {0.5f * excess, select(w.gap > 0.f, -half, select(w.gap < 0.f, half, F{}))};
   }
 };
