@@ -23,7 +23,7 @@ def cross(log_a, log_b):
 def mix(log_p, log_q, beta):
     """log(beta p + (1 - beta) q); 0 for a word that neither side has, where it is never read."""
     m = beta * log_p.exp() + (1 - beta) * log_q.exp()
-    return torch.where(m > 0, m, 1).log()
+    return torch.where(m == 0, 1, m).log()
 
 
 def forward_kl(log_p, log_q, beta):
@@ -173,9 +173,9 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
         if labels is not None:
             target = labels.clamp(min=0).unsqueeze(-1)
             hard = -z.log_softmax(-1).gather(-1, target).squeeze(-1)
-        total = objective.soft_weight * divergence
-        if objective.hard_weight:
-            total = total + objective.hard_weight * hard
+        # a label that the student masks has an infinite cross entropy, which must not count where it is not asked for
+        hard_part = objective.hard_weight * hard if objective.hard_weight else torch.zeros_like(hard)
+        total = objective.soft_weight * divergence + hard_part
         total = total.where(live, 0)
         if grad is not None:
             scaled = total if weight is None else total * weight
@@ -184,7 +184,7 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
             grad.copy_(exact.where(usable, 0))
     # a divergence is never negative; near 0 the sum of its rounded terms can be
     divergence = divergence.detach().clamp(min=0)
-    loss.copy_((objective.soft_weight * divergence + objective.hard_weight * hard.detach()).where(live, 0))
+    loss.copy_((objective.soft_weight * divergence + hard_part.detach()).where(live, 0))
     if metrics is not None:
         agree = log_p.argmax(-1) == log_q.argmax(-1)
         columns = (divergence, hard, entropy(log_q), entropy(log_p), sure, a, agree)

@@ -68,6 +68,19 @@ def test_ignored_rows_are_zeros(backend, divergence):
     assert loss[[0, 2, 3]].gt(0).all() and grad[[0, 2, 3]].abs().sum(-1).gt(0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_masked_label_counts_only_where_its_cross_entropy_is_asked_for(backend):
+    masked = Case((3, 50), masked=((2,), (2,), ()))
+    alone, _, _ = run_rows(load(backend), masked, "reverse_kl")
+    student, teacher, *_ = inputs(masked)
+    labels = torch.full((3,), 2, device=student.device)
+    loss, grad = torch.empty_like(alone), torch.empty_like(student)
+    for hard_weight, expected in ((0.0, alone), (0.5, torch.full_like(alone, float("inf")))):
+        objective = Objective(divergence="reverse_kl", beta=0.3, hard_weight=hard_weight)
+        load(backend).rows(objective, student, teacher, None, None, labels, None, loss, grad, None)
+        assert torch.equal(loss, expected) and not grad.isnan().any()
+
+
 @pytest.mark.parametrize("apart", [3.0, 0.3, 0.03])  # forward KL from 24 to 0.001 where logits spread by 6
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)

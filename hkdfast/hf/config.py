@@ -51,7 +51,9 @@ class SeedConfig(TrainingArguments):
     threshold: float = option(0.5, "The gate opens below this confidence.")
     mode: str = option("extrapolate", "(1 + a) clean - a noisy, or clean - a noisy.", WORDS["mode"])
     plausibility: float = option(
-        0.0, "Contrast only words of at least this times the largest probability; 0 contrasts all."
+        0.01,
+        "Contrast only words of at least this times the largest probability, lest it lift words that both branches "
+        "find all but impossible; 0 contrasts all.",
     )
     outside: str = option(
         "clean", "What becomes of the other words: their clean probability, or none.", WORDS["outside"]
