@@ -54,7 +54,7 @@ def instructions(tool, module):
     found, arch, kernel = {}, None, None
     for line in subprocess.run([tool, "-sass", module], capture_output=True, text=True, check=True).stdout.splitlines():
         if match := re.search(r"arch = (\w+)", line):
-            arch = match.group(1)
+            arch, kernel = match.group(1), None
         elif match := re.search(r"Function : (\S+)", line):
             kernel = match.group(1)
             found[arch, kernel] = []

@@ -59,7 +59,11 @@ def written_out(trainer, batch, num_items=None):
             noised(inputs, args.noise_step, sigma=args.noise_sigma, seed=seed, draw=i) for i in range(args.noise_draws)
         ]
         noisy = torch.stack([model(**draw).logits[rows].double() for draw in draws]).mean(0)
-    log_p = ((1 + args.alpha[0]) * clean - args.alpha[0] * noisy).log_softmax(-1)
+    log_clean = clean.log_softmax(-1)
+    inside = log_clean >= log_clean.amax(-1, keepdim=True) + math.log(args.plausibility)
+    kept = log_clean.masked_fill(~inside, -math.inf).logsumexp(-1, keepdim=True)
+    odds = ((1 + args.alpha[0]) * clean - args.alpha[0] * noisy).masked_fill(~inside, -math.inf).log_softmax(-1)
+    log_p = torch.where(inside, odds + kept, log_clean)
     model.train()
     torch.manual_seed(0)
     log_q = model(**inputs).logits[rows].double().log_softmax(-1)
