@@ -1,4 +1,4 @@
-"""How tensors are handed to the compiled modules: as addresses. Nothing else in hkdfast says data_ptr()."""
+"""How tensors are handed to the compiled modules: as addresses."""
 
 import torch
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .objective import Law, Transform
+from .pages import empty
 
 # torch 2.8 and 2.9 take no float32 summand beside 16-bit operands (pytorch/pytorch#167931)
 WIDE_SUM = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
@@ -152,8 +153,9 @@ class Logits:
     def reset(self):
         """Gradients of nothing yet."""
         covered = self.index is None and self.vocab == self.full.shape[1]
-        like = torch.empty if covered else torch.zeros
-        self.grad = like(self.full.shape, dtype=self.grad_dtype, device=self.full.device)
+        self.grad = empty(self.full.shape, dtype=self.grad_dtype, device=self.full.device)
+        if not covered:
+            self.grad.zero_()
 
     def gradient(self, start, stop, tile):
         """Where the row operation writes the gradient of a block."""
@@ -245,9 +247,9 @@ class Projection:
         self.minus, self.bias = other, None
 
     def allocate(self, rows):
-        self.space = torch.empty(rows, self.vocab, dtype=self.dtype, device=self.device)
+        self.space = empty((rows, self.vocab), dtype=self.dtype, device=self.device)
         if any(self.wants) and self.gemm != self.dtype:
-            self.grad_space = torch.empty(rows, self.vocab, dtype=self.gemm, device=self.device)
+            self.grad_space = empty((rows, self.vocab), dtype=self.gemm, device=self.device)
 
     def release(self):
         self.space = self.grad_space = self.d_hidden = self.d_weight = self.d_bias = None
@@ -302,7 +304,7 @@ class Projection:
         x, weight, bias = self.wants
         like = dict(dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         self.d_hidden = torch.zeros(self.shapes[0], **like) if x else None
-        self.d_weight = torch.empty(self.shapes[1], **like) if weight else None
+        self.d_weight = empty(self.shapes[1], **like) if weight else None
         self.d_bias = torch.zeros(self.shapes[1][:1], **like) if bias else None
         self.first = True
 
