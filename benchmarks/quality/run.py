@@ -152,7 +152,7 @@ if __name__ == "__main__":
     add("--cells", action="store_true", help="stop before the tables: for several processes that share the work")
     add("--tables", action="store_true", help="make no cell, only the tables of those that are there")
     add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--threads", type=int, default=1, help="default 1: on a model this small two threads wait for each other")
     add("--work", type=Path, default=Path("out/quality"), help="where finished cells are kept")
     command.set_defaults(run=seed)
     options = parser.parse_args()
