@@ -47,6 +47,7 @@ inline Objective objective(py::handle from) {
   read(from, "ignore_index", to.ignore_index);
   read(from, "floor", to.floor);
   read(from, "difference", to.difference);
+  read(from, "accumulate", to.accumulate);
   to.student = transform(from.attr("student"));
   to.teacher = transform(from.attr("teacher"));
   to.noisy = transform(from.attr("noisy"));

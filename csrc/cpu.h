@@ -39,7 +39,7 @@ struct Objective {
   float beta = 0.5f;
   double temperature = 1, soft_weight = 1, hard_weight = 0, floor = -INFINITY;
   std::int64_t ignore_index = -100;
-  bool difference = false, purified = false;  // purified: there is a law
+  bool difference = false, accumulate = false, purified = false;  // purified: there is a law
   Transform student, teacher, noisy;
   Law law;
 };

@@ -158,7 +158,7 @@ struct Distillation {
 
   void zero_gradient() const {
     const Block zeros = {};
-    if (rows.grad.data)
+    if (rows.grad.data && !o.accumulate)
       each_block(0, rows.vocab, [&](std::int64_t at, int n) { store(rows.grad, r.row, at, n, zeros.words); });
   }
 
@@ -197,9 +197,17 @@ struct Distillation {
           if (hard_by != 0.f) add_hard(x, at, n, hard_by, g);
           r.student.backward(x, n, g);
         });
+        if (o.accumulate) add_before(at, n, grad.words);
         store(rows.grad, r.row, at, n, grad.words);
       });
     });
+  }
+
+  // What stands in the gradient already.
+  void add_before(std::int64_t at, int n, float* g) const {
+    Block before;
+    read(rows.grad, r.row, at, n, before.words);
+    for (int i = 0; i < n; ++i) g[i] += before.words[i];
   }
 
   // Cross entropy against the label, at temperature 1.

@@ -19,6 +19,19 @@ inline Element* at(const Tile& tile, std::int64_t row, std::int64_t begin) {
   return static_cast<Element*>(tile.data) + row * tile.stride + begin;
 }
 
+inline void read(const Tile& tile, std::int64_t row, std::int64_t begin, int n, float* to) {
+  const std::uint16_t* from = at<std::uint16_t>(tile, row, begin);
+  if (tile.dtype == Dtype::float32) {
+    memcpy(to, at<float>(tile, row, begin), n * sizeof(float));
+  } else if (tile.dtype == Dtype::bfloat16) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) to[i] = from_bf16(from[i]);
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) to[i] = from_fp16(from[i]);
+  }
+}
+
 inline void store(const Tile& tile, std::int64_t row, std::int64_t begin, int n, const float* x) {
   if (tile.dtype == Dtype::float32) {
     memcpy(at<float>(tile, row, begin), x, n * sizeof(float));
@@ -108,19 +121,6 @@ struct Source {
   }
 
  private:
-  static inline void read(const Tile& tile, std::int64_t row, std::int64_t begin, int n, float* to) {
-    const std::uint16_t* from = at<std::uint16_t>(tile, row, begin);
-    if (tile.dtype == Dtype::float32) {
-      memcpy(to, at<float>(tile, row, begin), n * sizeof(float));
-    } else if (tile.dtype == Dtype::bfloat16) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) to[i] = from_bf16(from[i]);
-    } else {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) to[i] = from_fp16(from[i]);
-    }
-  }
-
   inline void transformed(std::int64_t row, std::int64_t begin, int n, float* x) const {
     if (base) {
       Block other;

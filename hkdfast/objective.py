@@ -51,6 +51,7 @@ class Objective:
     ignore_index: int = -100
     floor: float = float("-inf")  # least log p of a word that the student does not mask
     difference: bool = False  # teacher and noisy tiles hold differences to the student's tile
+    accumulate: bool = False  # the gradient is added to what stands in its place
     student: Transform = Transform()
     teacher: Transform = Transform()
     noisy: Transform = Transform()

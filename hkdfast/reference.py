@@ -151,7 +151,8 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
         loss: (N,) float32 output: soft_weight * divergence + hard_weight * cross entropy.
         grad: (N, V) output in the student tile's numbers (before scale and softcap), any float dtype, or None when no
             gradient is wanted. It may be the student tile itself. 0 for a masked word (-inf logit), and for the whole
-            row if its loss is not finite.
+            row if its loss is not finite. With objective.accumulate all this is added to what it holds, the sum formed
+            in float32 or better; it is not the student tile then.
         metrics: (len(METRICS), N) float32 output, or None.
 
     float64 tiles with float64 outputs are computed in float64: this backend is the oracle of the tests.
@@ -181,7 +182,8 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
             scaled = total if weight is None else total * weight
             (exact,) = torch.autograd.grad(scaled.where(scaled.isfinite(), 0).sum(), x)
             usable = (live & total.isfinite()).unsqueeze(-1) & (x > -math.inf)
-            grad.copy_(exact.where(usable, 0))
+            exact = exact.where(usable, 0)
+            grad.copy_(grad.to(dtype) + exact if objective.accumulate else exact)
     # a divergence is never negative; near 0 the sum of its rounded terms can be
     divergence = divergence.detach().clamp(min=0)
     loss.copy_((objective.soft_weight * divergence + hard_part.detach()).where(live, 0))

@@ -58,6 +58,10 @@ CASES = {
     "labels": Case(labels=True, ignored=(1,), weighted=True, options={"hard_weight": 0.7, "temperature": 2.0}),
     "t squared": Case(weighted=True, options={"soft_weight": 4.0, "temperature": 2.0}),
     "skewed": Case(options={"beta": 0.1}),
+    "accumulated": Case(options={"accumulate": True}),
+    "accumulated bf16": Case(
+        (24, 1031), torch.bfloat16, labels=True, ignored=(1,), options={"accumulate": True, "hard_weight": 0.7}
+    ),
     "scaled": Case(options={"student": Transform(0.5), "teacher": Transform(2.0)}),
     "softcap": Case(options={"student": Transform(1.0, 8.0), "teacher": Transform(0.5, 5.0)}),
     "softcap and labels": Case(labels=True, options={"student": Transform(2.0, 8.0), "hard_weight": 0.3}),
@@ -113,6 +117,9 @@ def run_rows(module, case, divergence, exact=False, **options):
     n = len(student)
     loss, metrics = (torch.empty(*shape, dtype=wide, device=device) for shape in ((n,), (len(METRICS), n)))
     grad = torch.empty_like(student, dtype=kept)
+    if objective.accumulate:  # to a gradient of about the same size, the same numbers in every dtype
+        before = 1e-3 * torch.randn(student.shape, generator=torch.Generator().manual_seed(1))
+        grad.copy_(before.to(case.dtype))
     by_rows = objective.law is not None and objective.law.weight == "rows"
     module.rows(objective, student, teacher, noisy, alpha if by_rows else None, labels, weight, loss, grad, metrics)
     return loss.cpu(), grad.cpu(), metrics.cpu()
