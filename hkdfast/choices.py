@@ -1,0 +1,293 @@
+"""Multiple choice under a shifted letter-to-option map: reconstruction of HKD4VLM's mapping shift (arXiv:2506.13038).
+
+    questions = [Choice("What does the image show?", ("a cat", "a dog", "a cow"), about="1.png"), ...]
+    found = answer(model, encode, questions, shifts="cyclic")       # found.scores (N, n), found.choice (N,)
+
+A model prefers some letters whatever they stand for. Each question is therefore asked several times with its options
+behind other letters; what the model gives a letter goes back to the option that stood there, and is averaged.
+
+A model is any function of a batch that returns what comes next at the batch's answer rows, in the order of
+`hkdfast.seed.answer_rows`: logits (N, V) or a `Head`. `encode(prompts, abouts, answers)` makes the batch, a dict with
+at least "input_ids" (B, T): of prompts alone where answers is None, else of prompts with their answers and "labels" at
+the answers' tokens. `hkdfast.hf.choices.encoder` makes one of a Hugging Face processor.
+"""
+
+import math
+import random
+import string
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Any
+
+import torch
+
+from .words import SCORINGS, Scorer, choose_tokens
+
+LETTERS = string.ascii_uppercase
+SHIFTS = ("cyclic", "all", "none")
+COMBINES = ("mean", "vote")
+FORMS = ("letters", "each", "calibrated")
+MARK = "{options}"  # where in a question's text its options stand
+FREE = "N/A"  # a text without content, as in Zhao et al., 2021
+EACH = "\nProposed answer: {option}\nIs it right? Answer Yes or No."
+YES_NO = ("Yes", "No")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question.
+
+    Args:
+        text: the question. Its last "{options}" is replaced by the lettered options, one a line; without one they
+            follow the text on new lines. What stands behind it may ask for a letter: where the options are put one by
+            one, it is left out.
+        options: 2 to 26 texts without letters.
+        about: what the question is about (an image, its path, ...), handed to `encode` and not looked at here.
+
+    Raises:
+        ValueError: on another number of options, or one that is not a text or is empty.
+    """
+
+    text: str
+    options: tuple[str, ...]
+    about: Any = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "options", tuple(self.options))
+        if not 2 <= len(self.options) <= len(LETTERS):
+            raise ValueError(f"a question needs 2 to {len(LETTERS)} options, got {len(self.options)}: {self.options}")
+        for option in self.options:
+            if not isinstance(option, str) or not option.strip():
+                raise ValueError(f"options are texts that are not empty, got {option!r} in {self.options}")
+
+    def prompt(self, order=None):
+        """The question as it is asked, option order[place] behind the letter of each place."""
+        places = range(len(self.options)) if order is None else order
+        lines = "\n".join(f"{LETTERS[place]}. {self.options[option]}" for place, option in enumerate(places))
+        before, mark, after = self.text.rpartition(MARK)
+        return f"{before}{lines}{after}" if mark else f"{self.text}\n{lines}"
+
+    @property
+    def stem(self):
+        """The text before the options."""
+        before, mark, _ = self.text.rpartition(MARK)
+        return before.rstrip() if mark else self.text
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to N questions of at most n options each. All float64 and on the CPU."""
+
+    scores: torch.Tensor  # (N, n) log-probabilities of the options in their own order; -inf where there is no option
+    choice: torch.Tensor  # (N,) int64, the option chosen
+    by_shift: tuple[torch.Tensor, ...]  # N of (shifts, options): the same from each shift alone; the first is unshifted
+
+
+def shifts(n, how="cyclic", fixed=(), seed=0):
+    """The letter-to-option maps under which a question is asked: reconstruction of HKD4VLM (arXiv:2506.13038).
+
+    Args:
+        n: number of options.
+        how: "cyclic": each free option comes once to each free place, as many maps as there are free places; "all":
+            every permutation; "none": the question as it is; a number: so many different permutations drawn at random.
+        fixed: indices of options that keep their place, such as a last "none of these".
+        seed: of the drawn permutations.
+
+    Returns:
+        list of tuples, order[place] = option. The first is the question as it is.
+
+    Raises:
+        ValueError: an unknown `how`, a number beyond the permutations there are, a fixed index out of range.
+    """
+    fixed = set(fixed)
+    if not fixed <= set(range(n)):
+        raise ValueError(f"fixed options {sorted(fixed - set(range(n)))} are not among {n} options (0 to {n - 1})")
+    free = [option for option in range(n) if option not in fixed]
+    number = isinstance(how, int) and not isinstance(how, bool)
+    if not number and how not in SHIFTS:
+        raise ValueError(f"unknown shifts {how!r}, expected one of {', '.join(SHIFTS)} or a number")
+    if how == "cyclic":
+        found = [free[i:] + free[:i] for i in range(max(1, len(free)))]
+    elif how == "all":
+        found = permutations(free)
+    elif how == "none":
+        found = [free]
+    else:
+        most = math.factorial(len(free))
+        if not 1 <= how <= most:
+            raise ValueError(f"shifts is {how}, expected 1 to {most}: {len(free)} options are free to move")
+        draw, found = random.Random(seed), dict.fromkeys([tuple(free)])
+        while len(found) < how:
+            found[tuple(draw.sample(free, len(free)))] = None
+    return [moved(n, fixed, option) for option in found]
+
+
+def moved(n, fixed, free):
+    """The order in which the free options stand at the free places in turn."""
+    left = iter(free)
+    return tuple(place if place in fixed else next(left) for place in range(n))
+
+
+def kept(options, fixed):
+    """Indices of the fixed options, which are given by index or by text; a text that is no option fixes nothing."""
+    texts = {each.strip().casefold() for each in fixed if isinstance(each, str)}
+    return [i for i, option in enumerate(options) if option.strip().casefold() in texts] + [
+        each for each in fixed if not isinstance(each, str)
+    ]
+
+
+def shuffled(question, answer, rng, fixed=()):
+    """The training twin of the mapping shift: the question, its options in a random order, and where its answer went.
+
+    Args:
+        question: Choice.
+        answer: index of the right option, or None if it is not known.
+        rng: random.Random.
+        fixed: options that keep their place, by index or by text.
+
+    Returns:
+        (Choice, index of the answer or None).
+
+    Raises:
+        ValueError: an answer or a fixed index out of range.
+    """
+    n = len(question.options)
+    if answer is not None and not 0 <= answer < n:
+        raise ValueError(f"answer is option {answer}, expected 0 to {n - 1} or None")
+    stay = kept(question.options, fixed)
+    free = [option for option in shifts(n, "none", stay)[0] if option not in stay]
+    order = moved(n, stay, rng.sample(free, len(free)))
+    options = tuple(question.options[option] for option in order)
+    return replace(question, options=options), None if answer is None else order.index(answer)
+
+
+def blank(question):
+    """The question without its content: text and options become "N/A"."""
+    return replace(question, text=FREE, options=(FREE,) * len(question.options))
+
+
+def answer(
+    model,
+    encode,
+    questions,
+    *,
+    shifts="cyclic",
+    combine="mean",
+    form="letters",
+    fixed=(),
+    batch_size=8,
+    scoring="auto",
+    tokens=None,
+    seed=0,
+    blank=blank,
+    each=EACH,
+    words=YES_NO,
+):
+    """Answer multiple-choice questions: reconstruction of HKD4VLM's mapping-shift inference (arXiv:2506.13038).
+
+    All prompts of a question go through the model in one batch. Of its head only the rows of the option words are
+    multiplied, in float64, and only at the row where the answer begins; the full vocabulary is not.
+
+    Args:
+        model: function of a batch, see the head of this module. No gradient passes.
+        encode: function of (prompts, abouts, answers) to a batch on the model's device, see the head of this module.
+        questions: list of Choice; their numbers of options may differ.
+        shifts: as in `shifts`. The form "each" has no letters to shift.
+        combine: "mean": the shifts' log-probabilities are averaged, then normalised. "vote": each shift has one vote,
+            the score is the logarithm of the share of votes (-inf without one); equal votes are decided by the higher
+            mean log-probability, then by the first option.
+        form: "letters": which letter follows the prompt. "calibrated": the same minus the letters' log-probabilities
+            after a prompt without content (Zhao et al., 2021, arXiv:2102.09690), once a question. "each": every option
+            is put alone, and its score is log p(yes), not normalised over the options.
+        fixed: options that keep their place, by index or by text (upper and lower case are the same).
+        batch_size: questions in one forward.
+        scoring: "token": log softmax over the one token of each letter. "sequence": sum of the log-probabilities of all
+            tokens of each letter (to the end of its turn) over the whole vocabulary, then normalised over the letters;
+            a prompt per shift and letter. "auto": "token" wherever every letter is one token of its own.
+        tokens: ids of the letters' tokens (of the words' tokens in the form "each"), or None to find them by `encode`.
+        seed: of a number of shifts.
+        blank: function from a Choice to the same without content, with as many options.
+        each: text that follows a question's stem in the form "each"; holds "{option}".
+        words: of the form "each": the words for right and wrong.
+
+    Returns:
+        Answers.
+
+    Raises:
+        ValueError: on an unknown option, no questions, a letter that is not one token under scoring "token", tokens
+            that are too few, a model that does not return one row per answer token, or scores that are NaN.
+    """
+    for name, value, known in (("combine", combine, COMBINES), ("form", form, FORMS), ("scoring", scoring, SCORINGS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+    questions = list(questions)
+    if not questions:
+        raise ValueError("there are no questions")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    most = max(len(question.options) for question in questions)
+    asked = [Asked(question, form, plan(question, shifts, fixed, seed), blank, each) for question in questions]
+    words = words if form == "each" else LETTERS[:most]
+    with torch.no_grad():
+        scorer = Scorer(model, encode, words, choose_tokens(encode, asked[0].lines[0], words, tokens, scoring))
+        found = []
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            rows = scorer([line for one in batch for line in one.lines])
+            parts = rows.split([len(one.lines) for one in batch])
+            found += [one.back(part) for one, part in zip(batch, parts, strict=True)]
+    combined = [combined_scores(one, combine, form) for one in found]
+    scores = torch.full((len(found), most), -math.inf, dtype=torch.float64)
+    for row, (score, _) in zip(scores, combined, strict=True):
+        row[: len(score)] = score
+    if scores.isnan().any():
+        wrong = scores.isnan().any(1).nonzero()[0].item()
+        raise ValueError(f"question {wrong}: every option has probability 0 under one of the shifts")
+    return Answers(scores, torch.tensor([choice for _, choice in combined]), tuple(found))
+
+
+def plan(question, how, fixed, seed):
+    return shifts(len(question.options), how, kept(question.options, fixed), seed)
+
+
+@dataclass
+class Asked:
+    """A question as the lines that the model is shown, and the way back from their scores to its options."""
+
+    question: Choice
+    form: str
+    orders: list  # of the shifts
+    blank: Any
+    each: str
+
+    def __post_init__(self):
+        question, count = self.question, len(self.question.options)
+        if self.form == "each":
+            texts = [question.stem + self.each.replace("{option}", option) for option in question.options]
+            count = 2
+        else:
+            texts = [question.prompt(order) for order in self.orders]
+            if self.form == "calibrated":
+                texts.append(self.blank(question).prompt())
+        self.lines = [(text, question.about, count) for text in texts]
+
+    def back(self, rows):
+        """(shifts, options) log-probabilities of the lines' (lines, words)."""
+        n = len(self.question.options)
+        if self.form == "each":
+            return rows[:, 0].view(1, n)
+        if self.form == "calibrated":
+            rows = (rows[:-1, :n] - rows[-1, :n]).log_softmax(-1)
+        order = torch.tensor(self.orders)
+        return torch.empty_like(rows[:, :n]).scatter_(1, order, rows[:, :n])
+
+
+def combined_scores(by_shift, combine, form):
+    """((options,) scores, the option chosen) of the shifts' log-probabilities."""
+    mean = by_shift.mean(0)
+    if combine == "mean":
+        return mean if form == "each" else mean.log_softmax(0), mean.argmax().item()
+    votes = by_shift.argmax(1).bincount(minlength=len(mean))
+    tied = mean.masked_fill(votes < votes.max(), -math.inf)
+    first = votes.argmax() if tied.isneginf().all() else tied.argmax()
+    return (votes / len(by_shift)).double().log(), first.item()
