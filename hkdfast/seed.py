@@ -27,22 +27,27 @@ CONFIDENCES = ("max_prob", "entropy", "target")
 def answer_rows(batch):
     """The positions whose next token is (part of) an answer.
 
-    With "shift_labels" or "labels" in the batch: those whose next label is not -100. Without: the last token of each
-    prompt, by "attention_mask" (padding on either side); in a packed batch (1, T) by the restarts of "position_ids".
+    With "shift_labels" or "labels" in the batch: those whose next label is not -100, and those that "distil_only"
+    marks: what comes next there is not known, but a teacher is asked. Without labels: the last token of each prompt, by
+    "attention_mask" (padding on either side); in a packed batch (1, T) by the restarts of "position_ids".
 
     Args:
-        batch: dict with "input_ids" (B, T) and, where there are some, the above, all (B, T) int64.
+        batch: dict with "input_ids" (B, T) and, where there are some, the above, all (B, T) int64; distil_only bool.
 
     Returns:
-        rows (B, T) bool, and the next labels (N,) int64 of those rows, or None without labels.
+        rows (B, T) bool, and the next labels (N,) int64 of those rows, -100 where it is not known; None without labels.
     """
     if batch.get("shift_labels") is not None:
         labels = batch["shift_labels"]
     elif batch.get("labels") is not None:
         labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    elif batch.get("distil_only") is not None:
+        labels = torch.full_like(batch["input_ids"], IGNORE)
     else:
         return last_tokens(batch), None
     rows = labels != IGNORE
+    if batch.get("distil_only") is not None:
+        rows = rows | batch["distil_only"]
     return rows, labels[rows]
 
 

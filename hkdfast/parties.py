@@ -1,0 +1,131 @@
+"""Models that learn from each other on one batch: what the pyramid and the ternary refinement have in common.
+
+A model is any function of a batch that returns logits (N, V) or a `Head` at the batch's answer rows, in the order of
+`hkdfast.seed.answer_rows`. Rows that a batch marks "distil_only" have no label: the models learn from each other there,
+never by cross entropy.
+"""
+
+import dataclasses
+import math
+from contextlib import nullcontext
+
+import torch
+
+from .checks import check_word
+from .distill import coupled_loss
+from .seed import IGNORE, answer_rows
+from .sources import Head
+
+REDUCTIONS = ("mean", "sum")  # the loss of several models is one number
+
+
+def numbers(name, value, places):
+    """One number for each of the named places: `value`, if it is one number, or its numbers.
+
+    Raises:
+        ValueError: if there are more or fewer numbers than places, or one is negative or not finite.
+    """
+    found = [value] * len(places) if isinstance(value, (int, float)) else list(value)
+    if len(found) != len(places):
+        raise ValueError(f"{name} must be one number or {len(places)} ({', '.join(places)}), got {value!r}")
+    for place, number in zip(places, found, strict=True):
+        if not (isinstance(number, (int, float)) and 0 <= number < math.inf):
+            raise ValueError(f"{name} must be finite and not negative, got {number!r} for {place}")
+    return [float(number) for number in found]
+
+
+def table(size, edges):
+    """A coupling table: None but for {(learner, source): Edge}, where an edge of weight 0 is None too."""
+    return [[edges[i, j] if (i, j) in edges and edges[i, j].weight else None for j in range(size)] for i in range(size)]
+
+
+def learners(coupling, hard_weight):
+    """For each place, whether its model gets a gradient."""
+    size = range(len(coupling))
+    taught = [bool(hard_weight[i]) or any(coupling[i]) for i in size]
+    return [taught[i] or any(coupling[j][i] and not coupling[j][i].detach for j in size) for i in size]
+
+
+def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelled_weight=1.0, **options):
+    """The loss of models coupled on one batch. Models that learn nothing are run without gradients.
+
+    Args:
+        models: functions of a batch, see the head of this module. Each is run once.
+        batch: dict of tensors.
+        coupling: table of Edge or None, [i][j]: how place i learns from place j; see `hkdfast.coupled_loss`.
+        hard_weight: one number per place: times its cross entropy at the labelled rows.
+        roles: one name per model, for the metrics.
+        places: index of the model that stands at each place of the table; None: place i is model i.
+        unlabelled_weight: times the loss of the rows that are "distil_only".
+        options: of `coupled_loss`; not labels, weight or metrics.
+
+    Returns:
+        scalar loss, a mean over all answer rows unless options say otherwise, and {name: (n,) float tensor}, no
+        gradient: for each model that learns, ROLE_cross_entropy (labelled rows alone), ROLE_entropy, ROLE_divergence
+        and ROLE_agreement; where it learns from several, _SOURCE (or _DIVERGENCE, if they are one model) follows.
+
+    Raises:
+        ValueError: if unlabelled_weight is negative, labels are needed and missing, or `coupled_loss` refuses.
+    """
+    check_word("reduction", options.get("reduction", "mean"), REDUCTIONS)
+    (unlabelled_weight,) = numbers("unlabelled_weight", unlabelled_weight, ("rows without a label",))
+    labels = answer_rows(batch)[1]
+    if labels is None and any(hard_weight):
+        raise ValueError(f"hard_weight {hard_weight} needs labels in the batch, which has {', '.join(batch)}")
+    places = range(len(models)) if places is None else places
+    learning = learners(coupling, hard_weight)
+    found = []
+    for i, model in enumerate(models):
+        live = any(learns for place, learns in zip(places, learning, strict=True) if place == i)
+        with nullcontext() if live else torch.no_grad():
+            found.append(model(batch))
+
+    def part(rows, labels, hard):
+        """Loss and metrics of some rows, by the places that have a part in it."""
+        used = [i for i in range(len(coupling)) if hard[i] or any(coupling[i]) or any(row[i] for row in coupling)]
+        if not used:
+            raise ValueError("nothing to learn for rows without a label: every weight of the coupling is 0")
+        heads = [found[places[i]] if rows is None else of(found[places[i]], rows) for i in used]
+        edges = [[coupling[i][j] for j in used] for i in used]
+        loss, metrics = coupled_loss(
+            heads, edges, labels=labels, hard_weight=[hard[i] for i in used], metrics=True, **options
+        )
+        return loss, named(metrics, edges, [roles[places[i]] for i in used], labels is not None)
+
+    if batch.get("distil_only") is None:
+        return part(None, labels, hard_weight)
+    if options.get("reduction", "mean") == "mean" and options.get("num_items") is None:
+        options["num_items"] = len(labels)
+    known, unknown = (labels != IGNORE).nonzero()[:, 0], (labels == IGNORE).nonzero()[:, 0]
+    if not len(unknown):
+        return part(None, labels, hard_weight)
+    loss, metrics = part(unknown, None, [0.0] * len(hard_weight))
+    loss = unlabelled_weight * loss
+    if len(known):
+        more, others = part(known, labels[known], hard_weight)
+        loss, metrics = (
+            loss + more,
+            {name: torch.cat([rows, metrics[name]]) if name in metrics else rows for name, rows in others.items()},
+        )
+    return loss, metrics
+
+
+def of(source, rows):
+    """Some rows (n,) of logits or of a head."""
+    return dataclasses.replace(source, hidden=source.hidden[rows]) if isinstance(source, Head) else source[rows]
+
+
+def named(metrics, coupling, names, labelled):
+    """coupled_loss's metrics of edges, by the names of the models."""
+    found = {}
+    for (i, j), rows in metrics.items():
+        if labelled:
+            found.setdefault(f"{names[i]}_cross_entropy", rows["cross_entropy"])
+        found.setdefault(f"{names[i]}_entropy", rows["student_entropy"])
+        if i != j:
+            sources = [k for k, edge in enumerate(coupling[i]) if edge]
+            ending = "" if len(sources) == 1 else f"_{names[j]}"
+            if len({names[k] for k in sources}) < len(sources):
+                ending = f"_{coupling[i][j].divergence}"
+            found |= {f"{names[i]}_{name}{ending}": rows[name] for name in ("divergence", "agreement")}
+    return found

@@ -1,0 +1,85 @@
+"""Pyramid-like progressive online distillation, one stage of it: reconstruction of HKD4VLM (arXiv:2506.13038).
+
+    for k in range(len(chain) - 1):                        # from the largest model to the smallest
+        for batch in data:
+            loss, metrics = pyramid.loss((chain[k], chain[k + 1]), batch)
+
+Of the method only the abstract's words are known to us. The uncertain choices are options; defaults are the likeliest:
+the teacher of a stage learns by its own cross entropy while the student learns from it on the same batch.
+A model is any function of a batch that returns logits or a `Head` at the batch's answer rows: see `hkdfast.seed`.
+`hkdfast.hf.PyramidTrainer` runs the whole chain.
+"""
+
+from .checks import check_word
+from .distill import Edge
+from .parties import learn, numbers, table
+
+__all__ = ["MODES", "coupling", "loss"]
+
+MODES = ("concurrent", "mutual", "frozen")
+ROLES = ("teacher", "student")
+
+
+def coupling(mode="concurrent", weight=1.0, divergence="forward_kl", beta=0.5, hard_weight=(1.0, 1.0), *, detach=True):
+    """How teacher and student of one stage learn, for `hkdfast.coupled_loss`.
+
+    Args:
+        mode: "concurrent": the teacher learns by its own cross entropy, the student by cross entropy and from the
+            teacher. "mutual": both learn from each other too (deep mutual learning). "frozen": the teacher does not
+            change; its hard weight is 0 whatever is given.
+        weight: of the divergence, not negative; in mutual mode one number for both or (teacher's, student's).
+        divergence, beta: of each learner against its source, as in `distill_loss`.
+        hard_weight: of the cross entropies: one number for both or (teacher's, student's).
+        detach: whether a source is a constant to its learner. False: the divergence has gradients into both.
+
+    Returns:
+        2 x 2 table of Edge and None, the teacher first, and the two hard weights.
+
+    Raises:
+        ValueError: on an unknown mode, weights that are negative or too many, a frozen teacher without detach.
+
+    Sources: reconstruction of HKD4VLM (arXiv:2506.13038); mutual: Zhang et al., 2018 (arXiv:1706.00384).
+    """
+    check_word("mode", mode, MODES)
+    if mode == "frozen" and not detach:
+        raise ValueError("detach=False gives the teacher a gradient, which mode 'frozen' forbids")
+    up, down = numbers("weight", weight, ROLES) if mode == "mutual" else (0.0, *numbers("weight", weight, ROLES[1:]))
+    teacher, student = numbers("hard_weight", hard_weight, ROLES)
+    edges = {(0, 1): Edge(up, divergence, beta, detach), (1, 0): Edge(down, divergence, beta, detach)}
+    return table(2, edges), [0.0 if mode == "frozen" else teacher, student]
+
+
+def loss(
+    models,
+    batch,
+    mode="concurrent",
+    *,
+    weight=1.0,
+    divergence="forward_kl",
+    beta=0.5,
+    hard_weight=(1.0, 1.0),
+    detach=True,
+    unlabelled_weight=1.0,
+    **options,
+):
+    """The loss of one stage on one batch: the sum of the teacher's and the student's.
+
+    Args:
+        models: (teacher, student), functions of a batch. Who learns gets a gradient; a frozen teacher is run without.
+        batch: dict of tensors. At rows that it marks "distil_only" there is no cross entropy.
+        mode, weight, divergence, beta, hard_weight, detach: as in `coupling`.
+        unlabelled_weight: times the loss of the rows that are "distil_only".
+        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, floor, tiles, memory, backend,
+            as in `hkdfast.coupled_loss`; weight_rows is not among them.
+
+    Returns:
+        scalar loss in nats per answer row, and {name: (n,) tensor} without gradient: student_divergence,
+        student_agreement, student_cross_entropy, student_entropy, and the same of a teacher that learns.
+
+    Raises:
+        ValueError: as `coupling`; if there are not two models, or labels are needed and the batch has none.
+    """
+    if len(models) != 2:
+        raise ValueError(f"a stage couples two models, teacher and student, got {len(models)}")
+    how = coupling(mode, weight, divergence, beta, hard_weight, detach=detach)
+    return learn(models, batch, *how, roles=ROLES, unlabelled_weight=unlabelled_weight, **options)

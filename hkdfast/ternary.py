@@ -1,0 +1,133 @@
+"""Ternary-coupled refinement distillation: reconstruction of HKD4VLM (arXiv:2506.13038).
+
+    loss, metrics = ternary.loss((large, medium, student), batch)
+
+The student comes from the pyramid. Of the method only the abstract's words are known to us; what three parts are
+coupled is an option, and the default is the likeliest: two teachers and a student.
+A model is any function of a batch that returns logits or a `Head` at the batch's answer rows: see `hkdfast.seed`.
+`hkdfast.hf.TernaryTrainer` trains with it.
+"""
+
+from .checks import check_word
+from .distill import Edge
+from .parties import learn, numbers, table
+
+__all__ = ["FORMS", "coupling", "loss", "roles"]
+
+TEACHERS = ("frozen", "live")
+# the roles of the models, and which of them stands at each place of the coupling table
+FORMS = {
+    "two_teachers": (("teacher1", "teacher2", "student"), (0, 1, 2)),
+    "mutual": (("model1", "model2", "model3"), (0, 1, 2)),
+    # two divergences between two models are two places of the one teacher
+    "one_pair": (("teacher", "student"), (0, 0, 1)),
+}
+
+
+def roles(form):
+    """Names of the models that a form couples, in the order of `loss`'s models."""
+    check_word("form", form, FORMS)
+    return FORMS[form][0]
+
+
+def coupling(
+    form="two_teachers",
+    weight=1.0,
+    divergence="forward_kl",
+    beta=0.5,
+    hard_weight=1.0,
+    *,
+    teachers="frozen",
+    between=0.0,
+    detach=True,
+):
+    """How three parties learn, for `hkdfast.coupled_loss`.
+
+    Args:
+        form: "two_teachers": the student learns from both and by cross entropy. "mutual": each of three models learns
+            from the other two and by cross entropy. "one_pair": a student learns from one teacher by three terms, cross
+            entropy, forward KL and reverse KL; its table has the teacher at two places.
+        weight: of the divergences, not negative: one number, or one per source (two_teachers: two; mutual: three, what
+            the others learn from each), or for (forward, reverse) in one_pair.
+        divergence, beta: as in `distill_loss`. one_pair does not read them.
+        hard_weight: of the cross entropies: one number, or one per model, in order of `roles`. That of a frozen
+            teacher is 0 whatever is given.
+        teachers: "frozen", or "live": they learn too, by their own cross entropy. mutual does not read it.
+        between: weight of what two live teachers learn from each other, for two_teachers alone.
+        detach: whether a source is a constant to its learner. False: the divergences have gradients into both.
+
+    Returns:
+        3 x 3 table of Edge and None, and three hard weights.
+
+    Raises:
+        ValueError: on unknown words, weights that are negative or too many, frozen teachers without detach or with
+            `between`.
+
+    Source: reconstruction of HKD4VLM (arXiv:2506.13038); mutual: Zhang et al., 2018 (arXiv:1706.00384).
+    """
+    names = roles(form)
+    check_word("teachers", teachers, TEACHERS)
+    (between,) = numbers("between", between, ("teachers",))
+    frozen = teachers == "frozen" and form != "mutual"
+    if between and (frozen or form != "two_teachers"):
+        raise ValueError(
+            f"between={between} is for two live teachers, not for form {form!r} with teachers {teachers!r}"
+        )
+    if frozen and not detach:
+        raise ValueError("detach=False gives the teachers a gradient: take teachers='live'")
+    hard = numbers("hard_weight", hard_weight, names)
+    if frozen:
+        hard[:-1] = [0.0] * (len(names) - 1)
+    if form == "one_pair":
+        forward, reverse = numbers("weight", weight, ("forward", "reverse"))
+        edges = {(2, 0): Edge(forward, "forward_kl", beta, detach), (2, 1): Edge(reverse, "reverse_kl", beta, detach)}
+        return table(3, edges), [hard[0], 0.0, hard[1]]
+    if form == "mutual":
+        weights = numbers("weight", weight, names)
+        pairs = {(i, j): weights[j] for i in range(3) for j in range(3) if i != j}
+    else:
+        first, second = numbers("weight", weight, names[:2])
+        pairs = {(2, 0): first, (2, 1): second, (0, 1): between, (1, 0): between}
+    return table(3, {pair: Edge(number, divergence, beta, detach) for pair, number in pairs.items()}), hard
+
+
+def loss(
+    models,
+    batch,
+    form="two_teachers",
+    *,
+    weight=1.0,
+    divergence="forward_kl",
+    beta=0.5,
+    hard_weight=1.0,
+    teachers="frozen",
+    between=0.0,
+    detach=True,
+    unlabelled_weight=1.0,
+    **options,
+):
+    """The loss of all that learn on one batch.
+
+    Args:
+        models: functions of a batch, in the order of `roles`: (teacher1, teacher2, student), three models, or (teacher,
+            student) for one_pair. Who learns gets a gradient; frozen teachers are run without.
+        batch: dict of tensors. At rows that it marks "distil_only" there is no cross entropy.
+        form, weight, divergence, beta, hard_weight, teachers, between, detach: as in `coupling`.
+        unlabelled_weight: times the loss of the rows that are "distil_only".
+        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, floor, tiles, memory, backend,
+            as in `hkdfast.coupled_loss`.
+
+    Returns:
+        scalar loss in nats per answer row, and {name: (n,) tensor} without gradient, as `hkdfast.parties.learn`: e.g.
+        student_cross_entropy, student_divergence_teacher1, student_divergence_forward_kl in one_pair.
+
+    Raises:
+        ValueError: as `coupling`; on another number of models, or if labels are needed and the batch has none.
+    """
+    names = roles(form)
+    if len(models) != len(names):
+        raise ValueError(f"form {form!r} couples {len(names)} models ({', '.join(names)}), got {len(models)}")
+    how = coupling(form, weight, divergence, beta, hard_weight, teachers=teachers, between=between, detach=detach)
+    return learn(
+        models, batch, *how, roles=names, places=FORMS[form][1], unlabelled_weight=unlabelled_weight, **options
+    )
