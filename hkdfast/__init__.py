@@ -2,7 +2,7 @@
 
 from .backends import backends
 from .contrast import contrast, purify
-from .distill import distill_loss
+from .distill import Edge, coupled_loss, distill_loss
 from .noise import diffuse
 from .reference import DIVERGENCES
 from .sources import Head
@@ -10,9 +10,11 @@ from .sources import Head
 __version__ = "0.1.0"
 __all__ = [
     "DIVERGENCES",
+    "Edge",
     "Head",
     "backends",
     "contrast",
+    "coupled_loss",
     "diffuse",
     "distill_loss",
     "purify",

@@ -144,10 +144,11 @@ def contrast(
     n, compute = math.prod(lead), loop.autocast_dtype(device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         labels, alpha = (t if t is None else t.reshape(n).contiguous() for t in (labels, purified.alpha))
-        loop.check_labels(labels, objective, words)
-        xs, weights, biases = zip(*(parts(branch, n) for branch in branches), strict=True)
-        memory = loop.room(memory, device, weights, draws, False)
-        clean, noisy = sides = loop.sides_of(xs, weights, biases, draws, words, compute, tiles, memory)
+        loop.check_labels(labels, objective.ignore_index, words)
+        tensors = [parts(branch, n) for branch in branches]
+        memory = loop.room(memory, device, [head for _, head, _ in tensors], draws, False)
+        parties = loop.Party((0,)), loop.Party(tuple(range(1, len(branches))), draws)
+        clean, noisy = sides = [loop.side_of(party, tensors, words, compute, tiles, memory) for party in parties]
         dtype = torch.promote_types(clean.dtype, torch.float32)
         alpha = alpha if alpha is None else alpha.to(dtype)
         out = torch.empty(n, words, dtype=dtype, device=device)

@@ -1,125 +1,11 @@
-"""distill_loss: checks, reductions, autograd. The work is done in tiles.py."""
+"""The losses of logits, heads and purified teachers: distill_loss of two sides, coupled_loss of several models."""
 
-import math
-from functools import cache
+from dataclasses import dataclass
 
-import torch
-
-from . import operators
-from . import tiles as loop
-from .backends import visible
-from .checks import (
-    check_labels,
-    check_options,
-    check_pair,
-    check_shared,
-    check_source,
-    check_target,
-    check_vocab,
-    check_weights,
-    check_word,
-)
-from .objective import METRICS, Objective, Transform
-from .reference import DIVERGENCES
-from .sources import Purified, device_of, disturbed, parts, transform_of
-
-REDUCTIONS = ("mean", "sum", "none")
-# domain of beta, in words and as a test, for the divergences that read it
-MIXTURES = {
-    "jensen_shannon": ("0 < beta < 1", lambda beta: 0 < beta < 1),
-    "skew_kl": ("0 <= beta < 1", lambda beta: 0 <= beta < 1),
-    "skew_reverse_kl": ("0 < beta <= 1", lambda beta: 0 < beta <= 1),
-}
-# ends of beta where a mixture is one side alone: no loop has to take the logarithm of a mixture that is not one
-ENDS = {"skew_kl": (0, "forward_kl"), "skew_reverse_kl": (1, "reverse_kl")}
-
-
-def run(*args):
-    """The tile loop: itself, or as an operator where torch.compile looks on."""
-    if torch.compiler.is_compiling():
-        return operators.run(*args)
-    with torch.autocast(args[1][0].device.type, enabled=False):
-        return loop.run(*args)
-
-
-@cache
-def scale_kernel():
-    """kernels/scale.py, or None without Triton."""
-    try:
-        from .kernels.scale import scale
-    except ImportError:
-        return None
-    return scale
-
-
-def scaled(grad, factor, dtype):
-    """grad * factor in dtype; in grad's own memory when this backward is the last to read it."""
-    if grad is None:
-        return None
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (grad * factor).to(dtype)
-    if not grad.is_cuda:
-        if factor.numel() != 1 or not visible(factor) or factor.item() != 1:
-            grad.mul_(factor)
-        return grad.to(dtype)
-    out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
-    one = factor.numel() == 1 and grad.dtype != torch.float64 and grad.is_contiguous()
-    if one and scale_kernel():
-        return scale_kernel()(grad, factor, out)
-    return torch.mul(grad, factor, out=out)
-
-
-def weighted(loss, weight):
-    """loss * weight; a row of weight 0 does not count, though its loss be infinite."""
-    return loss if weight is None else (loss * weight).where(weight != 0, 0)
-
-
-class Total(torch.autograd.Function):
-    """sum_i weight_i loss_i of the rows. Forward computes the gradients too; backward only scales them."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, call, row_weight, wants, metrics):
-        loss, table, *grads = run(call, (x, weight, bias), row_weight, wants, metrics)
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
-        total = weighted(loss, row_weight).sum()
-        if table is None:
-            table = loss.new_empty(0)
-        ctx.mark_non_differentiable(table)
-        return total, table
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, factor, _):
-        grads = (scaled(g, factor, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *grads, None, None, None, None
-
-
-class Rows(torch.autograd.Function):
-    """Loss of every row. The gradient of the rows that come back is not known before: logits keep the gradient of each
-    row and scale it, heads are run again."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, call, row_weight, wants, metrics):
-        ctx.again = (call, row_weight, wants) if weight is not None else None
-        loss, table, *grads = run(call, (x, weight, bias), row_weight, [False] * 3 if ctx.again else wants, metrics)
-        ctx.save_for_backward(*((x, weight, bias) if ctx.again else grads))
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
-        if table is None:
-            table = loss.new_empty(0)
-        ctx.mark_non_differentiable(table)
-        return weighted(loss, row_weight), table
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, factor, _):
-        if not ctx.again:
-            return scaled(ctx.saved_tensors[0], factor.unsqueeze(-1), ctx.dtypes[0]), *[None] * 6
-        call, row_weight, wants = ctx.again
-        factor = (factor if row_weight is None else factor * row_weight).contiguous()
-        _, _, *grads = run(call, ctx.saved_tensors, factor, wants, False)
-        grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return *grads, None, None, None, None
+from .checks import check_source
+from .coupling import Teaching, check_divergence, check_weight, couple
+from .reference import MIRROR
+from .sources import Purified
 
 
 def distill_loss(
@@ -198,116 +84,153 @@ def distill_loss(
     Sources: Hinton et al., 2015 (arXiv:1503.02531); Gu et al., 2024 (arXiv:2306.08543); Agarwal et al., 2024
     (arXiv:2306.13649); Ko et al., 2024 (arXiv:2402.03898); Wen et al., 2023 (arXiv:2307.15190).
     """
-    check_word("divergence", divergence, DIVERGENCES)
-    check_word("reduction", reduction, REDUCTIONS)
-    check_options(temperature=temperature, tiles=tiles, memory=memory, backend=backend)
-    check_numbers(divergence=divergence, beta=beta, hard_weight=hard_weight, floor=floor)
-    check_num_items(num_items, reduction)
-    if divergence in ENDS and beta == ENDS[divergence][0]:
-        divergence = ENDS[divergence][1]
-    law = teacher.law if isinstance(teacher, Purified) else None
-    branches = [teacher.clean, *teacher.noisy] if law else [teacher]
+    check_weight("hard_weight", hard_weight)
     check_source("student", student)
-    for branch in branches:
-        check_source("teacher", branch)
-        check_pair("student", student, "teacher", branch)
-    words = check_vocab([student, *branches], vocab)
-    lead, device = tuple(student.shape[:-1]), device_of(student)
-    check_labels(labels, lead, device)
-    check_weights("weight", weight, lead, device)
-    if labels is None and hard_weight:
-        raise ValueError(f"hard_weight {hard_weight} needs labels")
-    check_target(law, labels)
-    if law and law.outside == "drop" and law.plausibility and divergence == "reverse_kl" and floor is None:
-        raise ValueError(
-            'reverse_kl to a teacher that drops words is infinite: give a floor, e.g. floor=-30, or outside="clean"'
-        )
-    if tiles == "difference":
-        check_shared([student, *branches])
-
-    n = math.prod(lead)
-    x, head, bias = parts(student, n)
-    if tiles != "float32" and x.dtype == torch.float64:
-        raise ValueError(f'tiles={tiles!r} are of 16 bits: heads of float64 take "float32", which then is float64')
-    parted = [parts(branch, n) for branch in branches]
-    noisy, draws = disturbed(branches[1:]) if law else (Transform(), [])
-    objective = Objective(
-        divergence=divergence,
-        beta=float(beta) if divergence in MIXTURES else 0.5,
-        temperature=float(temperature),
-        soft_weight=float(temperature) ** 2 if t_squared else 1.0,
-        hard_weight=float(hard_weight),
-        ignore_index=ignore_index,
-        floor=-math.inf if floor is None else float(floor),
-        difference=tiles == "difference",
-        student=transform_of(student),
-        teacher=transform_of(branches[0]),
-        noisy=noisy,
-        law=law,
-    )
-    exact = torch.promote_types(x.dtype, torch.float32)
-    labels, weight, alpha = (
-        t if t is None else t.detach().reshape(n).contiguous() for t in (labels, weight, teacher.alpha if law else None)
-    )
-    weight, alpha = (t if t is None else t.to(exact) for t in (weight, alpha))
-    share = 1.0 if reduction != "mean" else reciprocal(num_items, n, labels, ignore_index, exact)
-    # logits keep the gradient that backward returns, so the mean goes into it before it is rounded to their dtype; a
-    # head keeps float32 sums, which the mean scales late, so that no tile of a 16-bit dtype underflows
-    early = head is None and reduction == "mean"
-    if early:
-        weight = (torch.ones(n, dtype=exact, device=x.device) if weight is None else weight) * share
-    call = loop.Call(
-        xs=[t[0].detach() for t in parted],
-        weights=[t[1] if t[1] is None else t[1].detach() for t in parted],
-        biases=[t[2] if t[2] is None else t[2].detach() for t in parted],
-        labels=labels,
-        alpha=alpha,
-        objective=objective,
-        draws=draws,
-        vocab=words,
-        compute=loop.autocast_dtype(x.device),
-        tiles=tiles,
-        memory=None if memory is None else int(memory),
-        backend=backend,
-    )
-    grad = torch.is_grad_enabled()
-    wants = [grad and t is not None and t.requires_grad for t in (x, head, bias)]
-    loss, table = (Rows if reduction == "none" else Total).apply(x, head, bias, call, weight, wants, metrics)
-    if reduction == "none":
-        loss = loss.reshape(lead)
-    elif reduction == "mean" and not early:
-        loss = loss * share
-    if not metrics:
-        return loss
-    return loss, {name: row.reshape(lead) for name, row in zip(METRICS, table, strict=True)}
+    teaching = Teaching(0, 1, divergence, beta, hard_weight=hard_weight)
+    result = couple(
+        ("student", "teacher"), (student, teacher), [teaching],
+        temperature=temperature, t_squared=t_squared, labels=labels, weight=weight, reduction=reduction,
+        num_items=num_items, ignore_index=ignore_index, vocab=vocab, floor=floor, tiles=tiles, memory=memory,
+        metrics=metrics, backend=backend,
+    )  # fmt: skip
+    return (result[0], result[1][0, 1]) if metrics else result
 
 
-def reciprocal(num_items, n, labels, ignore_index, dtype):
-    """1 / the denominator of the mean, 1 where that is 0; on the device where only the device knows it."""
-    if num_items is None:
-        num_items = n if labels is None else (labels != ignore_index).sum()
-    if not isinstance(num_items, torch.Tensor):
-        return 1 / num_items if num_items else 1.0
-    num_items = num_items.detach().reshape(()).to(dtype)
-    return 1 / num_items.where(num_items > 0, 1)
+@dataclass(frozen=True)
+class Edge:
+    """How one model learns from another in `coupled_loss`.
+
+    Args:
+        weight: times the divergence, finite and not negative.
+        divergence, beta: as in `distill_loss`, the other model as the teacher.
+        detach: whether the teacher is a constant of this edge. If not, it also gets the gradient of the divergence,
+            and gives way to its student.
+
+    Raises:
+        ValueError: on an unknown divergence, a beta out of its range, or a negative weight.
+    """
+
+    weight: float = 1.0
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    detach: bool = True
+
+    def __post_init__(self):
+        check_weight("weight of an edge", self.weight)
+        check_divergence(self.divergence, self.beta)
+        if not self.detach and self.divergence not in MIRROR:
+            raise ValueError(
+                f"{self.divergence} has no gradient into its teacher (detach=False), {', '.join(MIRROR)} have"
+            )
 
 
-def check_numbers(*, divergence, beta, hard_weight, floor):
-    if divergence in MIXTURES and not MIXTURES[divergence][1](beta):
-        raise ValueError(f"{divergence} takes {MIXTURES[divergence][0]}, got {beta}; ask for an end point by its name")
-    if not 0 <= hard_weight < math.inf:
-        raise ValueError(f"hard_weight must be finite and not negative, got {hard_weight}")
-    if floor is not None and not -math.inf < floor <= 0:
-        raise ValueError(f"floor is a log-probability, finite and not above 0, got {floor}")
+def coupled_loss(
+    heads,
+    coupling,
+    *,
+    temperature=1.0,
+    t_squared=False,
+    labels=None,
+    hard_weight=0.0,
+    weight=None,
+    reduction="mean",
+    num_items=None,
+    ignore_index=-100,
+    vocab=None,
+    floor=None,
+    tiles="float32",
+    memory=None,
+    metrics=False,
+    backend=None,
+):
+    """Loss of K models that teach each other over one batch, in one loop: a row costs
+
+        sum_i hard_weight_i cross_entropy_i + sum_ij weight_ij D_ij(p_j, q_i)
+
+    Every model's tile is made once per block of rows, whatever the number of edges: 3 products through the head of a
+    trained model, 2 with a frozen head, 1 of a model that only teaches; 3K for K trained models, never K(K-1) pairs.
+
+    Args:
+        heads: K sources of the same rows: logits (..., V) or `Head` of any hidden size, with its own scale and softcap.
+            Those that learn (from another, from labels, or through an edge with detach=False) get a gradient, if they
+            ask for one. What `purify` returns can teach, not learn.
+        coupling: K rows of K entries. coupling[i][j] says how model i learns from model j: None or 0 for not at all, a
+            number for so many times the forward KL, or an `Edge`. The diagonal is empty.
+        labels: (...) int64, the next word of each row for all models, or None.
+        hard_weight: times the cross entropy against labels, at temperature 1: one number, or one for each model.
+        metrics: also return {(i, j): dict}, one for each edge, of what `distill_loss` tells of student i and teacher j;
+            (i, i) of a model that learns from labels alone.
+        temperature, t_squared, weight, reduction, num_items, ignore_index, vocab, floor, tiles, memory, backend: as in
+            `distill_loss`; "difference" tiles take one model that learns.
+
+    Returns:
+        As `distill_loss`: scalar loss, or (...) with reduction "none"; (loss, dict of dicts) with metrics.
+
+    Raises:
+        ValueError: as `distill_loss`; on fewer than two heads, a table that is not K x K, a diagonal that is not empty,
+            negative weights, a model that neither learns nor teaches.
+
+    Sources: deep mutual learning, Zhang et al., 2018 (arXiv:1706.00384). The couplings of `hkdfast.pyramid` and
+    `hkdfast.ternary`, for which this is made, are a reconstruction of HKD4VLM (arXiv:2506.13038).
+    """
+    edges, hard = table_of(heads, coupling), hard_weights(heads, hard_weight)
+    for i, head in enumerate(heads):
+        if isinstance(head, Purified) and (hard[i] or any(student == i for student, _ in edges)):
+            raise ValueError(f"heads[{i}] is purified: it can teach, not learn")
+    teachings = []
+    for i, own in enumerate(hard):
+        teachers = [(j, edge) for (student, j), edge in edges.items() if student == i]
+        if own and not teachers:
+            teachings.append(Teaching(i, i, "forward_kl", 0.5, weight=0.0, hard_weight=own))
+        for n, (j, edge) in enumerate(teachers):
+            teachings.append(Teaching(i, j, edge.divergence, edge.beta, edge.weight, 0.0 if n else own))
+    for (i, j), edge in edges.items():
+        if not edge.detach and not isinstance(heads[j], Purified):
+            mirrored = Teaching(j, i, MIRROR[edge.divergence], 1 - edge.beta, edge.weight, counts=False)
+            teachings.append(mirrored)
+    if not teachings:
+        raise ValueError("nothing to learn: the coupling has no edge, and hard_weight is 0")
+    idle = set(range(len(heads))) - {place for one in teachings for place in (one.student, one.teacher)}
+    if idle:
+        raise ValueError(f"heads[{min(idle)}] neither learns nor teaches: no edge leads to it or from it")
+    return couple(
+        [f"heads[{i}]" for i in range(len(heads))], heads, teachings,
+        temperature=temperature, t_squared=t_squared, labels=labels, weight=weight, reduction=reduction,
+        num_items=num_items, ignore_index=ignore_index, vocab=vocab, floor=floor, tiles=tiles, memory=memory,
+        metrics=metrics, backend=backend,
+    )  # fmt: skip
 
 
-def check_num_items(num_items, reduction):
-    if num_items is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f'num_items is the denominator of reduction="mean", which is {reduction!r} here')
-    if isinstance(num_items, torch.Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be one number, got a tensor {tuple(num_items.shape)}")
-    elif not 0 <= num_items < math.inf:
-        raise ValueError(f"num_items must be finite and not negative, got {num_items}")
+def table_of(heads, coupling):
+    """{(student, teacher): Edge} of a coupling table, without its empty entries."""
+    size = len(heads)
+    if size < 2:
+        raise ValueError(f"coupled_loss takes at least two heads, got {size}")
+    shape = [len(row) for row in coupling]
+    if shape != [size] * size:
+        raise ValueError(f"coupling must have {size} rows of {size} entries for {size} heads, got rows of {shape}")
+    edges = {}
+    for i, row in enumerate(coupling):
+        for j, entry in enumerate(row):
+            name = f"coupling[{i}][{j}]"
+            if not isinstance(entry, Edge):
+                check_weight(name, 0 if entry is None else entry)
+                entry = Edge(entry or 0)
+            if entry.weight and i == j:
+                raise ValueError(f"{name} is {entry.weight}: a model does not teach itself, the diagonal is empty")
+            if entry.weight:
+                edges[i, j] = entry
+    return edges
+
+
+def hard_weights(heads, hard_weight):
+    """One number for each head."""
+    several = isinstance(hard_weight, (list, tuple))
+    weights = list(hard_weight) if several else [hard_weight] * len(heads)
+    if len(weights) != len(heads):
+        raise ValueError(f"hard_weight must be one number, or one for each of {len(heads)} heads, got {len(weights)}")
+    for i, one in enumerate(weights):
+        check_weight(f"hard_weight[{i}]" if several else "hard_weight", one)
+    if not several:  # a teacher that is purified has no part in the labels
+        weights = [0.0 if isinstance(head, Purified) else one for head, one in zip(heads, weights, strict=True)]
+    return weights

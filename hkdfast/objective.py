@@ -57,28 +57,22 @@ class Objective:
     noisy: Transform = Transform()
     law: Law | None = None  # None: the teacher as it is
 
-    def encode(self, draws=()):
-        """(text, numbers), with the transforms of several disturbed branches: an operator takes no dataclass.
+    def encode(self):
+        """(text, numbers): an operator takes no dataclass.
 
         Floats stay numbers, so that torch.compile makes no graph for each value of a schedule. Written in what it can
         follow, which json and dataclasses.asdict are not.
         """
-        scalars = [getattr(self, name) for name in SCALARS]
         law = [] if self.law is None else [getattr(self.law, name) for name in LAW]
-        transforms = [[t.scale, t.softcap] for t in (self.student, self.teacher, self.noisy, *draws)]
-        groups = [scalars, law, *transforms]
-        text = ";".join([",".join([NUMBER if isinstance(x, float) else str(x) for x in group]) for group in groups])
-        return text, [x for group in groups for x in group if isinstance(x, float)]
+        transforms = [[t.scale, t.softcap] for t in (self.student, self.teacher, self.noisy)]
+        return encode([[getattr(self, name) for name in SCALARS], law, *transforms])
 
     @staticmethod
     def decode(text, numbers):
-        """(Objective, draws) of what encode gave."""
-        left = iter(numbers)
-        groups = [[next(left) if x == NUMBER else literal(x) for x in part.split(",") if x] for part in text.split(";")]
-        scalars, law, *transforms = groups
-        student, teacher, noisy, *draws = (Transform(*group) for group in transforms)
-        law = Law(*law) if law else None
-        return Objective(*scalars, student=student, teacher=teacher, noisy=noisy, law=law), draws
+        """The Objective of what encode gave; numbers is an iterator."""
+        scalars, law, *transforms = decode(text, numbers)
+        student, teacher, noisy = (Transform(*group) for group in transforms)
+        return Objective(*scalars, student=student, teacher=teacher, noisy=noisy, law=Law(*law) if law else None)
 
 
 LAW = tuple(field.name for field in fields(Law))
@@ -86,6 +80,17 @@ SCALARS = tuple(field.name for field in fields(Objective) if field.name not in (
 
 
 NUMBER = "#"  # in an encoded text: the next of the numbers
+
+
+def encode(groups):
+    """(text, numbers) of lists of scalars."""
+    text = ";".join([",".join([NUMBER if isinstance(x, float) else str(x) for x in group]) for group in groups])
+    return text, [x for group in groups for x in group if isinstance(x, float)]
+
+
+def decode(text, numbers):
+    """The lists of what encode gave; numbers is an iterator."""
+    return [[next(numbers) if x == NUMBER else literal(x) for x in part.split(",") if x] for part in text.split(";")]
 
 
 def literal(word):

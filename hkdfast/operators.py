@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .objective import METRICS, Objective
+from .objective import METRICS, Objective, Transform, decode, encode
 
 
 def autograd_keys():
@@ -18,36 +18,63 @@ def autograd_keys():
     return torch._C._ForceDispatchKeyGuard(included, excluded)
 
 
-def run(call, student, weight, wants, metrics):
+def encoded(call):
+    """([a text for each party, one for each lesson], numbers): what an operator takes of a Call."""
+    texts, numbers = [], []
+    for party in call.parties:
+        groups = [list(party.branches), *([t.scale, t.softcap] for t in party.draws)]
+        text, more = encode(groups)
+        texts.append(text)
+        numbers += more
+    for lesson in call.lessons:
+        place, _ = encode([[lesson.student, lesson.teacher, lesson.noisy, lesson.alpha, lesson.counts]])
+        text, more = lesson.objective.encode()
+        texts.append(f"{place}|{text}")
+        numbers += more
+    return "/".join(texts), numbers
+
+
+def decoded(text, numbers):
+    """(parties, lessons) of what `encoded` gave."""
+    numbers, parties, lessons = iter(numbers), [], []
+    for part in text.split("/"):
+        place, _, objective = part.partition("|")
+        first, *rest = decode(place, numbers)
+        if objective:
+            student, teacher, noisy, alpha, counts = first
+            lesson = tiles.Lesson(student, teacher, noisy, Objective.decode(objective, numbers), alpha, counts)
+            lessons.append(lesson)
+        else:
+            parties.append(tiles.Party(tuple(first), tuple(Transform(*group) for group in rest)))
+    return tuple(parties), tuple(lessons)
+
+
+def run(call, tensors, weight, wants, metrics):
     """tiles.run through the operator."""
-    x, head, bias = student
-    text, numbers = call.objective.encode(call.draws)
+    text, numbers = encoded(call)
     one = torch.ones((), dtype=torch.float64)
-    results = distill(
-        [x, *call.xs],
-        [head, *call.weights],
-        [bias, *call.biases],
+    xs, weights, biases = ([given[i] for given in tensors] for i in range(3))
+    loss, table, grads = distill(
+        xs,
+        weights,
+        biases,
         call.labels,
         weight,
-        call.alpha,
+        call.alphas,
         text,
         # a product with a tensor is what keeps torch.compile from a graph for each value of a number
         torch.stack([one * number for number in numbers]),
         call.vocab,
         call.compute,
-        wants,
+        [want for three in wants for want in three],
         metrics,
         call.tiles,
         call.memory,
         call.backend,
     )
-    given = (True, metrics, *wants)
-    return tuple(result if there else None for result, there in zip(results, given, strict=True))
-
-
-def _dense(results, like):
-    """An operator returns tensors: an empty one for what was not asked for."""
-    return tuple(like.new_empty(0) if result is None else result for result in results)
+    given = iter(grads)
+    triples = [[next(given) if want else None for want in three] for three in wants]
+    return loss, table if metrics else None, triples
 
 
 @torch.library.custom_op("hkdfast::distill", mutates_args=())
@@ -57,8 +84,8 @@ def distill(
     biases: list[Tensor | None],
     labels: Tensor | None,
     weight: Tensor | None,
-    alpha: Tensor | None,
-    objective: str,
+    alphas: list[Tensor],
+    lessons: str,
     numbers: Tensor,
     vocab: int,
     compute: torch.dtype | None,
@@ -67,25 +94,34 @@ def distill(
     tiling: str,
     memory: int | None,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    asked, draws = Objective.decode(objective, numbers.tolist())
-    call = tiles.Call(
-        xs[1:], weights[1:], biases[1:], labels, alpha, asked, draws, vocab, compute, tiling, memory, backend
-    )
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    parties, asked = decoded(lessons, numbers.tolist())
+    call = tiles.Call(parties, asked, labels, alphas, vocab, compute, tiling, memory, backend)
+    threes = [wants[i : i + 3] for i in range(0, len(wants), 3)]
+    tensors = list(zip(xs, weights, biases, strict=True))
     with autograd_keys(), torch.no_grad(), torch.autocast(xs[0].device.type, enabled=False):
-        results = tiles.run(call, (xs[0], weights[0], biases[0]), weight, wants, metrics)
-    return _dense(results, results[0])
+        loss, table, grads = tiles.run(call, tensors, weight, threes, metrics)
+    given = [grad for three in grads for grad in three if grad is not None]
+    return loss, loss.new_empty(0) if table is None else table, given
 
 
 @distill.register_fake
-def _(xs, weights, biases, labels, weight, alpha, objective, numbers, vocab, compute, wants, metrics, *loop):
-    x, head, n = xs[0], weights[0], xs[0].shape[0]
-    exact = torch.promote_types(x.dtype if head is None else head.dtype, torch.float32)
-    loss = x.new_empty(n, dtype=exact)
-    table = x.new_empty((len(METRICS), n), dtype=exact) if metrics else None
-    if head is None:
-        shapes, kept = (x.shape,), torch.float32 if x.dtype == torch.float16 else x.dtype
-    else:
-        shapes, kept = (x.shape, head.shape, head.shape[:1]), exact
-    grads = [x.new_empty(shape, dtype=kept) if want else None for shape, want in zip(shapes, wants, strict=False)]
-    return _dense((loss, table, *grads, *[None] * (3 - len(grads))), loss)
+def _(xs, weights, biases, labels, weight, alphas, lessons, numbers, vocab, compute, wants, metrics, *loop):
+    parties, asked = decoded(lessons, [0.0] * len(numbers))
+    n, places = xs[0].shape[0], [party.branches[0] for party in parties]
+
+    def exact(place):
+        return torch.promote_types(xs[place].dtype if weights[place] is None else weights[place].dtype, torch.float32)
+
+    widest = [exact(places[lesson.student]) for lesson in asked]
+    wide = torch.float64 if torch.float64 in widest else torch.float32
+    grads = []
+    for party, place in enumerate(places):
+        x, head = xs[place], weights[place]
+        shapes = (x.shape,) if head is None else (x.shape, head.shape, head.shape[:1])
+        kept = exact(place) if head is not None or x.dtype == torch.float16 else x.dtype
+        asked_for = wants[3 * party : 3 * party + len(shapes)]
+        grads += [x.new_empty(shape, dtype=kept) for shape, want in zip(shapes, asked_for, strict=True) if want]
+    loss = xs[0].new_empty((len(asked), n), dtype=wide)
+    shape = (len(asked), len(METRICS), n) if metrics else (0,)
+    return loss, xs[0].new_empty(shape, dtype=wide), grads

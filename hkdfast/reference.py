@@ -69,6 +69,17 @@ DIVERGENCES = {
     )
 }
 
+# What a divergence is when teacher and student change sides, beta becoming 1 - beta: the gradient of the one in p is
+# that of the other in q.
+MIRROR = {
+    "forward_kl": "reverse_kl",
+    "reverse_kl": "forward_kl",
+    "jensen_shannon": "jensen_shannon",
+    "skew_kl": "skew_reverse_kl",
+    "skew_reverse_kl": "skew_kl",
+    "total_variation": "total_variation",
+}
+
 
 def logits(tile, transform):
     x = tile * transform.scale

@@ -115,10 +115,10 @@ def disturbed(branches):
     """
     transforms = [transform_of(branch) for branch in branches]
     if len(branches) == 1:
-        return transforms[0], []
+        return transforms[0], ()
     if all(each == transforms[0] for each in transforms) and transforms[0].softcap is None:
-        return transforms[0], [Transform()] * len(branches)
-    return Transform(), transforms
+        return transforms[0], (Transform(),) * len(branches)
+    return Transform(), tuple(transforms)
 
 
 class Logits:
@@ -143,7 +143,7 @@ class Logits:
     def tile(self, start, stop):
         return self.x[start:stop] if self.index is None else self.x[self.index[start:stop]]
 
-    def want(self, x, weight, bias):
+    def want(self, x, weight, bias, apart=False):
         """Say which gradients are asked for. fp16 would lose small entries before a loss scaler's factor comes: the
         gradient is float32 then."""
         self.grad_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
@@ -213,7 +213,8 @@ class Projection:
         self.hiddens, self.weight = hiddens, weight[:vocab]
         self.bias = None if bias is None else bias[:vocab]
         self.shapes = hiddens[0].shape, weight.shape
-        self.index, self.vocab, self.minus, self.wants = None, vocab, None, (False, False, False)
+        self.index, self.vocab, self.minus = None, vocab, None
+        self.wants, self.apart = (False, False, False), False  # apart: the gradient has a tile of its own
         self.operand = weight.dtype if compute is None or weight.dtype == torch.float64 else compute
         wide = torch.promote_types(self.operand, torch.float32)
         self.exact = tiles == "float32"
@@ -230,7 +231,7 @@ class Projection:
     @property
     def bytes_per_row(self):
         tile = self.vocab * self.dtype.itemsize
-        if any(self.wants) and self.gemm != self.dtype:
+        if self.apart:
             tile += self.vocab * self.gemm.itemsize
         return tile + 3 * self.width * 4  # hidden states on their way into a GEMM, or their gradient on its way out
 
@@ -248,7 +249,7 @@ class Projection:
 
     def allocate(self, rows):
         self.space = empty((rows, self.vocab), dtype=self.dtype, device=self.device)
-        if any(self.wants) and self.gemm != self.dtype:
+        if self.apart:
             self.grad_space = empty((rows, self.vocab), dtype=self.gemm, device=self.device)
 
     def release(self):
@@ -295,9 +296,9 @@ class Projection:
             out += self.bias.to(self.operand).to(self.dtype)
         return out
 
-    def want(self, x, weight, bias):
-        """Say which gradients are asked for: of hidden, weight, bias."""
-        self.wants = (x, weight, bias)
+    def want(self, x, weight, bias, apart=False):
+        """Say which gradients are asked for: of hidden, weight, bias. apart: the tile has to outlive its gradient."""
+        self.wants, self.apart = (x, weight, bias), apart or self.gemm != self.dtype
 
     def reset(self):
         """Gradients of nothing yet, in float32 or better."""

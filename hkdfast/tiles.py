@@ -1,7 +1,8 @@
-"""The loop over row blocks: make each side's tile once, run the row operation, take the student's gradient back.
+"""The loop over row blocks: make each party's tile once, run the row operation, take the gradients back.
 
-Written once, for every backend, divergence and kind of source. In GEMM units, S and T for one product through the
-student's and the teacher's head: 3S + T with all gradients, 2S + T with a frozen head, S + T without gradients.
+Written once, for every backend, divergence, kind of source and number of models that teach each other. In GEMM units,
+one product through each head: 3 for a trained model, 2 with a frozen head, 1 without gradients, whatever the number of
+lessons between them. A student and its teacher: 3S + T, 2S + T, S + T.
 """
 
 import logging
@@ -23,9 +24,9 @@ BUDGET = {"cpu": 512 << 20, "cuda": 2 << 30, "cuda, trained head": 8 << 30}
 GRAIN = 256  # rows of a tile of a GPU's GEMM: a block of a few more would cost it another wave
 
 
-def room(memory, device, weights, draws, trained):
+def room(memory, device, weights, averaged, trained):
     """Bytes for tiles. None where logits that exist are only read, which takes none."""
-    if memory is not None or not (draws or any(weight is not None for weight in weights)):
+    if memory is not None or not (averaged or any(weight is not None for weight in weights)):
         return memory
     if device.type != "cuda":
         return BUDGET["cpu"]
@@ -54,57 +55,68 @@ def autocast_dtype(device):
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def sides_of(xs, weights, biases, draws, vocab, compute, tiles, memory):
-    """The sides of the loop, the several draws of a disturbed branch (the last ones) made one."""
+@dataclass(frozen=True)
+class Party:
+    """A side of the loop: whose tile it is."""
+
+    branches: tuple  # places of its tensors; several are draws, whose logits are averaged
+    draws: tuple = ()  # Transform of each draw if there are several
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One run of the row operation over a block: what a student is told by a teacher. Sides are places of parties."""
+
+    student: int
+    teacher: int
+    noisy: int | None  # the disturbed branch of a purified teacher
+    objective: Objective
+    alpha: int | None = None  # place of the purification weights of the rows, where the law reads them
+    counts: bool = True  # whether its loss is part of the total; its gradient always is
+
+
+def side_of(party, tensors, vocab, compute, tiles, memory):
+    """What makes the tiles of a party, from its (x, weight, bias)."""
     piece = memory and memory // 4
-
-    def side(x, weight, bias):
-        return Logits(x, vocab) if weight is None else Projection([x], weight, bias, vocab, tiles, compute, piece)
-
-    single = len(xs) - len(draws)
-    sides = [side(*tensors) for tensors in zip(xs[:single], weights[:single], biases[:single], strict=True)]
-    if not draws:
-        return sides
-    hiddens, weight, bias = xs[single:], weights[single], biases[single]
-    shared = weight is not None and all(
-        same(w, weight) and same(b, bias) for w, b in zip(weights[single:], biases[single:], strict=True)
-    )
-    if shared and not any(transform != Transform() for transform in draws):
-        return [*sides, Projection(hiddens, weight, bias, vocab, tiles, compute, piece)]
-    several = [side(*tensors) for tensors in zip(hiddens, weights[single:], biases[single:], strict=True)]
-    return [*sides, Average(several, draws)]
+    mine = [tensors[place] for place in party.branches]
+    hiddens, weights, biases = zip(*mine, strict=True)
+    head = weights[0] is not None and all(same(w, weights[0]) and same(b, biases[0]) for _, w, b in mine)
+    if head and not any(transform != Transform() for transform in party.draws):
+        return Projection(list(hiddens), weights[0], biases[0], vocab, tiles, compute, piece)
+    sides = [
+        Logits(x, vocab) if weight is None else Projection([x], weight, bias, vocab, tiles, compute, piece)
+        for x, weight, bias in mine
+    ]
+    return Average(sides, party.draws) if party.draws else sides[0]
 
 
-def counted(labels, objective, sides):
+def counted(labels, ignore_index, sides):
     """Indices of the rows that cost a GEMM, or None for all. Their number is the one thing the host waits for."""
     if labels is None or all(isinstance(side, Logits) for side in sides):
         return None  # the row operation itself skips what is ignored: no gather, no wait
-    return (labels != objective.ignore_index).nonzero().squeeze(-1)
+    return (labels != ignore_index).nonzero().squeeze(-1)
 
 
-def check_labels(labels, objective, vocab):
+def check_labels(labels, ignore_index, vocab):
     """Looked at for nothing on the CPU; on CUDA a bad label is an assertion of the device."""
     if labels is None or not labels.numel():
         return
-    known = (labels == objective.ignore_index) | ((labels >= 0) & (labels < vocab))
+    known = (labels == ignore_index) | ((labels >= 0) & (labels < vocab))
     if labels.is_cuda:
         torch._assert_async(known.all(), "a label is neither a word of the vocabulary nor ignore_index")
     elif visible(labels) and not known.all():
         wrong = labels[~known][0].item()
-        raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor ignore_index {objective.ignore_index}")
+        raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor ignore_index {ignore_index}")
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Everything that is asked of the loop but the student's own tensors."""
+    """Everything that is asked of the loop but the tensors that may get a gradient."""
 
-    xs: list  # of the teacher and of the disturbed branches: logits (N, V), or hidden states (N, H)
-    weights: list  # (V, H) of their heads, or None for logits
-    biases: list  # (V,) or None
+    parties: tuple  # of Party
+    lessons: tuple  # of Lesson, those that count first; a student's first writes its gradient, its others accumulate
     labels: torch.Tensor | None  # (N,) int64
-    alpha: torch.Tensor | None  # (N,) float32, purification weights of the rows
-    objective: Objective
-    draws: list  # Transform of each disturbed branch if there are several, else empty
+    alphas: list  # of (N,) float32, purification weights of the rows
     vocab: int  # words compared, the first so many on every side
     compute: torch.dtype | None  # in which heads are multiplied; None: their own
     tiles: str
@@ -112,66 +124,78 @@ class Call:
     backend: str | None
 
 
-def run(call, student, weight, wants, metrics):
-    """Per-row loss, metrics and the gradients of sum_i weight_i loss_i.
+def read_by_others(place, lessons):
+    """Whether a party's tile is still read when a lesson has written its gradient."""
+    as_student = sum(lesson.student == place for lesson in lessons)
+    return as_student > 1 or any(place in (lesson.teacher, lesson.noisy) for lesson in lessons)
+
+
+def run(call, tensors, weight, wants, metrics):
+    """Losses and metrics of the rows, and the gradients of sum_i weight_i loss_i over all lessons.
 
     Args:
         call: Call.
-        student: (x, weight, bias): logits (N, V), None, None; or hidden states (N, H) and their head's (V, H), (V,).
+        tensors: (x, weight, bias) at each place: logits (N, V), None, None; or hidden states (N, H) and their head's
+            (V, H), (V,) or None.
         weight: (N,) float32 or None for 1.
-        wants: which gradients of x, weight, bias are wanted.
+        wants: for each party which gradients of x, weight, bias are wanted.
         metrics: whether to return METRICS.
 
     Returns:
-        loss (N,), metrics (7, N) or None, d_x, d_weight, d_bias (None where not wanted). Gradients of hidden states
-        and weights are float32, those of logits have the logits' dtype (fp16: float32). float64 stays float64.
+        loss (lessons, N), metrics (lessons, 7, N) or None, and for each party d_x, d_weight, d_bias (None where not
+        wanted). Gradients of hidden states and weights are float32, those of logits have the logits' dtype (fp16:
+        float32). float64 stays float64.
     """
-    objective, labels, alpha = call.objective, call.labels, call.alpha
-    check_labels(labels, objective, call.vocab)
-    xs, weights, biases = (
-        [one, *others] for one, others in zip(student, (call.xs, call.weights, call.biases), strict=True)
-    )
-    n, device = len(xs[0]), xs[0].device
-    memory = room(call.memory, device, weights, call.draws, wants[1])
-    sides = sides_of(xs, weights, biases, call.draws, call.vocab, call.compute, call.tiles, memory)
-    main, teacher, noisy = sides if len(sides) == 3 else (*sides, None)
-    if objective.difference:
-        for other in sides[1:]:
-            other.subtract(main)
-    index = counted(labels, objective, sides)
+    lessons, labels, alphas = call.lessons, call.labels, call.alphas
+    ignore_index = lessons[0].objective.ignore_index
+    check_labels(labels, ignore_index, call.vocab)
+    n, device = len(tensors[0][0]), tensors[0][0].device
+    averaged = any(party.draws for party in call.parties)
+    memory = room(call.memory, device, [head for _, head, _ in tensors], averaged, any(w for _, w, _ in wants))
+    sides = [side_of(party, tensors, call.vocab, call.compute, call.tiles, memory) for party in call.parties]
+    if lessons[0].objective.difference:
+        main = sides[lessons[0].student]
+        for other in sides:
+            if other is not main:
+                other.subtract(main)
+    index = counted(labels, ignore_index, sides)
     if index is not None:
         for one in sides:
             one.select(index)
-        labels, weight, alpha = (t if t is None else t[index] for t in (labels, weight, alpha))
+        labels, weight, *alphas = (t if t is None else t[index] for t in (labels, weight, *alphas))
     rows = n if index is None else len(index)
-    wide = next((side.dtype for side in sides if side.dtype == torch.float64), main.dtype)
+    students = [sides[lesson.student] for lesson in lessons]
+    wide = next((side.dtype for side in sides if side.dtype == torch.float64), students[0].dtype)
     module = find(device, wide, call.backend)
-    dtype = torch.promote_types(main.dtype, torch.float32)
-    loss = torch.empty(rows, dtype=dtype, device=device)
-    table = torch.empty(len(METRICS), rows, dtype=dtype, device=device) if metrics else None
-    if any(wants):
-        main.want(*wants)
+    dtype = torch.float64 if any(side.dtype == torch.float64 for side in students) else torch.float32
+    loss = torch.empty(len(lessons), rows, dtype=dtype, device=device)
+    table = torch.empty(len(lessons), len(METRICS), rows, dtype=dtype, device=device) if metrics else None
+    trained = [place for place in range(len(sides)) if any(wants[place])]
+    for place in trained:
+        sides[place].want(*wants[place], apart=read_by_others(place, lessons))
 
     def block(start, stop):
         rows_of = slice(start, stop)
-        z = main.tile(start, stop)
-        grad = main.gradient(start, stop, z) if any(wants) else None
-        module.rows(
-            objective,
-            z,
-            teacher.tile(start, stop),
-            None if noisy is None else noisy.tile(start, stop),
-            *(None if t is None else t[rows_of] for t in (alpha, labels, weight)),
-            loss[rows_of],
-            grad,
-            None if table is None else table[:, rows_of],
-        )
-        if grad is not None:
-            main.back(grad, start, stop)
+        made = [side.tile(start, stop) for side in sides]
+        grads = {place: sides[place].gradient(start, stop, made[place]) for place in trained}
+        for i, lesson in enumerate(lessons):
+            alpha = None if lesson.alpha is None else alphas[lesson.alpha]
+            module.rows(
+                lesson.objective,
+                made[lesson.student],
+                made[lesson.teacher],
+                None if lesson.noisy is None else made[lesson.noisy],
+                *(None if t is None else t[rows_of] for t in (alpha, labels, weight)),
+                loss[i, rows_of],
+                grads.get(lesson.student),
+                None if table is None else table[i, :, rows_of],
+            )
+        for place, grad in grads.items():
+            sides[place].back(grad, start, stop)
 
     def sweep(step):
-        if any(wants):
-            main.reset()
+        for place in trained:
+            sides[place].reset()
         for one in sides:
             one.allocate(min(step, rows))
         for start in range(0, rows, step):
@@ -191,6 +215,7 @@ def run(call, student, weight, wants, metrics):
         warnings.warn(f"out of memory with blocks of {step} rows: trying once more with half", stacklevel=2)
         sweep(-(-step // 2))
     if index is not None:
-        loss = loss.new_zeros(n).index_copy_(0, index, loss)
-        table = table if table is None else table.new_zeros(len(METRICS), n).index_copy_(1, index, table)
-    return loss, table, *(main.gradients() if any(wants) else (None, None, None))
+        loss = loss.new_zeros(len(lessons), n).index_copy_(1, index, loss)
+        table = table if table is None else table.new_zeros(*table.shape[:2], n).index_copy_(2, index, table)
+    grads = [sides[place].gradients() if place in trained else (None, None, None) for place in range(len(sides))]
+    return loss, table, grads

@@ -8,9 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import leaves, off, with_gradients
 
-from hkdfast import Head, contrast, distill_loss, purify
+from hkdfast import Edge, Head, contrast, coupled_loss, distill_loss, purify, tiles
 from hkdfast.objective import Law, Objective, Transform
-from hkdfast.operators import distill
+from hkdfast.operators import decoded, distill, encoded
 
 N, H, HT, V = 6, 8, 5, 40
 LABELS = torch.tensor([3, -100, 0, 39, -100, 7])
@@ -51,17 +51,21 @@ def args(kind, dtype=torch.float32, purified=False, labelled=False, weighted=Fal
     branches = [student, teacher] + ([teacher, teacher] if purified else [])
     law = Law("linear", 2.0) if purified else None
     objective = Objective(law=law, hard_weight=0.5 if labelled else 0.0, student=Transform(1.0, 8.0))
-    text, numbers = objective.encode([Transform(), Transform(1.0, 3.0)] if purified else [])
+    noisy = tiles.Party((2, 3), (Transform(), Transform(1.0, 3.0)))
+    parties = tiles.Party((0,)), tiles.Party((1,)), *((noisy,) if purified else ())
+    lesson = tiles.Lesson(0, 1, 2 if purified else None, objective)
+    call = tiles.Call(parties, (lesson,), None, [], V, None, "float32", None, None)
+    text, numbers = encoded(call)
     return (
         *(list(tensors) for tensors in zip(*(parts(one) for one in branches), strict=True)),
         LABELS if labelled else None,
         torch.ones(N) if weighted else None,
-        None,
+        [],
         text,
         torch.tensor(numbers, dtype=torch.float64),
         V,
         None,
-        [wants, wants and kind == "heads", wants and kind == "heads"],
+        [wants, wants and kind == "heads", wants and kind == "heads"] + 3 * [False] * (len(parties) - 1),
         metrics,
         "float32",
         None,
@@ -215,7 +219,7 @@ def test_the_host_waits_for_nothing(student, teacher, reduction, monkeypatch):
     """Forward, backward, metrics, weights, num_items as a tensor, with the shortcuts that the CPU alone takes off."""
     import sys
 
-    for module in ("checks", "tiles", "distill"):
+    for module in ("checks", "tiles", "autograd"):
         monkeypatch.setattr(sys.modules[f"hkdfast.{module}"], "visible", lambda tensor: False)
     student, teacher = pair(student)[0], pair(teacher)[1]
     labels = LABELS if not isinstance(student, Head) and not isinstance(teacher, Head) else None
@@ -232,7 +236,9 @@ def test_the_host_waits_for_nothing(student, teacher, reduction, monkeypatch):
 def test_what_an_operator_is_told_comes_back_as_it_was():
     law = Law("gate", 0.1, "entropy", 1e-300, "subtract", 1 / 3, "drop")
     asked = Objective(
-        "skew_kl", 0.1, 1 / 3, 4.0, 0.7, -1, -30.5, True, Transform(0.1), Transform(2.0, 5.5), Transform(1.0, None), law
+        "skew_kl", 0.1, 1 / 3, 4.0, 0.7, -1, -30.5, True, True, Transform(0.1), Transform(2.0, 5.5), Transform(), law
     )
-    for objective, draws in ((asked, [Transform(0.3, 7.0), Transform()]), (Objective(), [])):
-        assert Objective.decode(*objective.encode(draws)) == (objective, draws)
+    parties = tiles.Party((0,)), tiles.Party((1,)), tiles.Party((2, 3), (Transform(0.3, 7.0), Transform()))
+    lessons = tiles.Lesson(0, 1, 2, asked, 0), tiles.Lesson(1, 0, None, Objective(), counts=False)
+    call = tiles.Call(parties, lessons, None, [], V, None, "float32", None, None)
+    assert decoded(*encoded(call)) == (parties, lessons)

@@ -225,9 +225,11 @@ def test_products_on_a_gpu_sum_and_write_float32(monkeypatch):
     shapes = ((n, h), (vocab, h), (n, h_t), (vocab, h_t))
     x, weight, x_t, weight_t = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
     memory = tiles.BUDGET["cuda, trained head"]
-    call = tiles.Call([x_t], [weight_t], [None], None, None, Objective(), [], vocab, None, "float32", memory, None)
+    parties = tiles.Party((0,)), tiles.Party((1,))
+    call = tiles.Call(parties, (tiles.Lesson(0, 1, None, Objective()),), None, [], vocab, None, "float32", memory, None)
+    tensors, wants = [(x, weight, None), (x_t, weight_t, None)], [[True, True, False], [False] * 3]
     with Products() as products:
-        _, _, d_hidden, d_weight, _ = tiles.run(call, (x, weight, None), None, [True, True, False], False)
+        _, _, ((d_hidden, d_weight, _), _) = tiles.run(call, tensors, None, wants, False)
     assert d_hidden.dtype == d_weight.dtype == torch.float32
     mm, addmm = "aten.mm.dtype_out", "aten.addmm.dtype_out"
     assert products.seen == [(name, torch.float32) for name in (mm, mm, mm, mm, mm, mm, mm, addmm)]  # two blocks

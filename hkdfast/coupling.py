@@ -1,0 +1,260 @@
+"""What the losses share: checks, the call of the tile loop, reductions."""
+
+import math
+from dataclasses import dataclass, replace
+from numbers import Real
+
+import torch
+
+from . import tiles as loop
+from .autograd import Rows, Total
+from .checks import (
+    check_labels,
+    check_options,
+    check_pair,
+    check_shared,
+    check_source,
+    check_target,
+    check_vocab,
+    check_weights,
+    check_word,
+)
+from .objective import METRICS, Law, Objective, Transform
+from .reference import DIVERGENCES
+from .sources import Head, Purified, device_of, disturbed, parts, transform_of
+
+REDUCTIONS = ("mean", "sum", "none")
+# domain of beta, in words and as a test, for the divergences that read it
+MIXTURES = {
+    "jensen_shannon": ("0 < beta < 1", lambda beta: 0 < beta < 1),
+    "skew_kl": ("0 <= beta < 1", lambda beta: 0 <= beta < 1),
+    "skew_reverse_kl": ("0 < beta <= 1", lambda beta: 0 < beta <= 1),
+}
+# ends of beta where a mixture is one side alone: no loop has to take the logarithm of a mixture that is not one
+ENDS = {"skew_kl": (0, "forward_kl"), "skew_reverse_kl": (1, "reverse_kl")}
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What the source in one place is taught by the source in another: by itself, of labels alone."""
+
+    student: int
+    teacher: int
+    divergence: str
+    beta: float
+    weight: float = 1.0  # times the divergence
+    hard_weight: float = 0.0  # times the cross entropy of the student
+    counts: bool = True  # whether the value counts, or the gradient alone
+
+
+def check_divergence(divergence, beta):
+    check_word("divergence", divergence, DIVERGENCES)
+    if divergence in MIXTURES and not MIXTURES[divergence][1](beta):
+        raise ValueError(f"{divergence} takes {MIXTURES[divergence][0]}, got {beta}; ask for an end point by its name")
+
+
+def at_end(teaching):
+    """A teaching by a mixture that is one side alone as that which it is."""
+    end = ENDS.get(teaching.divergence)
+    return replace(teaching, divergence=end[1]) if end and teaching.beta == end[0] else teaching
+
+
+def check_weight(name, weight):
+    if not isinstance(weight, Real) or not 0 <= weight < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {weight!r}")
+
+
+def check_options_of(teachings, sources, *, reduction, num_items, labels, floor, **options):
+    """Everything about the options that needs no look at a tensor's numbers."""
+    check_word("reduction", reduction, REDUCTIONS)
+    check_options(**options)
+    if floor is not None and not -math.inf < floor <= 0:
+        raise ValueError(f"floor is a log-probability, finite and not above 0, got {floor}")
+    check_num_items(num_items, reduction)
+    hard = max(one.hard_weight for one in teachings)
+    if labels is None and hard:
+        raise ValueError(f"hard_weight {hard} needs labels")
+    for one in teachings:
+        law = sources[one.teacher].law if isinstance(sources[one.teacher], Purified) else None
+        check_target(law, labels)
+        if law and law.outside == "drop" and law.plausibility and one.divergence == "reverse_kl" and floor is None:
+            raise ValueError(
+                'reverse_kl to a teacher that drops words is infinite: give a floor, e.g. floor=-30, or outside="clean"'
+            )
+
+
+def check_num_items(num_items, reduction):
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f'num_items is the denominator of reduction="mean", which is {reduction!r} here')
+    if isinstance(num_items, torch.Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor {tuple(num_items.shape)}")
+    elif not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items must be finite and not negative, got {num_items}")
+
+
+def reciprocal(num_items, n, labels, ignore_index, dtype):
+    """1 / the denominator of the mean, 1 where that is 0; on the device where only the device knows it."""
+    if num_items is None:
+        num_items = n if labels is None else (labels != ignore_index).sum()
+    if not isinstance(num_items, torch.Tensor):
+        return 1 / num_items if num_items else 1.0
+    num_items = num_items.detach().reshape(()).to(dtype)
+    return 1 / num_items.where(num_items > 0, 1)
+
+
+def branches_of(source):
+    return [source.clean, *source.noisy] if isinstance(source, Purified) else [source]
+
+
+def couple(
+    names,
+    sources,
+    teachings,
+    *,
+    temperature,
+    t_squared,
+    labels,
+    weight,
+    reduction,
+    num_items,
+    ignore_index,
+    vocab,
+    floor,
+    tiles,
+    memory,
+    metrics,
+    backend,
+):
+    """The loss of several sources that teach each other. Arguments are those of `distill_loss`.
+
+    Args:
+        names: what errors call the sources.
+        sources: logits, Head or Purified. One that is taught gets a gradient; a Purified only teaches.
+        teachings: list of Teaching, in which those that count come first.
+
+    Returns:
+        the loss, or with metrics (loss, {(student, teacher): {metric: (...)}}).
+    """
+    for one in teachings:
+        check_divergence(one.divergence, one.beta)
+    teachings = [at_end(one) for one in teachings]
+    check_options_of(
+        teachings, sources, reduction=reduction, num_items=num_items, labels=labels, floor=floor,
+        temperature=temperature, tiles=tiles, memory=memory, backend=backend,
+    )  # fmt: skip
+    flat = [(name, branch) for name, source in zip(names, sources, strict=True) for branch in branches_of(source)]
+    first_name, first = flat[0]
+    for name, branch in flat:
+        check_source(name, branch)
+        check_pair(first_name, first, name, branch)
+    words = check_vocab([branch for _, branch in flat], vocab)
+    lead, device = tuple(first.shape[:-1]), device_of(first)
+    check_labels(labels, lead, device)
+    check_weights("weight", weight, lead, device)
+    students = list(dict.fromkeys(one.student for one in teachings))
+    if tiles == "difference":
+        if len(students) > 1:
+            raise ValueError(f'tiles="difference" are differences to one student, got {len(students)} students')
+        check_shared([sources[students[0]], *(branch for _, branch in flat)])
+    n = math.prod(lead)
+    dtypes = [parts(sources[place], n)[0].dtype for place in students]
+    if tiles != "float32" and torch.float64 in dtypes:
+        raise ValueError(f'tiles={tiles!r} are of 16 bits: heads of float64 take "float32", which then is float64')
+
+    exact = torch.float64 if torch.float64 in dtypes else torch.float32
+    tensors, parties, alphas, seats = [], [], [], []
+    for place, source in enumerate(sources):
+        seats.append(seat(source, n, tensors, parties, alphas))
+        if place not in students:
+            tensors[seats[-1].first :] = [
+                [t if t is None else t.detach() for t in g] for g in tensors[seats[-1].first :]
+            ]
+    lessons, taught = [], set()
+    for one in teachings:
+        student, teacher = seats[one.student], seats[one.teacher]
+        objective = Objective(
+            divergence=one.divergence,
+            beta=float(one.beta) if one.divergence in MIXTURES else 0.5,
+            temperature=float(temperature),
+            soft_weight=float(one.weight) * (float(temperature) ** 2 if t_squared else 1.0),
+            hard_weight=float(one.hard_weight),
+            ignore_index=ignore_index,
+            floor=-math.inf if floor is None else float(floor),
+            difference=tiles == "difference",
+            accumulate=one.student in taught,
+            student=student.transform,
+            teacher=teacher.transform,
+            noisy=teacher.disturbed,
+            law=teacher.law,
+        )
+        taught.add(one.student)
+        lessons.append(loop.Lesson(student.party, teacher.party, teacher.noisy, objective, teacher.alpha, one.counts))
+    labels, weight, *alphas = (
+        t if t is None else t.detach().reshape(n).contiguous() for t in (labels, weight, *alphas)
+    )
+    weight, *alphas = (t if t is None else t.to(exact) for t in (weight, *alphas))
+    share = 1.0 if reduction != "mean" else reciprocal(num_items, n, labels, ignore_index, exact)
+    # logits keep the gradient that backward returns, so the mean goes into it before it is rounded to their dtype; a
+    # head keeps float32 sums, which the mean scales late, so that no tile of a 16-bit dtype underflows
+    early = reduction == "mean" and not any(isinstance(sources[place], Head) for place in students)
+    if early:
+        weight = (torch.ones(n, dtype=exact, device=device) if weight is None else weight) * share
+    call = loop.Call(
+        parties=tuple(parties),
+        lessons=tuple(lessons),
+        labels=labels,
+        alphas=alphas,
+        vocab=words,
+        compute=loop.autocast_dtype(device),
+        tiles=tiles,
+        memory=None if memory is None else int(memory),
+        backend=backend,
+    )
+    wants = [[False] * 3 for _ in parties]
+    for place in students if torch.is_grad_enabled() else ():
+        wants[seats[place].party] = [t is not None and t.requires_grad for t in tensors[seats[place].first]]
+    function = Rows if reduction == "none" else Total
+    loss, table = function.apply(call, weight, wants, metrics, *(t for given in tensors for t in given))
+    if reduction == "none":
+        loss = loss.reshape(lead)
+    elif reduction == "mean" and not early:
+        loss = loss * share
+    if not metrics:
+        return loss
+    return loss, {
+        (one.student, one.teacher): {name: row.reshape(lead) for name, row in zip(METRICS, rows, strict=True)}
+        for one, rows in zip(teachings, table, strict=True)
+        if one.counts
+    }
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where the loop finds a source."""
+
+    first: int  # place of its first tensors
+    party: int
+    transform: Transform
+    disturbed: Transform
+    noisy: int | None = None  # party of the disturbed branch
+    law: Law | None = None
+    alpha: int | None = None
+
+
+def seat(source, n, tensors, parties, alphas):
+    """Put the tensors of a source of n rows and its parties at the ends of these lists."""
+    first, party, branches = len(tensors), len(parties), branches_of(source)
+    tensors += [list(parts(branch, n)) for branch in branches]
+    parties.append(loop.Party((first,)))
+    if not isinstance(source, Purified):
+        return Seat(first, party, transform_of(source), Transform())
+    transform, draws = disturbed(source.noisy)
+    parties.append(loop.Party(tuple(range(first + 1, len(tensors))), draws))
+    alpha = None
+    if source.alpha is not None:
+        alpha = len(alphas)
+        alphas.append(source.alpha)
+    return Seat(first, party, transform_of(source.clean), transform, party + 1, source.law, alpha)
