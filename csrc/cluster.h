@@ -32,7 +32,7 @@ struct Task {
   int vocab = 0;
   float beta = 0.5f;
   double temperature = 1, soft_weight = 1, hard_weight = 0, floor = -INFINITY;
-  bool difference = false, skips = false;  // skips: a row whose label is ignore_index is none
+  bool difference = false, accumulate = false, skips = false;  // skips: a row whose label is ignore_index is none
   Transform student_logits, teacher_logits, noisy_logits;
   Law law;
   Plan plan;
@@ -84,6 +84,7 @@ inline Task task_of(const Objective& o, const Rows& rows) {
   task.beta = o.beta, task.temperature = o.temperature, task.floor = o.floor;
   task.soft_weight = o.soft_weight, task.hard_weight = o.hard_weight;
   task.difference = o.difference && rows.student.data;
+  task.accumulate = o.accumulate;
   task.skips = rows.student.data && rows.labels;
   task.student_logits = o.student, task.teacher_logits = o.teacher, task.noisy_logits = o.noisy;
   task.law = o.law;

@@ -458,6 +458,8 @@ class RowLoop {
     }
     // a divergence is never negative; near 0 the sum of its rounded terms can be
     if (value < 0) value = 0;
+    // a NaN among the logits is one in these, whatever a divergence selects
+    if (q.sum != q.sum || p.sum != p.sum) value = NAN;
     const double sum_at_1 = apart() ? q.sum_at_1 : q.sum;
     const double target = hard() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
     const float loss = static_cast<float>(task_.soft_weight * value - (task_.hard_weight != 0 ? task_.hard_weight * target : 0));
@@ -493,6 +495,8 @@ class RowLoop {
     const Facts f = facts();
     const int label = hard() && f.hard_by != 0.f ? static_cast<int>(task_.labels[row_] < 0 ? 0 : task_.labels[row_]) : -1;
     sweep<false, true>([&](int at, int begin, int word) {
+      W before;
+      if (task_.accumulate) before = kept(begin + word);  // first: it is long under way
       const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
       W g;
 #pragma unroll
@@ -513,6 +517,10 @@ class RowLoop {
       }
       if (!PLAIN) backward(x, g);
       if (f.blank) g = W();
+      if (task_.accumulate) {
+#pragma unroll
+        for (int k = 0; k < W::count; ++k) g.of[k] += before.of[k];
+      }
       store(begin + word, g);
     });
   }
@@ -532,11 +540,14 @@ class RowLoop {
     }
   }
 
+  HKDFAST_HD Dtype grad_dtype() const { return PLAIN ? Dtype::bfloat16 : task_.grad.dtype; }
+  HKDFAST_HD char* grad_at(int base) const {
+    const int size = grad_dtype() == Dtype::float32 ? 4 : 2;
+    return static_cast<char*>(task_.grad.data) + (row_ * task_.grad.stride + base) * size;
+  }
+  HKDFAST_HD W kept(int base) const { return read_global<PLAIN>(team_, grad_at(base), grad_dtype(), task_.vocab - base); }
   HKDFAST_HD void store(int base, const W& x) const {
-    const Tile& to = task_.grad;
-    const Dtype dtype = PLAIN ? Dtype::bfloat16 : to.dtype;
-    const int size = dtype == Dtype::float32 ? 4 : 2;
-    write(team_, static_cast<char*>(to.data) + (row_ * to.stride + base) * size, dtype, task_.vocab - base, x);
+    write(team_, grad_at(base), grad_dtype(), task_.vocab - base, x);
   }
 
   HKDFAST_HD void blank() {
@@ -544,7 +555,7 @@ class RowLoop {
       task_.loss[row_] = 0;
       for (int i = 0; measured() && i < 7; ++i) task_.metrics[i * task_.n + row_] = 0;
     }
-    if (task_.grad.data) ring_.template each_step<W::step>([&](int base) { store(base, W()); });
+    if (task_.grad.data && !task_.accumulate) ring_.template each_step<W::step>([&](int base) { store(base, W()); });
   }
 
   Team& team_;

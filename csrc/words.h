@@ -52,18 +52,23 @@ HKDFAST_HD std::uint16_t narrow(float x, Dtype dtype) {
 #endif
 }
 
+HKDFAST_HD LaneWords<true> unpacked(const Eight& eight) {
+  LaneWords<true> x;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    x.of[2 * k] = float_of(static_cast<std::int32_t>(eight.of[k] << 16));
+    x.of[2 * k + 1] = float_of(static_cast<std::int32_t>(eight.of[k] & 0xffff0000u));
+  }
+  return x;
+}
+
 // A lane's words of the step that begins at this offset of shared memory.
 template <bool PLAIN, class Team>
 HKDFAST_HD LaneWords<PLAIN> read(const Team& team, int at, Dtype dtype) {
   using W = LaneWords<PLAIN>;
   W x;
   if constexpr (PLAIN) {
-    const Eight eight = team.template at<Eight>(at + 2 * W::place(team.lane(), 0));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      x.of[2 * k] = float_of(static_cast<std::int32_t>(eight.of[k] << 16));
-      x.of[2 * k + 1] = float_of(static_cast<std::int32_t>(eight.of[k] & 0xffff0000u));
-    }
+    x = unpacked(team.template at<Eight>(at + 2 * W::place(team.lane(), 0)));
   } else if (dtype == Dtype::float32) {
 #pragma unroll
     for (int k = 0; k < W::count; ++k) x.of[k] = team.template at<float>(at + 4 * W::place(team.lane(), k));
@@ -71,6 +76,26 @@ HKDFAST_HD LaneWords<PLAIN> read(const Team& team, int at, Dtype dtype) {
 #pragma unroll
     for (int k = 0; k < W::count; ++k)
       x.of[k] = number(team.template at<std::uint16_t>(at + 2 * W::place(team.lane(), k)), dtype);
+  }
+  return x;
+}
+
+// A lane's words of a step of which so many exist; from is the step's first word in global memory.
+template <bool PLAIN, class Team>
+HKDFAST_HD LaneWords<PLAIN> read_global(const Team& team, const char* from, Dtype dtype, int exist) {
+  using W = LaneWords<PLAIN>;
+  const int lane = team.lane();
+  if constexpr (PLAIN)
+    if (exist >= W::step) return unpacked(*reinterpret_cast<const Eight*>(from + 2 * W::place(lane, 0)));
+  W x = W();
+#pragma unroll
+  for (int k = 0; k < W::count; ++k) {
+    const int word = W::place(lane, k);
+    if (word >= exist) continue;
+    if (dtype == Dtype::float32)
+      x.of[k] = reinterpret_cast<const float*>(from)[word];
+    else
+      x.of[k] = number(reinterpret_cast<const std::uint16_t*>(from)[word], dtype);
   }
   return x;
 }

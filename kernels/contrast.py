@@ -48,7 +48,7 @@ def contrast_kernel(
         alpha = tl.load(alpha_ptr + row).to(tl.float32)
     found = statistics(
         tiles, vocab, rate, None, False, False, True, CONFIDENCE == "entropy", True, False, False,
-        False, False, MODE, False, False, BLOCK,
+        False, False, False, MODE, False, False, BLOCK,
     )  # fmt: skip
     sure = confidence(vocab, found.clean, found.entropy, target, CONFIDENCE)
     a = purification(sure, alpha, threshold, WEIGHT)

@@ -74,6 +74,7 @@ class Gradient(NamedTuple):
     hard: tl.tensor  # factor of the cross entropy's part, or None
     hard_sum: tl.tensor
     label: tl.tensor
+    end: tl.tensor  # of the words that get one
 
 
 class Pair(NamedTuple):
@@ -145,15 +146,19 @@ def sweep(
     OUTSIDE: tl.constexpr,
     STRAIGHT: tl.constexpr,
     DIFFERENCE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Values and tilts of a row, summed; the gradient is stored if there is one."""
+    """Values and tilts of a row, summed; the gradient is stored, or added to what stands there, if there is one."""
     values, tilts = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     student_entropy, teacher_entropy = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     last = (vocab - 1) // BLOCK * BLOCK
     for passed in range(0, vocab, BLOCK):
         start = last - passed if BACKWARD else passed
+        col = columns(start, BLOCK)
+        if gradient is not None and ACCUMULATE:
+            before = tl.load(gradient.ptr + col, col < gradient.end, other=0.0).to(tl.float32)
         w = words(tiles, start, vocab, DIFFERENCE, BLOCK)
         if branches is not None:
             w = Words(w.x, w.y, w.student, contrasted(w, branches, MODE, OUTSIDE), w.noisy, w.gap)
@@ -177,16 +182,23 @@ def sweep(
                 slope = tl.where(each.q > 0, each.q * (tilt - gradient.total), 0.0)
             else:
                 slope -= each.q * gradient.total
-            col = columns(start, BLOCK)
             g = gradient.soft * slope
             if gradient.hard is not None:
                 one = tl.exp((w.student - side.student.peak) - gradient.hard_sum)
                 g += gradient.hard * (one - (col == gradient.label).to(tl.float32))
-            g *= logit_slope(w.x, tiles.student)
-            tl.store(
-                gradient.ptr + col, narrow(tl.where(w.x > LOW, g, 0.0), gradient.ptr.dtype.element_ty), col < vocab
-            )
+            g = tl.where(w.x > LOW, g * logit_slope(w.x, tiles.student), 0.0)
+            if ACCUMULATE:
+                g += before
+            tl.store(gradient.ptr + col, narrow(g, gradient.ptr.dtype.element_ty), col < gradient.end)
     return Sums(tl.sum(values, 0), tl.sum(tilts, 0), tl.sum(student_entropy, 0), tl.sum(teacher_entropy, 0))
+
+
+@triton.jit
+def row_loss(value, hard, soft_weight, hard_weight):
+    loss = soft_weight * value
+    if hard_weight is not None:
+        loss += hard_weight * hard
+    return loss
 
 
 @triton.jit
@@ -232,6 +244,7 @@ def rows_kernel(
     divergence: tl.constexpr,  # a function of kernels/divergence.py
     KIND: tl.constexpr,  # divergence.KIND
     DIFFERENCE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     WEIGHT: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     MODE: tl.constexpr,
@@ -242,8 +255,9 @@ def rows_kernel(
     TABLE: tl.constexpr = metrics_ptr is not None
     LAW: tl.constexpr = noisy_ptr is not None
     HARD: tl.constexpr = labels_ptr is not None and (hard_weight is not None or TABLE)
+    ADDED: tl.constexpr = ACCUMULATE and grad_ptr is not None
     # whether the mean tilt comes without a sweep of its own
-    KNOWN: tl.constexpr = KIND != "tilt" and floor is None
+    KNOWN: tl.constexpr = KIND != "tilt" and floor is None and not (ADDED and LAW)
     MATE: tl.constexpr = KIND != "slope" and grad_ptr is not None
     MEAN: tl.constexpr = MATE and KNOWN
     # whether the weight of the disturbed branch is known before the first sweep, which then takes in the contrast
@@ -258,7 +272,7 @@ def rows_kernel(
             if TABLE:
                 for i in tl.static_range(COLUMNS):
                     tl.store(metrics_ptr + i * metrics_stride + row, 0.0)
-            if grad_ptr is not None:
+            if grad_ptr is not None and not ACCUMULATE:
                 blank(grad_ptr + row * grad_stride, vocab, BLOCK)
             return
         label = tl.maximum(label, 0)
@@ -295,7 +309,7 @@ def rows_kernel(
     found = statistics(
         tiles, vocab, rate, branches, HARD, not LAW or JOINT, LAW and (TABLE or not JOINT),
         CONFIDENCE == "entropy", LAW and not JOINT, MATE and (not LAW or JOINT), MEAN and (not LAW or JOINT),
-        TABLE or MATE and LAW and not JOINT, TABLE, MODE, STRAIGHT, DIFFERENCE, BLOCK,
+        TABLE or MATE and LAW and not JOINT, TABLE, ADDED and KNOWN, MODE, STRAIGHT, DIFFERENCE, BLOCK,
     )  # fmt: skip
     student = found.student
     teacher = found.teacher
@@ -323,7 +337,7 @@ def rows_kernel(
             # the log-sums of both branches do count then: two sweeps more, for rows that hardly ever come
             again = statistics(
                 tiles, vocab, rate, None, False, False, True, False, True, False, False,
-                MATE, False, MODE, STRAIGHT, DIFFERENCE, BLOCK,
+                MATE, False, False, MODE, STRAIGHT, DIFFERENCE, BLOCK,
             )  # fmt: skip
             kept = alone(
                 again.clean.peak - branches.clean.peak + again.clean.log_sum,
@@ -351,37 +365,51 @@ def rows_kernel(
     if grad_ptr is None or not KNOWN:
         sums = sweep(
             tiles, vocab, side, branches, centre, peak_tilt, None,
-            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, not LAW or JOINT, BLOCK,
+            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, False, not LAW or JOINT, BLOCK,
         )  # fmt: skip
         total = sums.tilt
     if grad_ptr is not None:
         factor = 1.0
         if weight_ptr is not None:
             factor = tl.load(weight_ptr + row).to(tl.float32)
+        end = vocab
+        if ADDED:
+            # a row that is not finite adds nothing: what is stored can be taken back, what is added cannot
+            if KNOWN:
+                # either mean of the gap is at most twice the widest; where that does not settle it, a sweep more does
+                most = row_loss(2 * rate * found.widest, tl.abs(hard), soft_weight, hard_weight)
+                sound = tl.abs(most * factor) + student.total + teacher.total < float("inf")
+                if not sound:
+                    first = sweep(
+                        tiles, vocab, side, branches, centre, peak_tilt, None,
+                        divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, False, True, BLOCK,
+                    )  # fmt: skip
+                    sound = tl.abs(row_loss(first.value, hard, soft_weight, hard_weight) * factor) < float("inf")
+            else:
+                sound = tl.abs(row_loss(sums.value, hard, soft_weight, hard_weight) * factor) < float("inf")
+            end = tl.where(sound, vocab, 0)
         hard_factor = None
         if hard_weight is not None:
             hard_factor = hard_weight * factor
         gradient = Gradient(
-            grad_ptr + row * grad_stride, total, soft_weight * rate * factor, hard_factor, found.hard_sum, label
+            grad_ptr + row * grad_stride, total, soft_weight * rate * factor, hard_factor, found.hard_sum, label, end
         )
         final = sweep(
             tiles, vocab, side, branches, centre, peak_tilt, gradient,
-            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, (LAW and not JOINT) != KNOWN, BLOCK,
+            divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, ADDED, (LAW and not JOINT) != KNOWN, BLOCK,
         )  # fmt: skip
         if KNOWN:
             sums = final
 
     value = tl.where(sums.value < 0, 0.0, sums.value)  # a sum of rounded terms can be; NaN stays
-    loss = soft_weight * value
-    if hard_weight is not None:
-        loss += hard_weight * hard
+    loss = row_loss(value, hard, soft_weight, hard_weight)
     tl.store(loss_ptr + row, loss)
     if TABLE:
         agree = found.student_best.word == best
         columns_of_row = (value, hard, sums.student_entropy, sums.teacher_entropy, sure, a, agree)
         for i in tl.static_range(COLUMNS):
             tl.store(metrics_ptr + i * metrics_stride + row, columns_of_row[i])
-    if grad_ptr is not None:
+    if grad_ptr is not None and not ACCUMULATE:
         # after the fact, for such rows are rare: what a row of infinite loss stored is taken back
         if not (tl.abs(loss * factor) < float("inf")):
             tl.debug_barrier()
@@ -417,6 +445,7 @@ def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, g
         getattr(divergences, name),
         divergences.KIND.get(name, "tilt"),
         objective.difference,
+        objective.accumulate,
         *law_words(law),
     )
 

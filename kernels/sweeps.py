@@ -34,6 +34,7 @@ class Statistics(NamedTuple):
     noisy: Softmax
     entropy: tl.tensor  # of the clean branch at temperature 1
     lone: tl.tensor  # 1 if a word is masked by the noisy branch alone
+    widest: tl.tensor  # the largest distance of a word's two logits, infinite for one that one side alone masks
     mate: tl.tensor  # the teacher's logit (Words.gap if STRAIGHT) where the student has its peak
     mean: tl.tensor  # under q, of teacher - student less what it is there
     student_best: Best
@@ -55,6 +56,7 @@ def statistics(
     MEAN: tl.constexpr,
     STUDENT_BEST: tl.constexpr,
     TEACHER_BEST: tl.constexpr,
+    WIDEST: tl.constexpr,
     MODE: tl.constexpr,
     STRAIGHT: tl.constexpr,
     DIFFERENCE: tl.constexpr,
@@ -62,7 +64,8 @@ def statistics(
 ):
     """The sweep that comes first: the sums that are asked for."""
     peak_q, sum_q, hard_sum = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
-    mate, mean, lone = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
+    mate, mean = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
+    lone, widest = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     peak_p, sum_p = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
     peak_c, sum_c, moment = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     peak_n, sum_n = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
@@ -74,6 +77,9 @@ def statistics(
             z = contrasted(w, branches, MODE, "clean")
             alone = (w.noisy == LOW) & (w.teacher > LOW)
             lone = tl.maximum(lone, tl.max(tl.where(alone, 1.0, 0.0), 1))
+        if WIDEST:
+            apart = tl.where((w.student > LOW) | (z > LOW), tl.abs(w.student - z), 0.0)
+            widest = tl.maximum(widest, tl.max(apart, 1))
         if tiles.student is not None:
             new = tl.maximum(peak_q, tl.max(w.student, 1))
             base = finite(new)
@@ -155,6 +161,7 @@ def statistics(
         noisy,
         entropy,
         tl.max(lone, 0),
+        tl.max(widest, 0),
         row_mate,
         row_mean,
         best_of(best_q),

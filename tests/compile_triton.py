@@ -42,6 +42,7 @@ CASES = {
     "metrics": {"grad": False, "metrics": True},
     "labels": {"labels": True, "weight": True, "metrics": True, "hard_weight": 0.5},
     "floor": {"floor": -30.0},
+    "accumulated": {"accumulate": True, "labels": True, "weight": True, "hard_weight": 0.5},
     "softcap": {**CAPPED, "labels": True, "hard_weight": 0.5},
     "difference": {"difference": True},
     "law": {"law": Law()},

@@ -197,6 +197,29 @@ def test_in_place(backend, vocab, count):
         assert over is ours[0]
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_gradient_is_added(backend, divergence, count):
+    """The fast instances. A row whose loss is not finite adds nothing, nor does one that is ignored."""
+    options = law(weight="linear", alpha=2.0) if count == 3 else {}
+    ours = tiles(6, 2048 + 8, count=count)
+    ours[0][1, 5] = float("nan")
+    labels = torch.tensor([0, 1, -100, 3, 4, 5])
+    (before,) = tiles(6, 2048 + 8, count=1, seed=1)
+    results = []
+    for module, dtype in ((backend, None), (reference, None), (reference, torch.float64)):
+        loss, grad = torch.empty(6, dtype=dtype or torch.float32), before.to(dtype or before.dtype, copy=True)
+        given = [t.to(dtype or t.dtype) for t in ours] + [None] * (3 - count)
+        objective = Objective(divergence=divergence, beta=0.3, accumulate=True, **options)
+        module.rows(objective, *given, None, labels, None, loss, grad, None)
+        results.append((loss, grad))
+    (loss, grad), (plain, plain_grad), (exact, exact_grad) = results
+    assert loss[1].isnan() and loss[2] == 0 and torch.equal(grad[1:3], before[1:3])
+    live = [0, 3, 4, 5]
+    assert_as_close_as_torch(loss[live], plain[live], exact[live])
+    assert_as_close_as_torch(grad[live], plain_grad[live], exact_grad[live])
+
+
 def test_columns_with_a_stride(backend):
     student, teacher = (t.t() for t in tiles(300, 6))
     loss, grad, _ = run_tiles(backend, "forward_kl", student, teacher, grad=student.clone())

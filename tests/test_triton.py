@@ -113,6 +113,33 @@ def test_a_row_that_is_not_finite_stays_alone():
             assert loss[2].isfinite() and grad[2].ne(0).any()
 
 
+@pytest.mark.parametrize("options", [{}, {"hard_weight": 0.5}, {"floor": -60.0}, law(), law(weight="linear")])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_only_finite_rows_are_added(divergence, options):
+    """Not finite: a NaN, an infinite logit, an infinite divergence; logits may be as far apart as they like."""
+    n, vocab = 8, BLOCK + 9
+    student, teacher, noisy, before = (draw(n, vocab, seed=seed) for seed in range(4))
+    student[0, 3], teacher[1, -1] = float("nan"), float("inf")
+    teacher[2, 5] = student[3, 6] = float("-inf")
+    student[4, 7] = teacher[4, 7] = float("-inf")
+    teacher[5, 8] = -1e30
+    labels = torch.tensor([1, 2, 3, 4, 5, 6, 7, -100], device=DEVICE)
+    weight = torch.linspace(0.5, 2, n, device=DEVICE)
+    objective = Objective(divergence, beta=0.3, accumulate=True, **options)
+    results = []
+    for module in (distill, reference):
+        loss, grad = torch.empty(n, device=DEVICE), before.clone()
+        third = noisy if objective.law else None
+        module.rows(objective, student, teacher, third, None, labels, weight, loss, grad, None)
+        results.append((loss, grad))
+    (loss, grad), (expected, exact) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-5)
+    still = [i for i in range(n) if not loss[i].isfinite()] + [7]
+    assert {0, 1, 7} <= set(still) <= {0, 1, 2, 3, 7} and torch.equal(grad[still], before[still])
+    assert not any(torch.equal(grad[i], before[i]) for i in (4, 5, 6))
+
+
 def test_words_that_only_the_noisy_branch_masks():
     """They send a row through two sweeps more; its neighbour, without any, has to come out as if alone."""
     n, vocab = 2, BLOCK + 30
