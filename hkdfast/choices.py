@@ -43,6 +43,7 @@ class Choice:
             one, it is left out.
         options: 2 to 26 texts without letters.
         about: what the question is about (an image, its path, ...), handed to `encode` and not looked at here.
+        blank: the text without its content, which the form "calibrated" asks with "N/A" for every option.
 
     Raises:
         ValueError: on another number of options, or one that is not a text or is empty.
@@ -51,6 +52,7 @@ class Choice:
     text: str
     options: tuple[str, ...]
     about: Any = None
+    blank: str = FREE
 
     def __post_init__(self):
         object.__setattr__(self, "options", tuple(self.options))
@@ -161,11 +163,6 @@ def shuffled(question, answer, rng, fixed=()):
     return replace(question, options=options), None if answer is None else order.index(answer)
 
 
-def blank(question):
-    """The question without its content: text and options become "N/A"."""
-    return replace(question, text=FREE, options=(FREE,) * len(question.options))
-
-
 def answer(
     model,
     encode,
@@ -179,9 +176,9 @@ def answer(
     scoring="auto",
     tokens=None,
     seed=0,
-    blank=blank,
     each=EACH,
     words=YES_NO,
+    tell=None,
 ):
     """Answer multiple-choice questions: reconstruction of HKD4VLM's mapping-shift inference (arXiv:2506.13038).
 
@@ -206,9 +203,9 @@ def answer(
             a prompt per shift and letter. "auto": "token" wherever every letter is one token of its own.
         tokens: ids of the letters' tokens (of the words' tokens in the form "each"), or None to find them by `encode`.
         seed: of a number of shifts.
-        blank: function from a Choice to the same without content, with as many options.
         each: text that follows a question's stem in the form "each"; holds "{option}".
         words: of the form "each": the words for right and wrong.
+        tell: function called with the Answers of each batch when it is done, to show or save them; or None.
 
     Returns:
         Answers.
@@ -217,16 +214,12 @@ def answer(
         ValueError: on an unknown option, no questions, a letter that is not one token under scoring "token", tokens
             that are too few, a model that does not return one row per answer token, or scores that are NaN.
     """
-    for name, value, known in (("combine", combine, COMBINES), ("form", form, FORMS), ("scoring", scoring, SCORINGS)):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+    check_options(combine, form, scoring, batch_size)
     questions = list(questions)
     if not questions:
         raise ValueError("there are no questions")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     most = max(len(question.options) for question in questions)
-    asked = [Asked(question, form, plan(question, shifts, fixed, seed), blank, each) for question in questions]
+    asked = [Asked(question, form, plan(question, shifts, fixed, seed), each) for question in questions]
     words = words if form == "each" else LETTERS[:most]
     with torch.no_grad():
         scorer = Scorer(model, encode, words, choose_tokens(encode, asked[0].lines[0], words, tokens, scoring))
@@ -236,14 +229,30 @@ def answer(
             rows = scorer([line for one in batch for line in one.lines])
             parts = rows.split([len(one.lines) for one in batch])
             found += [one.back(part) for one, part in zip(batch, parts, strict=True)]
-    combined = [combined_scores(one, combine, form) for one in found]
-    scores = torch.full((len(found), most), -math.inf, dtype=torch.float64)
-    for row, (score, _) in zip(scores, combined, strict=True):
-        row[: len(score)] = score
+            if tell is not None:
+                tell(collected(found[start:], combine, form))
+    return collected(found, combine, form)
+
+
+def check_options(combine, form, scoring, batch_size):
+    """Those options of `answer` that can be wrong whatever the questions."""
+    for name, value, known in (("combine", combine, COMBINES), ("form", form, FORMS), ("scoring", scoring, SCORINGS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def collected(by_shift, combine, form):
+    """The Answers of several questions."""
+    combined = [combined_scores(one, combine, form) for one in by_shift]
+    scores = [score for score, _ in combined]
+    width = max(len(score) for score in scores)
+    scores = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=-math.inf) for one in scores])
     if scores.isnan().any():
-        wrong = scores.isnan().any(1).nonzero()[0].item()
-        raise ValueError(f"question {wrong}: every option has probability 0 under one of the shifts")
-    return Answers(scores, torch.tensor([choice for _, choice in combined]), tuple(found))
+        number = scores.isnan().any(1).nonzero()[0].item()
+        raise ValueError(f"question {number} of its batch: under one of the shifts every option has probability 0")
+    return Answers(scores, torch.tensor([choice for _, choice in combined]), tuple(by_shift))
 
 
 def plan(question, how, fixed, seed):
@@ -257,7 +266,6 @@ class Asked:
     question: Choice
     form: str
     orders: list  # of the shifts
-    blank: Any
     each: str
 
     def __post_init__(self):
@@ -268,7 +276,7 @@ class Asked:
         else:
             texts = [question.prompt(order) for order in self.orders]
             if self.form == "calibrated":
-                texts.append(self.blank(question).prompt())
+                texts.append(Choice(question.blank, (FREE,) * count).prompt())
         self.lines = [(text, question.about, count) for text in texts]
 
     def back(self, rows):

@@ -72,16 +72,14 @@ def word_logits(source, tokens):
 
 def choose_tokens(encode, line, words, tokens, scoring):
     """The ids of the words' tokens, or None if the words' sequences are to be scored."""
-    if scoring == "sequence":
-        return None
-    if tokens is not None:
+    if tokens is not None and scoring != "sequence":
         if len(tokens) < len(words):
             raise ValueError(f"tokens has {len(tokens)} ids, expected one for each of {', '.join(words)}")
         return list(tokens)[: len(words)]
     found, why = word_tokens(encode, *line[:2], words)
     if found is None and scoring == "token":
         raise ValueError(f'{why}: use scoring="sequence"')
-    return found
+    return None if scoring == "sequence" else found
 
 
 def word_tokens(encode, prompt, about, words):
@@ -90,12 +88,19 @@ def word_tokens(encode, prompt, about, words):
     Returns:
         (list of token ids, None), or (None, why not): words that begin alike, or are of several tokens, or change how
         the end of the prompt is cut into tokens, cannot be told apart by the one token after the prompt.
+
+    Raises:
+        ValueError: if two words are the same tokens (as unknown ones are): nothing can tell them apart.
     """
     prompted = encode([prompt], [about], None)
     context = prompted["input_ids"][0][answer_context(prompted, 0, answer_rows(prompted)[0])].tolist()
     batch = encode([prompt] * len(words), [about] * len(words), list(words))
     rows, labels = answers_of(batch, len(words))
     parts = [part.tolist() for part in labels.split(rows.sum(1).tolist())]
+    for i, word in enumerate(words):
+        if parts[i] in parts[:i]:
+            twin = words[parts.index(parts[i])]
+            raise ValueError(f"the answers {twin!r} and {word!r} are the same tokens {parts[i]}: name others")
     for i, word in enumerate(words):
         if batch["input_ids"][i][answer_context(batch, i, rows)].tolist() != context:
             return None, f"the answer {word!r} changes the tokens at the end of its prompt"

@@ -18,13 +18,13 @@ import torch
 
 from ..choices import LETTERS
 from . import jsonl, pope
-from .tasks import NONE, TASKS, Record, blank, choice, example, question, template_of
+from .tasks import NONE, TASKS, Inference, Record, choice, example, question, template_of
 
 __all__ = [
     "NONE",
     "TASKS",
+    "Inference",
     "Record",
-    "blank",
     "choice",
     "example",
     "marks",

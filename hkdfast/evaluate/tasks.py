@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from .. import choices
 from ..choices import FREE, MARK, Choice
 
 NONE = "No hallucination"  # the option that stands for none of the others
@@ -78,6 +79,28 @@ class Record:
     question_id: int | str = 0
 
 
+@dataclass(frozen=True)
+class Inference:
+    """How questions are asked and answered; the options of `hkdfast.choices.answer`, checked."""
+
+    shifts: str | int = "cyclic"
+    combine: str = "mean"
+    form: str = "letters"
+    fixed: tuple[str, ...] = ()  # texts of options that keep their place
+    scoring: str = "auto"
+    template: int | str = 0  # as in `choice`
+    seed: int = 0  # of a number of shifts
+    batch_size: int = 8  # questions in one forward, with all their shifts
+
+    def __post_init__(self):
+        choices.check_options(self.combine, self.form, self.scoring, self.batch_size)
+
+    def check(self, records):
+        """Say what of it does not fit the records, before any model is loaded."""
+        for record in records:
+            choices.plan(choice(record, self.template), self.shifts, self.fixed, self.seed)
+
+
 def template_of(task, template=0):
     """A template of a task by its number, or the text itself after a look that it asks what is to be asked.
 
@@ -106,25 +129,27 @@ def choice(record, template=0):
             {context} and {question}. A line of it is left out if all the fields it names are empty.
     """
 
+    template = template_of(record.task, template)
+    free = replace(record, statement=FREE, context=FREE if record.context else "")
+    return Choice(filled(template, record), record.options, record.image, filled(template, free))
+
+
+def filled(template, record):
+    """The template with the record's texts in its holes, {options} left for the options."""
+
     def fill(line):
         named = HOLES.findall(line)
         if named and not any(getattr(record, name) for name in named):
             return None
         return HOLES.sub(lambda hole: getattr(record, hole[1]), line)
 
-    lines = (fill(line) for line in template_of(record.task, template).split("\n"))
-    return Choice("\n".join(line for line in lines if line is not None), record.options, record.image)
+    lines = (fill(line) for line in template.split("\n"))
+    return "\n".join(line for line in lines if line is not None)
 
 
 def question(record, order=None, template=0):
     """The prompt of a record, with option order[place] behind each letter; the options' own order without one."""
     return choice(record, template).prompt(order)
-
-
-def blank(record, template=0):
-    """The record's question without content, for the form "calibrated": its wording and image with "N/A" for texts."""
-    free = {"statement": FREE, "context": FREE if record.context else ""}
-    return choice(replace(record, **free, options=(FREE,) * len(record.options)), template)
 
 
 def example(record, folder=None, template=0):

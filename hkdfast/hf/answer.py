@@ -166,50 +166,75 @@ def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, n
     Returns:
         list of str, the answers.
     """
-    path = Path(path).expanduser()
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         {"question_id": q.question_id, "prompt": q.text, "text": None, "model_id": name, "image": q.image}
         | {"metadata": asdict(decoding)}
         for q in questions
     ]
     size = decoding.batch_size
-    done = kept_answers(path if path.is_file() else partial, lines) if resume else []
-    if len(done) < len(lines):
-        done = done[: len(done) // size * size]
-    with partial.open("w", encoding="utf-8") as file:
+    with filling(path, lines, ("text",), size, resume=resume, progress=progress) as (done, write):
+        for start in range(len(done), len(lines), size):
+            batch = questions[start : start + size]
+            texts = [f"{q.text} {decoding.instruction}".strip() for q in batch]
+            pictures = [read_image(Path(images).expanduser() / q.image) for q in batch]
+            write([{"text": text} for text in reply(model, processor, texts, pictures, decoding, start // size)])
+    return [line["text"] for line in done]
 
-        def write(texts, start):
-            for line, text in zip(lines[start:], texts, strict=False):
-                file.write(json.dumps(line | {"text": text}) + "\n")
+
+@contextmanager
+def filling(path, lines, blanks, size, *, resume=False, progress=True):
+    """Lines to be filled in, batch by batch, in a JSON-lines file that appears when all are.
+
+    Until then what is done stands in `path` with ".partial" added.
+
+    Args:
+        path: the file.
+        lines: list of dicts as they will be written, None in their blanks.
+        blanks: names of the fields to fill in.
+        size: lines of a batch. What a resumed run finds of an unfinished batch is done again.
+        resume: take over what an earlier run left, as far as its lines are these but for the blanks.
+        progress: show a bar.
+
+    Yields:
+        (list of the lines that are done, which grows; function from a list of dicts of blanks to write the next ones).
+    """
+    path = Path(path).expanduser()
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = kept_lines(path if path.is_file() else partial, lines, blanks) if resume else []
+    if len(kept) < len(lines):
+        kept = kept[: len(kept) // size * size]
+    done = []
+    with (
+        partial.open("w", encoding="utf-8") as file,
+        tqdm(total=len(lines), initial=len(kept), desc=path.stem, unit="question", disable=not progress) as bar,
+    ):
+
+        def put(found):
+            file.writelines(json.dumps(line) + "\n" for line in found)
             file.flush()
+            done.extend(found)
 
-        write(done, 0)
-        with tqdm(total=len(lines), initial=len(done), desc=path.stem, unit="question", disable=not progress) as bar:
-            for start in range(len(done), len(lines), size):
-                batch = questions[start : start + size]
-                texts = [f"{q.text} {decoding.instruction}".strip() for q in batch]
-                pictures = [read_image(Path(images).expanduser() / q.image) for q in batch]
-                replies = reply(model, processor, texts, pictures, decoding, start // size)
-                write(replies, start)
-                done += replies
-                bar.update(len(batch))
+        def write(filled):
+            put([line | values for line, values in zip(lines[len(done) :], filled, strict=False)])
+            bar.update(len(filled))
+
+        put(kept)
+        yield done, write
     partial.replace(path)
-    return done
 
 
-def kept_answers(path, lines):
-    """The answers that an earlier run left in `path`, as far as its lines are those expected."""
+def kept_lines(path, lines, blanks):
+    """The lines that an earlier run left in `path`, as far as they are those expected."""
     if not path.is_file():
         return []
-    done = []
+    kept = []
     for expected, text in zip(lines, path.read_text(encoding="utf-8").split("\n"), strict=False):
         try:
             found = json.loads(text)
         except json.JSONDecodeError:  # the line that the stop cut in two
             break
-        if {**found, "text": None} != expected:
+        if {**found, **dict.fromkeys(blanks)} != expected:
             break
-        done.append(found["text"])
-    return done
+        kept.append(found)
+    return kept
