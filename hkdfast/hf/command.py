@@ -32,7 +32,7 @@ TRAINING = (
     "dataloader_num_workers",
     "use_cpu",
 )
-OWN = tuple(name for name in SeedConfig.__annotations__ if name not in TrainingArguments.__dataclass_fields__)
+OWN = tuple(name for name in SeedConfig.__dataclass_fields__ if name not in TrainingArguments.__dataclass_fields__)
 DEFAULTS = {"yes_rate": True}  # questions of POPE's form ask for yes or no
 
 

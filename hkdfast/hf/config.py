@@ -1,4 +1,4 @@
-"""The options of SEED as a Trainer's arguments."""
+"""The options of SEED, of the pyramid and of the ternary refinement as a Trainer's arguments."""
 
 from dataclasses import dataclass, field
 
@@ -25,7 +25,34 @@ def option(default, text, choices=None):
 
 
 @dataclass
-class SeedConfig(TrainingArguments):
+class Shared:
+    """Options that mean the same to every trainer, and its own defaults of TrainingArguments."""
+
+    beta: float = option(0.5, "Weight of the teacher in the mixture, for jensen_shannon, skew_kl and skew_reverse_kl.")
+    temperature: float = option(1.0, "Divides the logits of all sides.")
+    floor: float | None = option(
+        None, "Least log-probability (nats) of a teacher for a word, needed by reverse_kl to one that drops words."
+    )
+    lora_r: int | None = option(16, "Rank of the adapter.")
+    lora_alpha: int = option(32, "The adapter's product is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout before the adapter, in the student only.")
+    lora_targets: list[str] | None = option(
+        None, "Layers to adapt, by the last part of their name; by default every linear layer of the language model."
+    )
+    tiles: str = option("float32", "How logits are multiplied out, tile by tile.", TILES)
+    memory: int | None = option(None, "Bytes for tiles; by default as in distill_loss.")
+    backend: str | None = option(None, "What computes the loss; by default the fastest that is built here.", MODULES)
+    learning_rate: float = option(2e-4, "The largest learning rate.")
+    num_train_epochs: float = option(1.0, "Passes over the data in each round or stage, unless max_steps says.")
+    logging_steps: float = option(10, "Log every so many steps.")
+    remove_unused_columns: bool = option(False, "Datasets keep the columns that only the collator reads.")
+
+    def of(self, names):
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class SeedConfig(Shared, TrainingArguments):
     """Options of SeedTrainer; those of TrainingArguments hold for each round."""
 
     divergence: str = option(
@@ -33,12 +60,7 @@ class SeedConfig(TrainingArguments):
         "What the student minimises against the purified teacher; reverse_kl seeks its modes.",
         DIVERGENCES,
     )
-    beta: float = option(0.5, "Weight of the teacher in the mixture, for jensen_shannon, skew_kl and skew_reverse_kl.")
-    temperature: float = option(1.0, "Divides the logits of both sides.")
     hard_weight: float = option(0.0, "The cross entropy on the labels is added this many times; needs labels.")
-    floor: float | None = option(
-        None, "Least log-probability (nats) of the teacher for a word, needed by reverse_kl where outside is drop."
-    )
     alpha: list[float] = option(
         [1.5, 1.0], "Strength of the contrast (1 + a) clean - a noisy, one number per round; the last holds on."
     )
@@ -62,20 +84,7 @@ class SeedConfig(TrainingArguments):
     noise_sigma: float | None = option(None, "Add noise of this standard deviation in normalised pixels instead.")
     noise_draws: int = option(1, "Noise draws per step whose logits are averaged, one forward each. Fresh every step.")
     rounds: int = option(1, "Self-evolving rounds: after each, the adapted model, merged, is the next teacher.")
-    lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "The adapter's product is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout before the adapter, in the student only.")
-    lora_targets: list[str] | None = option(
-        None, "Layers to adapt, by the last part of their name; by default every linear layer of the language model."
-    )
     yes_rate: bool = option(False, "Log how many answers lean to yes rather than no; for questions of that kind.")
-    tiles: str = option("float32", "How logits are multiplied out, tile by tile.", TILES)
-    memory: int | None = option(None, "Bytes for tiles; by default as in distill_loss.")
-    backend: str | None = option(None, "What computes the loss; by default the fastest that is built here.", MODULES)
-    learning_rate: float = option(2e-4, "The largest learning rate.")
-    num_train_epochs: float = option(1.0, "Passes over the data in each round, unless max_steps says.")
-    logging_steps: float = option(10, "Log every so many steps.")
-    remove_unused_columns: bool = option(False, "Datasets keep the columns that only the collator reads.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,9 +107,6 @@ class SeedConfig(TrainingArguments):
         options = self.of(LOSS) | {"backend": "reference"}
         for alpha in self.alpha:
             distill_loss(head, purify(head, head, alpha, **self.of(LAW)), labels=torch.tensor([0]), **options)
-
-    def of(self, names):
-        return {name: getattr(self, name) for name in names}
 
     def alpha_of(self, number):
         """Strength of the contrast in round `number`, from 1."""

@@ -5,16 +5,17 @@ from pathlib import Path
 
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter import absorb, save_adapter, state_of
+from .trainer import AnswerTrainer
 
 ROUNDS = "rounds"  # folder beside a saved adapter: what each round has learnt, where there was more than one
 HISTORY = "history.json"  # in it: what earlier rounds have logged
 
 
-class RoundsTrainer(Trainer):
+class RoundsTrainer(AnswerTrainer):
     """Trainer of a PEFT model that runs `args.rounds` trainings, each with its own optimizer, schedule and checkpoints.
 
     Between rounds the adapter is merged into the weights below it and starts anew. What is saved is the sum of all

@@ -1,7 +1,5 @@
 """SEED as a Trainer: one copy of the weights, the frozen model teaches the model with the adapter."""
 
-from collections import defaultdict
-
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
@@ -46,8 +44,6 @@ class SeedTrainer(RoundsTrainer):
     student_entropy, teacher_entropy; with labels cross_entropy; with SeedConfig.yes_rate yes_rate.
     """
 
-    loss_is_scaled_for_ga = False  # set anew by every compute_loss
-
     def __init__(
         self,
         model,
@@ -62,14 +58,6 @@ class SeedTrainer(RoundsTrainer):
         args = SeedConfig("seed") if args is None else args
         if not isinstance(args, SeedConfig):
             raise TypeError(f"args must be a SeedConfig, got {type(args).__name__}")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch"
-            )
-        if args.torch_compile:
-            raise ValueError(
-                "torch_compile would trace the loss away that runs inside the head: compile layers instead"
-            )
         if args.rounds > 1 and others.get("optimizers", (None, None)) != (None, None):
             raise ValueError("each round has its own optimizer: pass optimizer_cls_and_kwargs instead of optimizers")
         LanguageHead(model)
@@ -92,7 +80,6 @@ class SeedTrainer(RoundsTrainer):
         )
         self.head = LanguageHead(self.model)
         self.yes_no = yes_no_tokens(processing_class) if args.yes_rate else None
-        self.sums = {"train": defaultdict(float), "eval": defaultdict(float)}
         self.places = {"train": None, "eval": None}  # (round, step, batches of it so far): which noise comes next
         if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             self.model.enable_input_require_grads()
@@ -104,7 +91,8 @@ class SeedTrainer(RoundsTrainer):
     # the loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if inputs.get("distil_only") is not None:
+            raise ValueError("an example has no answer: SEED learns with all answers or, by a collator without, none")
         if not self.head.verified:
             self.head.verify(model, inputs, plain(self.model).config)
         rows, labels = answer_rows(inputs)
@@ -130,9 +118,8 @@ class SeedTrainer(RoundsTrainer):
             return value, metrics | self.leaning(student, labels)
 
         value, metrics = inside_head(model, self.accelerator.unwrap_model(model), self.head, inputs, rows, loss)
-        self.note(metrics, labelled=labels is not None)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            value = value * (self.accelerator.num_processes // self.get_tp_size())
+        self.note({name: rows for name, rows in metrics.items() if name != "cross_entropy" or labels is not None})
+        value = self.over_processes(value, num_items_in_batch)
         return (value, {"loss": value}) if return_outputs else value
 
     def purify(self, clean, *noisy):
@@ -165,36 +152,7 @@ class SeedTrainer(RoundsTrainer):
         said = (tops[0] > tops[1]).float()
         return {"yes_rate": said if labels is None else said[torch.isin(labels, torch.cat([yes, no]))]}
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        # Trainer counts labels only, and not for every model: answers are counted here, labelled or not
-        if not batch_samples:
-            return None
-        count = sum(answer_rows(batch)[0].sum() for batch in batch_samples).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
-
-    # metrics
-
-    def note(self, metrics, labelled):
-        sums = self.sums["train" if self.model.training else "eval"]
-        for name, rows in metrics.items():
-            if name != "cross_entropy" or labelled:
-                sums[name] = sums[name] + torch.stack([rows.sum(), rows.new_tensor(rows.numel())])
-
     def log(self, logs, *rest):
-        mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
-        if f"{prefix}loss" in logs:
-            for name, total in sorted(self.sums[mode].items()):
-                value, count = self.accelerator.reduce(total, "sum").tolist()
-                logs[prefix + name] = value / count if count else float("nan")
-            self.sums[mode].clear()
         if self.args.rounds > 1:
             logs["round"] = self.round
         super().log(logs, *rest)

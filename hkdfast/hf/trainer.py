@@ -1,0 +1,71 @@
+"""What the trainers share: a loss that is a mean over answer rows, and its metrics."""
+
+from collections import defaultdict
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer
+
+from ..seed import answer_rows
+
+
+class AnswerTrainer(Trainer):
+    """Trainer whose loss is a mean over the answer rows of a step's batches, over all its processes.
+
+    A subclass computes it, divided by num_items_in_batch where that is given, and hands per-row metrics to `note`,
+    whose means are logged beside the loss.
+    """
+
+    loss_is_scaled_for_ga = False  # set anew by every compute_loss
+
+    def __init__(self, model, args, **others):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch"
+            )
+        if args.torch_compile:
+            raise ValueError(
+                "torch_compile would trace the loss away that runs inside the head: compile layers instead"
+            )
+        super().__init__(model, args, **others)
+        self.sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    def over_processes(self, value, num_items_in_batch):
+        """What this process has to return, so that the mean over processes is the loss of all."""
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            return value * (self.accelerator.num_processes // self.get_tp_size())
+        return value
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # Trainer counts labels only, and not for every model: answers are counted here, labelled or not
+        if not batch_samples:
+            return None
+        count = sum(answer_rows(batch)[0].sum() for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def note(self, metrics):
+        """Add {name: (n,) tensor} of some rows to what is logged next."""
+        sums = self.sums["train" if self.model.training else "eval"]
+        for name, rows in metrics.items():
+            sums[name] = sums[name] + torch.stack([rows.sum(), rows.new_tensor(rows.numel())]).float()
+
+    def log(self, logs, *rest):
+        mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
+        if f"{prefix}loss" in logs:
+            sums = self.sums[mode]
+            # a process may have met no row of some kind, but all have to add up the same names
+            for name in sorted(set(gather_object(list(sums)))):
+                total = sums.get(name, torch.zeros(2, device=self.args.device))
+                value, count = self.accelerator.reduce(total, "sum").tolist()
+                logs[prefix + name] = value / count if count else float("nan")
+            sums.clear()
+        super().log(logs, *rest)
