@@ -132,7 +132,8 @@ def couple(
 
     Args:
         names: what errors call the sources.
-        sources: logits, Head or Purified. One that is taught gets a gradient; a Purified only teaches.
+        sources: logits, Head or Purified. One that is taught gets a gradient; a Purified only teaches. An object that
+            stands in several places is one party of the loop.
         teachings: list of Teaching, in which those that count come first.
 
     Returns:
@@ -154,7 +155,8 @@ def couple(
     lead, device = tuple(first.shape[:-1]), device_of(first)
     check_labels(labels, lead, device)
     check_weights("weight", weight, lead, device)
-    students = list(dict.fromkeys(one.student for one in teachings))
+    first_place = [next(i for i, other in enumerate(sources) if other is source) for source in sources]
+    students = list(dict.fromkeys(first_place[one.student] for one in teachings))
     if tiles == "difference":
         if len(students) > 1:
             raise ValueError(f'tiles="difference" are differences to one student, got {len(students)} students')
@@ -165,33 +167,21 @@ def couple(
         raise ValueError(f'tiles={tiles!r} are of 16 bits: heads of float64 take "float32", which then is float64')
 
     exact = torch.float64 if torch.float64 in dtypes else torch.float32
-    tensors, parties, alphas, seats = [], [], [], []
-    for place, source in enumerate(sources):
-        seats.append(seat(source, n, tensors, parties, alphas))
-        if place not in students:
-            tensors[seats[-1].first :] = [
-                [t if t is None else t.detach() for t in g] for g in tensors[seats[-1].first :]
-            ]
-    lessons, taught = [], set()
+    tensors, parties, alphas, seats = [], [], [], {}
+    for place in dict.fromkeys(first_place):
+        seats[place] = seat(sources[place], n, place in students, tensors, parties, alphas)
+    scalars = dict(
+        temperature=float(temperature),
+        ignore_index=ignore_index,
+        floor=-math.inf if floor is None else float(floor),
+        difference=tiles == "difference",
+    )
+    lessons, taught = [], []
     for one in teachings:
-        student, teacher = seats[one.student], seats[one.teacher]
-        objective = Objective(
-            divergence=one.divergence,
-            beta=float(one.beta) if one.divergence in MIXTURES else 0.5,
-            temperature=float(temperature),
-            soft_weight=float(one.weight) * (float(temperature) ** 2 if t_squared else 1.0),
-            hard_weight=float(one.hard_weight),
-            ignore_index=ignore_index,
-            floor=-math.inf if floor is None else float(floor),
-            difference=tiles == "difference",
-            accumulate=one.student in taught,
-            student=student.transform,
-            teacher=teacher.transform,
-            noisy=teacher.disturbed,
-            law=teacher.law,
-        )
-        taught.add(one.student)
-        lessons.append(loop.Lesson(student.party, teacher.party, teacher.noisy, objective, teacher.alpha, one.counts))
+        student, teacher = (seats[first_place[place]] for place in (one.student, one.teacher))
+        again = student.party in taught
+        taught.append(student.party)
+        lessons.append(lesson(one, student, teacher, again, temperature**2 if t_squared else 1, scalars))
     labels, weight, *alphas = (
         t if t is None else t.detach().reshape(n).contiguous() for t in (labels, weight, *alphas)
     )
@@ -214,7 +204,7 @@ def couple(
         backend=backend,
     )
     wants = [[False] * 3 for _ in parties]
-    for place in students if torch.is_grad_enabled() else ():
+    for place in students if torch.is_grad_enabled() else []:
         wants[seats[place].party] = [t is not None and t.requires_grad for t in tensors[seats[place].first]]
     function = Rows if reduction == "none" else Total
     loss, table = function.apply(call, weight, wants, metrics, *(t for given in tensors for t in given))
@@ -244,10 +234,11 @@ class Seat:
     alpha: int | None = None
 
 
-def seat(source, n, tensors, parties, alphas):
+def seat(source, n, learns, tensors, parties, alphas):
     """Put the tensors of a source of n rows and its parties at the ends of these lists."""
-    first, party, branches = len(tensors), len(parties), branches_of(source)
-    tensors += [list(parts(branch, n)) for branch in branches]
+    first, party = len(tensors), len(parties)
+    for branch in branches_of(source):
+        tensors.append([t if t is None or learns else t.detach() for t in parts(branch, n)])
     parties.append(loop.Party((first,)))
     if not isinstance(source, Purified):
         return Seat(first, party, transform_of(source), Transform())
@@ -258,3 +249,20 @@ def seat(source, n, tensors, parties, alphas):
         alpha = len(alphas)
         alphas.append(source.alpha)
     return Seat(first, party, transform_of(source.clean), transform, party + 1, source.law, alpha)
+
+
+def lesson(teaching, student, teacher, again, gain, scalars):
+    """A teaching between two seats; again: the student has had one; gain: of every divergence."""
+    objective = Objective(
+        divergence=teaching.divergence,
+        beta=float(teaching.beta) if teaching.divergence in MIXTURES else 0.5,
+        soft_weight=float(teaching.weight * gain),
+        hard_weight=float(teaching.hard_weight),
+        accumulate=again,
+        student=student.transform,
+        teacher=teacher.transform,
+        noisy=teacher.disturbed,
+        law=teacher.law,
+        **scalars,
+    )
+    return loop.Lesson(student.party, teacher.party, teacher.noisy, objective, teacher.alpha, teaching.counts)

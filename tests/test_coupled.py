@@ -184,6 +184,22 @@ def test_a_model_that_only_teaches_costs_one_product():
     ) == (a + b + 3 * c)
 
 
+def test_a_model_in_two_places_is_multiplied_once():
+    """Two divergences from one teacher: it stands in the table twice."""
+    student, teacher, _ = three()
+    table = [[0, 1.0, Edge(0.5, "reverse_kl")], [0] * 3, [0] * 3]
+    learner = as_leaves(student)
+    run = lambda: coupled_loss([learner, teacher, teacher], table).backward()  # noqa: E731
+    assert products(run) == (3 * WIDTHS[0] + WIDTHS[1]) * N * V
+    got = with_gradients(lambda heads, **o: coupled_loss([*heads, teacher, teacher], table), [student])
+    wide = [as_leaves(student, torch.float64)]
+    other = as_leaves(teacher, torch.float64, False)
+    for ours, exact in zip(
+        got, with_gradients(lambda h: eager([*h, other, other], table, (0, 0, 0)), wide), strict=True
+    ):
+        assert off(ours, exact) < 2e-5
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_blocks_give_what_one_block_gives(labelled):
     labels = LABELS if labelled else None
