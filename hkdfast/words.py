@@ -86,8 +86,8 @@ def word_tokens(encode, prompt, about, words):
     """The one token by which each word begins to answer the prompt.
 
     Returns:
-        (list of token ids, None), or (None, why not): words that begin alike, or are of several tokens, or change how
-        the end of the prompt is cut into tokens, cannot be told apart by the one token after the prompt.
+        (list of token ids, None), or (None, why not): words of several tokens, or such that change how the end of the
+        prompt is cut into tokens, are not told apart by the one token after the prompt.
 
     Raises:
         ValueError: if two words are the same tokens (as unknown ones are): nothing can tell them apart.
@@ -106,9 +106,6 @@ def word_tokens(encode, prompt, about, words):
             return None, f"the answer {word!r} changes the tokens at the end of its prompt"
         if parts[i][1:] != parts[0][1:]:
             return None, f"the answers {words[0]!r} and {word!r} are not one token each: {parts[0]} and {parts[i]}"
-        twin = next((j for j in range(i) if parts[j][0] == parts[i][0]), None)
-        if twin is not None:
-            return None, f"the answers {words[twin]!r} and {word!r} begin with the same token {parts[i][0]}"
     return [part[0] for part in parts], None
 
 
