@@ -12,6 +12,7 @@ import torch
 from .objective import Law, Transform
 from .pages import empty
 
+ALIGNED = 64  # words: where the rows of a tile begin, so that wide loads and GEMMs of odd vocabularies stay fast
 # torch 2.8 and 2.9 take no float32 summand beside 16-bit operands (pytorch/pytorch#167931)
 WIDE_SUM = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
 
@@ -214,6 +215,7 @@ class Projection:
         self.bias = None if bias is None else bias[:vocab]
         self.shapes = hiddens[0].shape, weight.shape
         self.index, self.vocab, self.minus = None, vocab, None
+        self.stride = -(-vocab // ALIGNED) * ALIGNED
         self.wants, self.apart = (False, False, False), False  # apart: the gradient has a tile of its own
         self.operand = weight.dtype if compute is None or weight.dtype == torch.float64 else compute
         wide = torch.promote_types(self.operand, torch.float32)
@@ -230,9 +232,9 @@ class Projection:
 
     @property
     def bytes_per_row(self):
-        tile = self.vocab * self.dtype.itemsize
+        tile = self.stride * self.dtype.itemsize
         if self.apart:
-            tile += self.vocab * self.gemm.itemsize
+            tile += self.stride * self.gemm.itemsize
         return tile + 3 * self.width * 4  # hidden states on their way into a GEMM, or their gradient on its way out
 
     @property
@@ -248,9 +250,9 @@ class Projection:
         self.minus, self.bias = other, None
 
     def allocate(self, rows):
-        self.space = empty((rows, self.vocab), dtype=self.dtype, device=self.device)
+        self.space = empty((rows, self.stride), dtype=self.dtype, device=self.device)[:, : self.vocab]
         if self.apart:
-            self.grad_space = empty((rows, self.vocab), dtype=self.gemm, device=self.device)
+            self.grad_space = empty((rows, self.stride), dtype=self.gemm, device=self.device)[:, : self.vocab]
 
     def release(self):
         self.space = self.grad_space = self.d_hidden = self.d_weight = self.d_bias = None

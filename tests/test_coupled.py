@@ -418,4 +418,4 @@ def test_the_plan_counts_tiles_and_gradients_of_all(monkeypatch):
         tiles, "plan", lambda sides, *rest: seen.append([s.bytes_per_row for s in sides]) or plain(sides, *rest)
     )  # noqa: E501
     with_gradients(coupled_loss, [head(w, i) for i, w in enumerate(WIDTHS)], MUTUAL)
-    assert seen == [[4 * (2 * V + 3 * width) for width in WIDTHS]]
+    assert seen == [[4 * (2 * 256 + 3 * width) for width in WIDTHS]]
