@@ -9,15 +9,21 @@ except ImportError as error:
 
 from .adapter import language_linears, seed_adapter
 from .collator import QuestionCollator
-from .config import SeedConfig
+from .config import PyramidConfig, SeedConfig, TernaryConfig
 from .head import LanguageHead, answers, as_teacher
+from .pyramid import PyramidTrainer
 from .seed import SeedTrainer
+from .ternary import TernaryTrainer
 
 __all__ = [
     "LanguageHead",
+    "PyramidConfig",
+    "PyramidTrainer",
     "QuestionCollator",
     "SeedConfig",
     "SeedTrainer",
+    "TernaryConfig",
+    "TernaryTrainer",
     "answers",
     "as_teacher",
     "language_linears",

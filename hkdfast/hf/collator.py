@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ..seed import IGNORE
@@ -16,8 +17,9 @@ class QuestionCollator:
     """Makes a batch of questions, each about one image.
 
     An example is a dict with "image" (a PIL image or a path) and "text" (the question), and with "answer" (the text to
-    be answered) if `answers` is set. A batch holds what the processor makes of them, padded on the left; with answers
-    also "labels": the tokens of the answer and of the end of its turn, -100 elsewhere.
+    be answered, or None where nobody knows it) if `answers` is set. A batch holds what the processor makes of them,
+    padded on the left; with answers also "labels" (B, T): the tokens of the answer and of the end of its turn, -100
+    elsewhere; and if some are None "distil_only" (B, T) bool: where such an answer would begin, the end of its prompt.
 
     Args:
         processor: of images and text, as AutoProcessor.from_pretrained gives.
@@ -26,7 +28,7 @@ class QuestionCollator:
 
     Raises:
         ValueError: if the processor has no tokenizer, or that has neither pad nor eos token; while batching, for an
-            image that does not decode.
+            image that does not decode, or an example that lacks its answer.
     """
 
     processor: Any
@@ -47,26 +49,34 @@ class QuestionCollator:
         asked = prompts(self.processor, texts)
         if not self.answers:
             return dict(tokenize(self.processor, asked, images))
-        answered = self.answered(texts, asked, [example["answer"] for example in examples])
+        for example in examples:
+            if "answer" not in example:
+                raise ValueError(
+                    f'the example {example["text"]!r} has no "answer": give it one, or None if a teacher is to give it'
+                )
+        answers = [example["answer"] for example in examples]
+        answered = [
+            prompt if answer is None else self.answered(text, prompt, answer)
+            for text, prompt, answer in zip(texts, asked, answers, strict=True)
+        ]
         batch = dict(tokenize(self.processor, answered, images))
-        batch["labels"] = self.labels(batch, asked, answered)
+        batch["labels"] = self.labels(batch, asked, answered, answers)
+        if None in answers:
+            batch["distil_only"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+            batch["distil_only"][:, -1] = torch.tensor([answer is None for answer in answers])
         return batch
 
-    def answered(self, texts, asked, answers):
-        """The conversations to the end of the answer's turn."""
+    def answered(self, text, prompt, answer):
+        """The conversation to the end of the answer's turn."""
         if not getattr(self.processor, "chat_template", None):
-            end = self.processor.tokenizer.eos_token or ""
-            return [f"{prompt} {answer}{end}" for prompt, answer in zip(asked, answers, strict=True)]
+            return f"{prompt} {answer}{self.processor.tokenizer.eos_token or ''}"
         turns = [
-            [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ]
-            for text, answer in zip(texts, answers, strict=True)
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         return self.processor.apply_chat_template(turns, tokenize=False)
 
-    def labels(self, batch, asked, answered):
+    def labels(self, batch, asked, answered, answers):
         """(B, T): the last tokens of each conversation, as many as it has beyond its prompt.
 
         They are counted in the texts, where an image is one token: all of its tokens stand in the prompt.
@@ -75,6 +85,8 @@ class QuestionCollator:
         labels = ids.new_full(ids.shape, IGNORE)
         encoded = (self.processor.tokenizer(texts).input_ids for texts in (asked, answered))
         for row, (prompt, whole) in enumerate(zip(*encoded, strict=True)):
+            if answers[row] is None:
+                continue
             count = len(whole) - len(os.path.commonprefix([prompt, whole]))
             if not count:
                 raise ValueError(f"the answer adds no token to its prompt: {answered[row]!r}")

@@ -1,11 +1,13 @@
 """The options of SEED, of the pyramid and of the ternary refinement as a Trainer's arguments."""
 
+import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import TrainingArguments
 
-from .. import DIVERGENCES, Head
+from .. import DIVERGENCES, Head, pyramid, ternary
 from ..backends import MODULES
 from ..backends import check as check_backend
 from ..contrast import WORDS, purify
@@ -13,6 +15,8 @@ from ..distill import distill_loss
 from ..noise import diffuse
 from ..tiles import TILES
 
+# options of numbers for one model, stage or source after the other; one number may stand for its list
+NUMBERS = ("hard_weight", "learning_rates", "stage_weights", "stage_epochs", "source_weights")
 LAW = ("weight", "confidence", "threshold", "mode", "plausibility", "outside")  # handed to purify as they are
 LOSS = ("divergence", "beta", "temperature", "hard_weight", "floor", "tiles", "memory", "backend")  # to distill_loss
 
@@ -110,4 +114,133 @@ class SeedConfig(Shared, TrainingArguments):
 
     def alpha_of(self, number):
         """Strength of the contrast in round `number`, from 1."""
-        return self.alpha[min(number, len(self.alpha)) - 1]
+        return nth(self.alpha, number - 1)
+
+
+@dataclass
+class CoupledConfig(Shared, TrainingArguments):
+    """Options that PyramidTrainer and TernaryTrainer share."""
+
+    divergence: str = option("forward_kl", "What a model minimises against those it learns from.", DIVERGENCES)
+    hard_weight: list[float] = option(
+        [1.0], "Times the cross entropy on the labels: one number for all models that learn, or one for each."
+    )
+    detach: bool = option(True, "A source is a constant to who learns from it; else both get the gradient.")
+    unlabelled_weight: float = option(1.0, "Times the loss of answers that are not known, which are distilled alone.")
+    t_squared: bool = option(False, "Multiply divergences by temperature ** 2.")
+    vocab: str | None = option(
+        "common", "Words to compare where heads are padded to different sizes; None asks for one size.", ["common"]
+    )
+    learning_rates: list[float] | None = option(
+        None, "The largest learning rate of each model, the last holds on; by default learning_rate for all."
+    )
+    lora_r: int | None = option(None, "Train adapters of this rank; by default all weights are trained.")
+    frozen: list[str] | None = option(
+        None, "Weights that stay as they are: those with one of these texts in their name, e.g. vision_tower."
+    )
+    dtype: str = option(
+        "auto", "Of the models that are loaded; auto: as they are saved.", ["auto", "float32", "bfloat16", "float16"]
+    )
+    learning_rate: float = option(2e-5, "The largest learning rate; with lora_r ten times this is usual.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in NUMBERS:
+            value = getattr(self, name, None)
+            if isinstance(value, (int, float)):
+                setattr(self, name, [float(value)])
+            elif value is not None and (not value or not all(0 <= number < math.inf for number in value)):
+                raise ValueError(f"{name} must be numbers that are not negative, at least one, got {value}")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is not read here: distributions of teachers are what smooths")
+        check_backend(self.backend)
+
+    def loss_options(self):
+        """What every coupling is told."""
+        names = ("beta", "detach", "divergence", "floor", "memory", "t_squared", "temperature", "tiles", "vocab")
+        hard = self.hard_weight[0] if len(self.hard_weight) == 1 else self.hard_weight
+        return self.of((*names, "backend", "unlabelled_weight")) | {"hard_weight": hard}
+
+    def rate_of(self, place):
+        """Learning rate of the model in this place, from 0."""
+        return nth(self.learning_rates, place) if self.learning_rates else self.learning_rate
+
+    def rehearse(self, loss):
+        """Let a loss say what is wrong with its options, before any work."""
+        batch = {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "labels": torch.zeros(1, 2, dtype=torch.int64)}
+        head = Head(torch.zeros(1, 1), torch.zeros(2, 1))
+        backend, self.backend = self.backend, "reference"
+        try:
+            loss([lambda batch: head] * len(self.roles()), batch)
+        finally:
+            self.backend = backend
+
+
+@dataclass
+class PyramidConfig(CoupledConfig):
+    """Options of PyramidTrainer; those of TrainingArguments hold for each stage."""
+
+    mode: str = option(
+        "concurrent",
+        "How a stage's teacher takes part: it learns by its own cross entropy, mutually from the student too, or not.",
+        pyramid.MODES,
+    )
+    stage_weights: list[float] = option([1.0], "Times the divergence: one number per stage, the last holds on.")
+    stage_epochs: list[float] | None = option(
+        None, "Passes over the data: one number per stage, the last holds on; by default num_train_epochs."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for stage in range(1, len(self.stage_weights) + 1):
+            self.rehearse(partial(self.loss, stage=stage))
+
+    def roles(self):
+        """{role: whether it learns} of a stage."""
+        return {role: role == "student" or self.mode != "frozen" for role in pyramid.ROLES}
+
+    def loss(self, models, batch, num_items=None, stage=1):
+        """`pyramid.loss` as stage `stage`, from 1, has it."""
+        options = self.loss_options() | {"mode": self.mode, "weight": nth(self.stage_weights, stage - 1)}
+        return pyramid.loss(models, batch, num_items=num_items, **options)
+
+    def epochs_of(self, stage):
+        return nth(self.stage_epochs, stage - 1) if self.stage_epochs else self.num_train_epochs
+
+
+@dataclass
+class TernaryConfig(CoupledConfig):
+    """Options of TernaryTrainer."""
+
+    form: str = option(
+        "two_teachers",
+        "What is coupled: two teachers and a student, three models, or one pair by three terms.",
+        ternary.FORMS,
+    )
+    teachers: str = option("frozen", "Whether teachers learn too, by their own cross entropy.", ternary.TEACHERS)
+    source_weights: list[float] = option(
+        [1.0], "Times the divergences: one number for all, or one per source (one_pair: forward and reverse)."
+    )
+    between: float = option(0.0, "Times the divergences between two live teachers.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.rehearse(self.loss)
+
+    def roles(self):
+        """{role: whether it learns}, in the order of the models."""
+        live = self.form == "mutual" or self.teachers == "live"
+        return {role: live or role == "student" for role in ternary.roles(self.form)}
+
+    def loss(self, models, batch, num_items=None):
+        """`ternary.loss` with these options."""
+        weight = self.source_weights[0] if len(self.source_weights) == 1 else self.source_weights
+        options = self.loss_options() | {"weight": weight} | self.of(("form", "teachers", "between"))
+        return ternary.loss(models, batch, num_items=num_items, **options)
+
+
+def nth(numbers, place):
+    """The number in this place, from 0; the last holds on."""
+    return numbers[min(place, len(numbers) - 1)]

@@ -1,0 +1,226 @@
+"""Several models in one training: what the pyramid's stages and the ternary refinement share."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import set_seed
+from transformers.trainer_callback import ProgressCallback
+
+from .collator import QuestionCollator
+from .family import check_heads
+from .head import LanguageHead, answers, plain
+from .rounds import is_finished
+from .trainer import AnswerTrainer
+
+DONE = "done.json"  # in the folder of a finished training, written last: what it was, and what it logged
+
+
+class CoupledModels(torch.nn.Module):
+    """Models and their loss as one module, so that whatever wraps it (DDP, autocast) sees all that is used.
+
+    Args:
+        models: {role: model}, in the order of the loss's models.
+        learns: {role: whether the model is trained}. The others are run in eval mode, their weights not trainable.
+        loss: function from (functions of a batch, batch, num_items) to (scalar, dict of per-row metrics).
+    """
+
+    def __init__(self, models, learns, loss):
+        super().__init__()
+        self.models = torch.nn.ModuleDict(models)
+        self.learning = [role for role in models if learns[role]]
+        self.loss = loss
+        self.heads = [LanguageHead(model) for model in models.values()]
+        self.functions = [answers(model, head=head) for model, head in zip(models.values(), self.heads, strict=True)]
+        for role, model in models.items():
+            if role not in self.learning:
+                model.requires_grad_(False)
+
+    def forward(self, batch, num_items=None):
+        return self.loss(self.functions, batch, num_items)
+
+    def verify(self, batch):
+        """See that the heads are what they seem. Not in forward: autocast would keep what it casts without gradient."""
+        for model, head in zip(self.models.values(), self.heads, strict=True):
+            if not head.verified:
+                head.verify(model, batch, plain(model).config)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for role, model in self.models.items():
+            if role not in self.learning:
+                model.eval()
+        return self
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **others):
+        for role in self.learning:
+            model = self.models[role]
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs, **others)
+            if isinstance(model, PeftModel) and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+                model.enable_input_require_grads()
+
+
+class CoupledTrainer(AnswerTrainer):
+    """Trainer of CoupledModels: a learning rate, a gradient norm and a folder for each model that learns.
+
+    Args:
+        models: {role: model}.
+        args: CoupledConfig.
+        loss: as CoupledModels takes it.
+        rates: {role: learning rate}.
+        marks: dict that every entry of the log gets.
+        data_collator: default: QuestionCollator(processing_class, answers=True), if that is a processor.
+        others: as in Trainer.
+
+    Raises:
+        ValueError: on models that are one object, a head with fewer words than the tokenizer, FSDP or DeepSpeed.
+    """
+
+    def __init__(self, models, args, loss, rates, *, marks=None, data_collator=None, processing_class=None, **others):
+        if len({id(model) for model in models.values()}) < len(models):
+            raise ValueError(f"the models {', '.join(models)} must be different objects: one stands at two places")
+        if data_collator is None and hasattr(processing_class, "tokenizer"):
+            data_collator = QuestionCollator(processing_class, answers=True)
+        check_heads(models, processing_class)
+        self.rates, self.marks, self.norms = rates, marks or {}, {}
+        module = CoupledModels(models, args.roles(), loss)
+        super().__init__(module, args, data_collator=data_collator, processing_class=processing_class, **others)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("FSDP and DeepSpeed split weights that the coupled loss reads whole: use DDP")
+
+    def train(self, resume_from_checkpoint=None, **others):
+        """Trainer.train. True for resume_from_checkpoint takes the last checkpoint that is whole; one that stands at
+        the end is loaded, and nothing trained: then None is returned."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        if checkpoint and is_finished(checkpoint):
+            self._load_from_checkpoint(checkpoint)
+            self.state = type(self.state).load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                self._load_best_model()
+            return None
+        set_seed(self.args.seed)
+        return super().train(resume_from_checkpoint=checkpoint or None, **others)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.model.verify(inputs)
+        value, metrics = model(inputs, num_items_in_batch)
+        self.note(metrics)
+        value = self.over_processes(value, num_items_in_batch)
+        return (value, {"loss": value}) if return_outputs else value
+
+    def log(self, logs, *rest):
+        if "grad_norm" in logs:
+            logs |= {f"{role}_grad_norm": norm.item() for role, norm in self.norms.items()}
+        logs |= self.marks
+        super().log(logs, *rest)
+
+    # each model its own optimization
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            groups, optimizer.param_groups = optimizer.param_groups, []
+            for group in groups:
+                for role in self.model.learning:
+                    own = {id(parameter) for parameter in self.model.models[role].parameters()}
+                    chosen = [parameter for parameter in group["params"] if id(parameter) in own]
+                    if chosen:
+                        optimizer.add_param_group(group | {"params": chosen, "lr": self.rates[role]})
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        return self.clip(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return self.clip(float("inf")) if grad_norm is None else grad_norm
+
+    def clip(self, largest):
+        """Clip the gradient of each model by itself: the norm of one must not scale another. Returns that of all."""
+        self.accelerator.unscale_gradients()
+        for role in self.model.learning:
+            self.norms[role] = torch.nn.utils.clip_grad_norm_(self.model.models[role].parameters(), largest)
+        return torch.stack(list(self.norms.values())).norm()
+
+    # each model its own folder. Trainer has no public hook for what a checkpoint holds: these stand in its way.
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            self.save_models(output_dir or self.args.output_dir)
+
+    def save_models(self, folder):
+        """Every model that learns as an ordinary folder of its role in this one, with the processor."""
+        for role in self.model.learning:
+            save_model(self.model.models[role], Path(folder) / role, self.processing_class)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        for role in self.model.learning:
+            restore(self.model.models[role], Path(resume_from_checkpoint) / role)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def finish(self, folder, **about):
+        """Save the models in this folder, and then that they are finished."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(folder)
+            self.save_models(folder)
+            part = folder / f"{DONE}.partial"
+            part.write_text(json.dumps(about | {"history": self.state.log_history}))
+            os.replace(part, folder / DONE)
+        self.accelerator.wait_for_everyone()
+
+
+class TitledBar(ProgressCallback):
+    """Trainer's progress bar, with a name."""
+
+    def __init__(self, title):
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(self, args, state, control, **others):
+        super().on_train_begin(args, state, control, **others)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+
+def finished(folder):
+    """What `finish` wrote, or None."""
+    file = Path(folder) / DONE
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def save_model(model, folder, processor=None):
+    """An ordinary Hugging Face folder, or a PEFT adapter, with the processor."""
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def restore(model, folder):
+    """Weights from a folder that `save_model` wrote into a model like the one that was saved."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), model.active_adapters[0])
+    else:
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
+def last_checkpoint(folder):
+    """The last checkpoint in a folder that is whole: Trainer writes its state last. None if there is none."""
+    checkpoints = Path(folder).glob("checkpoint-*")
+    whole = [one for one in checkpoints if is_whole(one)]
+    return str(max(whole, key=lambda one: int(one.name.removeprefix("checkpoint-")))) if whole else None
+
+
+def is_whole(checkpoint):
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True

@@ -1,0 +1,142 @@
+"""Models of one family: loading them by name, and whether one batch means the same to all."""
+
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    set_seed,
+)
+
+from .adapter import check_adapter, seed_adapter
+from .head import LanguageHead, plain
+
+# of an image processor: what it is called says nothing about the pixels it makes
+KINDS = ("image_processor_type", "processor_class", "auto_map")
+
+
+def is_adapter(name):
+    return (Path(name).expanduser() / "adapter_config.json").is_file()
+
+
+def base_of(name):
+    """The model that an adapter stands on, or the name itself."""
+    return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter(name) else name
+
+
+def load_model(name, dtype="auto"):
+    """A model with a language-model head from a folder or a Hub name, or a PEFT adapter on its model, trainable.
+
+    Raises:
+        OSError: no model under that name.
+        ValueError: a model without a language-model head.
+    """
+    base = base_of(name)
+    kind = AutoModelForImageTextToText if is_visual(base) else AutoModelForCausalLM
+    model = kind.from_pretrained(base, dtype=dtype)
+    return PeftModel.from_pretrained(model, name, is_trainable=True) if is_adapter(name) else model
+
+
+def is_visual(name):
+    return type(AutoConfig.from_pretrained(name)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def trainable(model, args, peft_config=None):
+    """The model as it is trained: its frozen weights frozen, with a LoRA adapter if one is asked for.
+
+    Args:
+        model: a Hugging Face model, or a PEFT model, whose own adapter is trained.
+        args: CoupledConfig.
+        peft_config: an adapter of the caller's own making instead of LoRA of rank args.lora_r.
+
+    Raises:
+        ValueError: if there is no head, nothing to train, an adapter on an adapter, or a text of args.frozen that is in
+            the name of no weight.
+    """
+    LanguageHead(model)
+    names = [name for name, _ in plain(model).named_parameters()]
+    for text in args.frozen or ():
+        if not any(text in name for name in names):
+            raise ValueError(f"frozen: {text!r} is in the name of no weight of {type(plain(model)).__name__}")
+    for name, parameter in model.named_parameters():
+        if any(text in name for text in args.frozen or ()):
+            parameter.requires_grad_(False)
+    if not isinstance(model, PeftModel) and (peft_config is not None or args.lora_r is not None):
+        set_seed(args.seed)  # the adapter starts from the same numbers in every process and every run
+        lora = {"alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
+        model = get_peft_model(model, peft_config or seed_adapter(model, r=args.lora_r, **lora))
+    elif isinstance(model, PeftModel) and peft_config is not None:
+        raise ValueError("the model has an adapter already: pass either the bare model or no peft_config")
+    if isinstance(model, PeftModel):
+        check_adapter(model, 1)
+    elif not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"no weight of {type(model).__name__} is trainable")
+    return model
+
+
+def check_family(names, processor=None):
+    """The processor that makes the batches of these models, after a look that it means the same to all of them.
+
+    Args:
+        names: folders or Hub names.
+        processor: of the batches; None: that of the first name.
+
+    Raises:
+        OSError: no model or processor under a name.
+        ValueError: tokenizers that number words differently, or image processors that differ; names and words are told.
+    """
+    if not names:
+        return processor
+    for name in names:
+        AutoConfig.from_pretrained(base_of(name))
+    found = [(name, AutoProcessor.from_pretrained(base_of(name))) for name in names]
+    first = ("processing_class", processor) if processor is not None else found[0]
+    for other in found:
+        check_words(first, other)
+        check_pixels(first, other)
+    return first[1]
+
+
+def check_words(first, second):
+    """Two (name, processor or tokenizer) number the same words the same way."""
+    one, two = (getattr(processor, "tokenizer", processor).get_vocab() for _, processor in (first, second))
+    differ = sorted(word for word in one.keys() | two.keys() if one.get(word) != two.get(word))
+    if differ:
+        word = differ[0]
+        numbers = [vocab.get(word, "missing") for vocab in (one, two)]
+        raise ValueError(
+            f"the tokenizers of {first[0]!r} and {second[0]!r} differ in {len(differ)} of {len(one)} and {len(two)} "
+            f"words, e.g. {word!r} ({numbers[0]} and {numbers[1]}): models can be coupled over one vocabulary only"
+        )
+
+
+def check_pixels(first, second):
+    """Two (name, processor) make the same pixels of an image, as far as both tell."""
+    made = [getattr(processor, "image_processor", None) for _, processor in (first, second)]
+    if None in made:
+        return
+    one, two = (processor.to_dict() for processor in made)
+    differ = [name for name in one if name in two and one[name] != two[name] and name not in KINDS]
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"the image processors of {first[0]!r} and {second[0]!r} differ in {', '.join(differ)} ({name}: "
+            f"{one[name]!r} and {two[name]!r}): one batch cannot serve both models"
+        )
+
+
+def check_heads(models, processor):
+    """Every head of {role: model} has a word for each of the tokenizer's."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "get_vocab"):
+        return
+    for role, model in models.items():
+        words = len(LanguageHead(model).base().weight)
+        if words < len(tokenizer):
+            raise ValueError(
+                f"the head of the {role} has {words} words, the tokenizer {len(tokenizer)}: another family"
+            )

@@ -1,0 +1,79 @@
+"""The ternary refinement as a Trainer."""
+
+from pathlib import Path
+
+from .config import TernaryConfig
+from .coupled import CoupledTrainer, save_model
+from .family import check_family, load_model, trainable
+
+
+class TernaryTrainer(CoupledTrainer):
+    """Trainer of three coupled parties: reconstruction of HKD4VLM's ternary-coupled refinement distillation
+    (arXiv:2506.13038). The student is meant to come from the pyramid.
+
+    Args:
+        models: in the order of TernaryConfig.form: [teacher1, teacher2, student] (two_teachers), three models (mutual)
+            or [teacher, student] (one_pair); each a folder or Hub name of a model or a PEFT adapter, or a Hugging Face
+            model. Weights of those that do not learn are left asking for no gradient.
+        args: TernaryConfig.
+        data_collator: default: QuestionCollator(processing_class, answers=True).
+        train_dataset, eval_dataset, callbacks, optimizers, ...: as in Trainer.
+        processing_class: the processor of the batches, saved with the models; default: that of the first name.
+        peft_config: an adapter of the caller's own making for all models that learn, or a list with one or None for
+            each of the models.
+
+    Raises:
+        ValueError: before any work: another number of models than the form couples, a model twice, tokenizers or image
+            processors that differ (both named); at the first batch, a head that is not what it seems.
+        OSError: before any work: no model under a name.
+
+    Checkpoints hold each model that learns in a folder of its role. save_model(folder) writes the student as an
+    ordinary Hugging Face folder, or a PEFT adapter with lora_r; in mutual form all three, each in a folder of its role.
+
+    Logged beside the loss as by PyramidTrainer, e.g. student_divergence_teacher1.
+    """
+
+    def __init__(
+        self,
+        models,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        **others,
+    ):
+        args = TernaryConfig("ternary") if args is None else args
+        if not isinstance(args, TernaryConfig):
+            raise TypeError(f"args must be a TernaryConfig, got {type(args).__name__}")
+        roles = args.roles()
+        if isinstance(models, str) or len(models) != len(roles):
+            raise ValueError(f"form {args.form!r} couples {len(roles)} models ({', '.join(roles)}), got {models!r}")
+        adapters = list(peft_config) if isinstance(peft_config, (list, tuple)) else [peft_config] * len(roles)
+        if len(adapters) != len(roles):
+            raise ValueError(f"peft_config must be one or {len(roles)}, one per model, got {len(adapters)}")
+        names = [str(model) for model in models if isinstance(model, (str, Path))]
+        processing_class = check_family(names, processing_class)
+        made = {}
+        for (role, learns), model, adapter in zip(roles.items(), models, adapters, strict=True):
+            model = load_model(str(model), args.dtype) if isinstance(model, (str, Path)) else model
+            made[role] = trainable(model, args, adapter) if learns else model
+        super().__init__(
+            made,
+            args,
+            args.loss,
+            {role: args.rate_of(place) for place, role in enumerate(roles)},
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **others,
+        )
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        student = self.model.models["student"] if "student" in self.model.models else None
+        if _internal_call or student is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            save_model(student, output_dir or self.args.output_dir, self.processing_class)
