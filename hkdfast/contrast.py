@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from . import operators
 from . import tiles as loop
-from .backends import find
 from .checks import (
     check_labels,
     check_options,
@@ -140,31 +140,22 @@ def contrast(
     check_labels(labels, lead, device)
     check_target(law, labels)
     noisy, draws = disturbed(purified.noisy)
-    objective = Objective(temperature=float(temperature), law=law, teacher=transform_of(purified.clean), noisy=noisy)
-    n, compute = math.prod(lead), loop.autocast_dtype(device)
+    clean = transform_of(purified.clean)
+    # the student, which contrast does not read, too: torch.compile cannot follow a default that is an object
+    objective = Objective(temperature=float(temperature), law=law, student=clean, teacher=clean, noisy=noisy)
+    n, alpha = math.prod(lead), purified.alpha
+    tensors = [tuple(t if t is None else t.detach() for t in parts(branch, n)) for branch in branches]
+    call = loop.Call(
+        parties=(loop.Party((0,)), loop.Party(tuple(range(1, len(branches))), draws)),
+        lessons=(loop.Lesson(0, 0, 1, objective, None if alpha is None else 0),),
+        labels=labels if labels is None else labels.reshape(n).contiguous(),
+        alphas=[] if alpha is None else [alpha.reshape(n).contiguous()],
+        vocab=words,
+        compute=loop.autocast_dtype(device),
+        tiles=tiles,
+        memory=None if memory is None else int(memory),
+        backend=backend,
+    )
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        labels, alpha = (t if t is None else t.reshape(n).contiguous() for t in (labels, purified.alpha))
-        loop.check_labels(labels, objective.ignore_index, words)
-        tensors = [parts(branch, n) for branch in branches]
-        memory = loop.room(memory, device, [head for _, head, _ in tensors], draws, False)
-        parties = loop.Party((0,)), loop.Party(tuple(range(1, len(branches))), draws)
-        clean, noisy = sides = [loop.side_of(party, tensors, words, compute, tiles, memory) for party in parties]
-        dtype = torch.promote_types(clean.dtype, torch.float32)
-        alpha = alpha if alpha is None else alpha.to(dtype)
-        out = torch.empty(n, words, dtype=dtype, device=device)
-        step = loop.plan(sides, n, memory)
-        for one in sides:
-            one.allocate(min(step, n))
-        module = find(device, dtype, backend)
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            block = slice(start, stop)
-            module.contrast(
-                objective,
-                clean.tile(start, stop),
-                noisy.tile(start, stop),
-                None if alpha is None else alpha[block],
-                None if labels is None else labels[block],
-                out[block],
-            )
+        out = (operators if torch.compiler.is_compiling() else loop).contrast(call, tensors)
     return out.reshape(*lead, words)

@@ -1,6 +1,6 @@
-"""The tile loop as a torch.library operator: opaque to torch.compile, with a fake implementation.
+"""The tile loop as torch.library operators: opaque to torch.compile, with fake implementations.
 
-Eager calls go to tiles.run itself, so that FLOP counters and profilers see its matrix products.
+Eager calls go to the loop itself, so that FLOP counters and profilers see its matrix products.
 """
 
 import torch
@@ -49,32 +49,33 @@ def decoded(text, numbers):
     return tuple(parties), tuple(lessons)
 
 
-def run(call, tensors, weight, wants, metrics):
-    """tiles.run through the operator."""
+def asked(call, tensors):
+    """What both operators take first: tensors, labels, alphas, the text and its numbers."""
     text, numbers = encoded(call)
     one = torch.ones((), dtype=torch.float64)
+    # a product with a tensor is what keeps torch.compile from a graph for each value of a number
+    numbers = torch.stack([one * number for number in numbers])
     xs, weights, biases = ([given[i] for given in tensors] for i in range(3))
-    loss, table, grads = distill(
-        xs,
-        weights,
-        biases,
-        call.labels,
-        weight,
-        call.alphas,
-        text,
-        # a product with a tensor is what keeps torch.compile from a graph for each value of a number
-        torch.stack([one * number for number in numbers]),
-        call.vocab,
-        call.compute,
-        [want for three in wants for want in three],
-        metrics,
-        call.tiles,
-        call.memory,
-        call.backend,
-    )
+    return xs, weights, biases, call.labels, call.alphas, text, numbers
+
+
+def settings(call):
+    """And last."""
+    return call.vocab, call.compute, call.tiles, call.memory, call.backend
+
+
+def run(call, tensors, weight, wants, metrics):
+    """tiles.run through the operator."""
+    flat = [want for three in wants for want in three]
+    loss, table, grads = distill(*asked(call, tensors), weight, flat, metrics, *settings(call))
     given = iter(grads)
     triples = [[next(given) if want else None for want in three] for three in wants]
     return loss, table if metrics else None, triples
+
+
+def contrast(call, tensors):
+    """tiles.contrast through the operator."""
+    return contrast_op(*asked(call, tensors), *settings(call))
 
 
 @torch.library.custom_op("hkdfast::distill", mutates_args=())
@@ -83,20 +84,19 @@ def distill(
     weights: list[Tensor | None],
     biases: list[Tensor | None],
     labels: Tensor | None,
-    weight: Tensor | None,
     alphas: list[Tensor],
     lessons: str,
     numbers: Tensor,
-    vocab: int,
-    compute: torch.dtype | None,
+    weight: Tensor | None,
     wants: list[bool],
     metrics: bool,
+    vocab: int,
+    compute: torch.dtype | None,
     tiling: str,
     memory: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    parties, asked = decoded(lessons, numbers.tolist())
-    call = tiles.Call(parties, asked, labels, alphas, vocab, compute, tiling, memory, backend)
+    call = tiles.Call(*decoded(lessons, numbers.tolist()), labels, alphas, vocab, compute, tiling, memory, backend)
     threes = [wants[i : i + 3] for i in range(0, len(wants), 3)]
     tensors = list(zip(xs, weights, biases, strict=True))
     with autograd_keys(), torch.no_grad(), torch.autocast(xs[0].device.type, enabled=False):
@@ -105,23 +105,49 @@ def distill(
     return loss, loss.new_empty(0) if table is None else table, given
 
 
+def exact(x, head):
+    """dtype of the numbers that come of a source: float32, or float64."""
+    return torch.promote_types(x.dtype if head is None else head.dtype, torch.float32)
+
+
 @distill.register_fake
-def _(xs, weights, biases, labels, weight, alphas, lessons, numbers, vocab, compute, wants, metrics, *loop):
-    parties, asked = decoded(lessons, [0.0] * len(numbers))
+def _(xs, weights, biases, labels, alphas, lessons, numbers, weight, wants, metrics, *loop):
+    parties, lessons = decoded(lessons, [0.0] * len(numbers))
     n, places = xs[0].shape[0], [party.branches[0] for party in parties]
-
-    def exact(place):
-        return torch.promote_types(xs[place].dtype if weights[place] is None else weights[place].dtype, torch.float32)
-
-    widest = [exact(places[lesson.student]) for lesson in asked]
-    wide = torch.float64 if torch.float64 in widest else torch.float32
+    students = [places[lesson.student] for lesson in lessons]
+    wide = torch.float64 if torch.float64 in [exact(xs[i], weights[i]) for i in students] else torch.float32
     grads = []
     for party, place in enumerate(places):
         x, head = xs[place], weights[place]
         shapes = (x.shape,) if head is None else (x.shape, head.shape, head.shape[:1])
-        kept = exact(place) if head is not None or x.dtype == torch.float16 else x.dtype
+        kept = exact(x, head) if head is not None or x.dtype == torch.float16 else x.dtype
         asked_for = wants[3 * party : 3 * party + len(shapes)]
         grads += [x.new_empty(shape, dtype=kept) for shape, want in zip(shapes, asked_for, strict=True) if want]
-    loss = xs[0].new_empty((len(asked), n), dtype=wide)
-    shape = (len(asked), len(METRICS), n) if metrics else (0,)
+    loss = xs[0].new_empty((len(lessons), n), dtype=wide)
+    shape = (len(lessons), len(METRICS), n) if metrics else (0,)
     return loss, xs[0].new_empty(shape, dtype=wide), grads
+
+
+@torch.library.custom_op("hkdfast::contrast", mutates_args=())
+def contrast_op(
+    xs: list[Tensor],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
+    labels: Tensor | None,
+    alphas: list[Tensor],
+    lessons: str,
+    numbers: Tensor,
+    vocab: int,
+    compute: torch.dtype | None,
+    tiling: str,
+    memory: int | None,
+    backend: str | None,
+) -> Tensor:
+    call = tiles.Call(*decoded(lessons, numbers.tolist()), labels, alphas, vocab, compute, tiling, memory, backend)
+    with torch.no_grad(), torch.autocast(xs[0].device.type, enabled=False):
+        return tiles.contrast(call, list(zip(xs, weights, biases, strict=True)))
+
+
+@contrast_op.register_fake
+def _(xs, weights, biases, labels, alphas, lessons, numbers, vocab, *loop):
+    return xs[0].new_empty((xs[0].shape[0], vocab), dtype=exact(xs[0], weights[0]))

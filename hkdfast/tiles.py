@@ -219,3 +219,31 @@ def run(call, tensors, weight, wants, metrics):
         table = table if table is None else table.new_zeros(*table.shape[:2], n).index_copy_(2, index, table)
     grads = [sides[place].gradients() if place in trained else (None, None, None) for place in range(len(sides))]
     return loss, table, grads
+
+
+def contrast(call, tensors):
+    """Purified log-probabilities (N, vocab) of the one lesson's teacher, float32 or better."""
+    (lesson,), labels, alphas = call.lessons, call.labels, call.alphas
+    check_labels(labels, lesson.objective.ignore_index, call.vocab)
+    n, device = len(tensors[0][0]), tensors[0][0].device
+    averaged = any(party.draws for party in call.parties)
+    memory = room(call.memory, device, [head for _, head, _ in tensors], averaged, False)
+    sides = [side_of(party, tensors, call.vocab, call.compute, call.tiles, memory) for party in call.parties]
+    clean, noisy = sides[lesson.teacher], sides[lesson.noisy]
+    dtype = torch.promote_types(clean.dtype, torch.float32)
+    alpha = None if lesson.alpha is None else alphas[lesson.alpha].to(dtype)
+    out = torch.empty(n, call.vocab, dtype=dtype, device=device)
+    module = find(device, dtype, call.backend)
+    step = plan(sides, n, memory)
+    for one in sides:
+        one.allocate(min(step, n))
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        module.contrast(
+            lesson.objective,
+            clean.tile(start, stop),
+            noisy.tile(start, stop),
+            *(None if t is None else t[start:stop] for t in (alpha, labels)),
+            out[start:stop],
+        )
+    return out

@@ -8,9 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import leaves, off, with_gradients
 
-from hkdfast import Edge, Head, contrast, coupled_loss, distill_loss, purify, tiles
+from hkdfast import Head, contrast, distill_loss, purify, tiles
 from hkdfast.objective import Law, Objective, Transform
-from hkdfast.operators import decoded, distill, encoded
+from hkdfast.operators import contrast_op, decoded, distill, encoded
 
 N, H, HT, V = 6, 8, 5, 40
 LABELS = torch.tensor([3, -100, 0, 39, -100, 7])
@@ -59,14 +59,14 @@ def args(kind, dtype=torch.float32, purified=False, labelled=False, weighted=Fal
     return (
         *(list(tensors) for tensors in zip(*(parts(one) for one in branches), strict=True)),
         LABELS if labelled else None,
-        torch.ones(N) if weighted else None,
         [],
         text,
         torch.tensor(numbers, dtype=torch.float64),
-        V,
-        None,
+        torch.ones(N) if weighted else None,
         [wants, wants and kind == "heads", wants and kind == "heads"] + 3 * [False] * (len(parties) - 1),
         metrics,
+        V,
+        None,
         "float32",
         None,
         None,
@@ -89,6 +89,26 @@ def args(kind, dtype=torch.float32, purified=False, labelled=False, weighted=Fal
 )
 def test_the_operator_passes_opcheck(options, kind):
     torch.library.opcheck(distill, args(kind, **options))
+
+
+@pytest.mark.parametrize("kind", ["logits", "heads"])
+def test_the_operator_of_decoding_passes_opcheck(kind):
+    told = args(kind, purified=True, labelled=True)
+    torch.library.opcheck(contrast_op, (*told[:7], *told[10:]))
+
+
+@pytest.mark.parametrize("kind", ["logits", "heads"])
+def test_decoding_compiles_as_one_graph(kind):
+    """With a weight for each row, several draws and a temperature; the same numbers as eagerly, bit for bit."""
+    student, teacher = pair(kind)
+    clean, noisy = (student, [student, student]) if kind == "heads" else (student, [teacher, student])
+
+    def decode(clean, noisy, alpha, temperature):
+        return contrast(purify(clean, noisy, alpha, plausibility=0.1, outside="drop"), temperature=temperature)
+
+    whole = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    for alpha, temperature in ((torch.linspace(0, 2, N), 1.0), (torch.linspace(0, 1, N), 0.5)):
+        assert torch.equal(whole(clean, noisy, alpha, temperature), decode(clean, noisy, alpha, temperature))
 
 
 @pytest.mark.parametrize("kind", ["logits", "heads"])
