@@ -156,11 +156,16 @@ def shuffled(question, answer, rng, fixed=()):
     n = len(question.options)
     if answer is not None and not 0 <= answer < n:
         raise ValueError(f"answer is option {answer}, expected 0 to {n - 1} or None")
-    stay = kept(question.options, fixed)
-    free = [option for option in shifts(n, "none", stay)[0] if option not in stay]
-    order = moved(n, stay, rng.sample(free, len(free)))
+    order = drawn(question.options, rng, fixed)
     options = tuple(question.options[option] for option in order)
     return replace(question, options=options), None if answer is None else order.index(answer)
+
+
+def drawn(options, rng, fixed=()):
+    """A random order of options, order[place] = option, as `shuffled` puts them."""
+    stay = kept(options, fixed)
+    free = [option for option in shifts(len(options), "none", stay)[0] if option not in stay]
+    return moved(len(options), stay, rng.sample(free, len(free)))
 
 
 def answer(
