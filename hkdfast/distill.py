@@ -149,6 +149,8 @@ def coupled_loss(
 
     Every model's tile is made once per block of rows, whatever the number of edges: 3 products through the head of a
     trained model, 2 with a frozen head, 1 of a model that only teaches; 3K for K trained models, never K(K-1) pairs.
+    Where gradient tiles are of 16 bits (bf16 heads on CUDA, narrow tiles) one that several edges add to is rounded with
+    each: error 2.6e-3 near convergence against 2.2e-3 for one edge, more where the edges pull against each other.
 
     Args:
         heads: K sources of the same rows: logits (..., V) or `Head` of any hidden size, with its own scale and softcap.
