@@ -1,12 +1,7 @@
 """SeedTrainer from end to end: rounds, resuming, two processes, a user's own files, the command."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -20,8 +15,6 @@ from hkdfast import cli
 from hkdfast.evaluate.decoding import Decoding
 from hkdfast.hf import QuestionCollator, SeedTrainer, as_teacher, seed_adapter
 from hkdfast.hf.answer import reply
-
-ROOT = Path(__file__).parent.parent
 
 
 def trainer_of(folder, batch, adapter=None, **options):
@@ -175,22 +168,6 @@ def test_a_trainer_runs_its_rounds_once(evolved):
 # two processes
 
 
-WORKER = """
-import sys
-sys.path[:0] = {path!r}
-import torch, zoo
-torch.set_num_threads(1)
-import test_hf
-trainer, steps = test_hf.train({folder!r}, zoo.batch(size=8, answers=2), adapter=test_hf.noisy_adapter,
-    ddp_backend="gloo", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
-if trainer.is_world_process_zero():
-    torch.save((steps, trainer.state.log_history), {folder!r} + "/found.pt")
-# in order: a process whose peer is gone while its own group still lives is aborted by gloo
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
 def test_two_processes_are_one_large_batch(tmp_path):
     import test_hf
 
@@ -198,20 +175,16 @@ def test_two_processes_are_one_large_batch(tmp_path):
     trainer, expected = test_hf.train(
         tmp_path / "one", batch, adapter=test_hf.noisy_adapter, per_device_train_batch_size=8, max_steps=2
     )
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(path=[str(ROOT), str(ROOT / "tests")], folder=str(tmp_path)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, script], env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
-        )
-        for rank in "01"
-    ]
-    errors = [worker.communicate(timeout=300)[1].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(error[-2000:] for error in errors)
+    zoo.two_processes(
+        tmp_path,
+        """
+import test_hf
+trainer, steps = test_hf.train(FOLDER, zoo.batch(size=8, answers=2), adapter=test_hf.noisy_adapter,
+    ddp_backend="gloo", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+if trainer.is_world_process_zero():
+    torch.save((steps, trainer.state.log_history), FOLDER + "/found.pt")
+""",
+    )
     steps, history = torch.load(tmp_path / "found.pt")
     for ours, theirs in zip(steps, expected, strict=True):
         scale = max(grad.abs().max() for grad in theirs.values())

@@ -1,5 +1,11 @@
 """Tiny vision-language models with random weights, their processors and pictures: all made offline in milliseconds."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -247,3 +253,35 @@ def config(folder, **options):
     """A SeedConfig of one quiet step on the CPU, unless the options say otherwise."""
     quiet = dict(use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=1, learning_rate=1e-3)
     return SeedConfig(str(folder), **(quiet | options))
+
+
+WORKER = """
+import sys
+sys.path[:0] = {path!r}
+import torch, zoo
+torch.set_num_threads(1)
+FOLDER = {folder!r}
+{body}
+# in order: a process whose peer is gone while its own group still lives is aborted by gloo
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def two_processes(folder, body):
+    """Run Python code, which knows torch, zoo and FOLDER, in two processes that form a group."""
+    tests = Path(__file__).parent
+    script = folder / "worker.py"
+    script.write_text(WORKER.format(path=[str(tests.parent), str(tests)], folder=str(folder), body=body))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, script], env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
+        )
+        for rank in "01"
+    ]
+    errors = [worker.communicate(timeout=300)[1].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(error[-2000:] for error in errors)
