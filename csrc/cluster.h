@@ -59,6 +59,7 @@ struct Facts {
   generic::Contrast contrast;
   float peak_q, peak_p, shift, floor;
   float share_q, share_p, share_q_low, share_p_low;  // 1 / sum in two floats
+  float rest_q, rest_p, rest_gap, tilt;              // where a tilt is kept: bits beside the origins, the tilt taken off
   float slope, slope_low, soft_by, hard_by, peak_1, share_1;
   int blank;  // the row's gradient is 0
 };

@@ -38,6 +38,8 @@ class RowLoop {
   using F = std::conditional_t<PLAIN, Fast, float>;
   using W = LaneWords<PLAIN>;
   static constexpr bool distils = !std::is_same_v<Divergence, Decode>;
+  static constexpr bool keeps = PLAIN && Tilt<Divergence>::kept;
+  static constexpr float tilt_scale = 256;  // of what is kept: bits up to 200 in a format that ends at 65504
   static constexpr Mean mean = Divergence::mean;
   static constexpr bool mean_q = mean == Mean::gap_under_q, mean_p = mean == Mean::gap_under_p;
 
@@ -111,9 +113,47 @@ class RowLoop {
     if (!PURIFIED) return y;
     const W disturbed = noisy(at, begin, word);
 #pragma unroll
-    for (int k = 0; k < W::count; ++k)
-      y.of[k] = contrast(y.of[k] - contrast.clean_peak, disturbed.of[k] - contrast.noisy_peak);
+    for (int k = 0; k < W::count; ++k) y.of[k] -= contrast.clean_peak;
+    if (task_.law.plausibility == 0) {
+#pragma unroll
+      for (int k = 0; k < W::count; ++k) y.of[k] = contrast.odds(y.of[k], disturbed.of[k] - contrast.noisy_peak);
+    } else {
+#pragma unroll
+      for (int k = 0; k < W::count; ++k) y.of[k] = contrast(y.of[k], disturbed.of[k] - contrast.noisy_peak);
+    }
     return y;
+  }
+
+  // Likewise, in the sweeps after the first that has asked: of plain tiles the contrast lies, as floats, in the place of the
+  // two branches that it was made from.
+  static constexpr bool keeps_contrast = PLAIN && PURIFIED;
+  HKDFAST_HD void keep_contrast(int at, int word, const W& y) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Eight four;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) four.of[k] = bits_of(y.of[4 * i + k]);
+      write_eight(eight_at(1 + i, at, word), four);
+    }
+  }
+  HKDFAST_HD W teacher_again(int at, int begin, int word, const Contrast& contrast) const {
+    if constexpr (keeps_contrast) {
+      W y;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Eight four = read_eight(eight_at(1 + i, at, word));
+#pragma unroll
+        for (int k = 0; k < 4; ++k) y.of[4 * i + k] = float_of(four.of[k]);
+      }
+      return y;
+    } else {
+      return teacher(at, begin, word, contrast);
+    }
+  }
+
+  // A lane's 16 bytes of a step of a plain tile.
+  HKDFAST_HD Eight* eight_at(int tile, int at, int word) const {
+    return &team_.template at<Eight>(at + task_.plan.tile_at[tile] + 2 * (word + W::place(team_.lane(), 0)));
   }
 
   // A number of global memory, for the few that a row needs by name.
@@ -165,7 +205,7 @@ class RowLoop {
   // A step of both sides; the sides are student and (purified) teacher.
   template <bool WITH_Q, bool WITH_P>
   HKDFAST_HD void take_both(Pair& r, const W& x, const W& y, int base) const {
-    const bool with_moment = measured(), with_first = measured() || mean_q;
+    const bool with_moment = measured(), with_first = measured() || mean_q || keeps;
     F to_q[W::count], to_p[W::count];
     float by = 0;  // how far the student's origin moves, less how far the teacher's does
     if (WITH_Q) {
@@ -346,18 +386,19 @@ class RowLoop {
     if (leader()) facts().peak_p = finite(all.side[1].peak), facts().shift = static_cast<float>(log(all.side[1].sum));
     team_.sync_block();
     const float peak = facts().peak_p, log_sum = facts().shift;
+    const Stored out = stored();
     sweep<false, true>([&](int at, int begin, int word) {
       W z = teacher(at, begin, word, contrast);
 #pragma unroll
       for (int k = 0; k < W::count; ++k) z.of[k] = (z.of[k] - peak) * scale_.by - log_sum;
-      store(begin + word, z);
+      out.store(begin + word, z);
     });
   }
 
   // The words of a step as a divergence wants them.
   struct Compare {
     Scale scale;
-    float peak_q, peak_p, share_q, share_p, share_q_low, share_p_low, shift, floor;
+    Facts f;
     bool floored;
 
     // A share rounded to float would make every p off by the same part, which total variation sees near convergence.
@@ -366,18 +407,22 @@ class RowLoop {
     }
 
     HKDFAST_HD Word<F> operator()(float x, float y) const {
-      const float to_q = x - peak_q;
-      float to_p = y - peak_p;
-      if (floored && x > -INFINITY && !(to_p > floor)) to_p = floor;
-      return {shared(exp_(F(to_p), scale.rate), share_p, share_p_low), shared(exp_(F(to_q), scale.rate), share_q, share_q_low),
-              fused(to_p - to_q, scale.by, -shift)};
+      const float to_q = x - f.peak_q;
+      float to_p = y - f.peak_p;
+      if (floored && x > -INFINITY && !(to_p > f.floor)) to_p = f.floor;
+      return {shared(exp_(F(to_p), scale.rate), f.share_p, f.share_p_low), shared(exp_(F(to_q), scale.rate), f.share_q, f.share_q_low),
+              fused(to_p - to_q, scale.by, -f.shift)};
+    }
+
+    // With logs_facts.
+    HKDFAST_HD float log_q(float x) const { return fused(x - f.peak_q, scale.rate.high, -f.rest_q); }
+    HKDFAST_HD Logs logs(float x, float y) const {
+      const float to_q = x - f.peak_q, to_p = y - f.peak_p;
+      return {fused(to_p, scale.rate.high, -f.rest_p), log_q(x), fused(to_p - to_q, scale.rate.high, -f.rest_gap)};
     }
   };
 
-  HKDFAST_HD Compare compare() const {
-    const Facts& f = facts();
-    return {scale_, f.peak_q, f.peak_p, f.share_q, f.share_p, f.share_q_low, f.share_p_low, f.shift, f.floor, floored()};
-  }
+  HKDFAST_HD Compare compare() const { return {scale_, facts(), floored()}; }
 
   struct Terms {
     double value = 0, slope = 0, share = 0;  // sums over the row; share: of q
@@ -390,6 +435,7 @@ class RowLoop {
     const auto both = [&](int at, int begin, int word) {
       const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
       take_both<true, true>(r, x, y, begin + word);
+      if constexpr (keeps_contrast) keep_contrast(at, word, y);
     };
     if (mean_known() && !wanted)
       sweep<!PURIFIED, true>(both);
@@ -404,16 +450,30 @@ class RowLoop {
       const Compare words = compare();
       Careful value, slope, share;
       const auto terms = [&](int at, int begin, int word) {
-        const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
-        F values[W::count], slopes[W::count], shares[W::count];
+        const W x = student(at, begin, word), y = teacher_again(at, begin, word, contrast);
+        if constexpr (keeps) {
+          const Tilt<Divergence> tilted(divergence_);
+          float values = 0, slopes = 0;
+          W tilts;
 #pragma unroll
-        for (int k = 0; k < W::count; ++k) {
-          const Word<F> w = words(x.of[k], y.of[k]);
-          const Term<F> term = divergence_(w);
-          values[k] = term.value, slopes[k] = term.slope, shares[k] = w.q;
+          for (int k = 0; k < W::count; ++k) {
+            const Tilted t = tilted(words.logs(x.of[k], y.of[k]));
+            tilts.of[k] = fused(t.tilt, tilt_scale, -words.f.tilt);
+            values = fused(t.weight, t.value, values), slopes = fused(t.q, tilts.of[k], slopes);
+          }
+          value.add(values), slope.add(slopes);
+          if (wanted) keep(at, word, tilts);
+        } else {
+          F values[W::count], slopes[W::count], shares[W::count];
+#pragma unroll
+          for (int k = 0; k < W::count; ++k) {
+            const Word<F> w = words(x.of[k], y.of[k]);
+            const Term<F> term = divergence_(w);
+            values[k] = term.value, slopes[k] = term.slope, shares[k] = w.q;
+          }
+          value.add(total(values)), slope.add(total(slopes));
+          if (!PLAIN) share.add(total(shares));
         }
-        value.add(total(values)), slope.add(total(slopes));
-        if (!PLAIN) share.add(total(shares));
       };
       if (wanted)
         sweep<false, false>(terms);
@@ -438,10 +498,33 @@ class RowLoop {
     const Softmax &q = found.side[0], &p = found.side[1];
     Facts& f = facts();
     f.peak_q = finite(q.peak), f.peak_p = finite(p.peak);
+    if constexpr (keeps) {
+      logs_facts(q, p);
+      return;
+    }
     f.share_q = static_cast<float>(1 / q.sum), f.share_q_low = static_cast<float>(1 / q.sum - f.share_q);
     f.share_p = static_cast<float>(1 / p.sum), f.share_p_low = static_cast<float>(1 / p.sum - f.share_p);
     f.shift = static_cast<float>(log(p.sum / q.sum));
     f.floor = floored() ? static_cast<float>((task_.floor + log(p.sum)) * task_.temperature) : -INFINITY;
+  }
+
+  // The logarithm of a sum of float is rounded, which would make every p off by the same part. So most of it goes into the
+  // origin, in parts of 2^-12, with which distances are still exact, and a small rest remains.
+  HKDFAST_HD void logs_facts(const Softmax& q, const Softmax& p) {
+    Facts& f = facts();
+    const double rate = scale_.rate.high;
+    double rest[2];
+    const Softmax* const sides[] = {&q, &p};
+    float* const origins[] = {&f.peak_q, &f.peak_p};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const double bits = log2(sides[i]->sum), part = floor((bits < 16 * rate ? bits / rate : 16) * 4096) / 4096;
+      *origins[i] += static_cast<float>(part);
+      rest[i] = bits - part * rate;
+    }
+    f.rest_q = static_cast<float>(rest[0]), f.rest_p = static_cast<float>(rest[1]);
+    f.rest_gap = static_cast<float>(rest[1] - rest[0]);
+    f.tilt = Tilt<Divergence>(divergence_)(compare().logs(q.peak, q.mate)).tilt * tilt_scale;
   }
 
   // Loss and metrics of the row, and what its gradient is made of.
@@ -456,10 +539,11 @@ class RowLoop {
         value = divergence_.total(gap / task_.temperature - apart).value;
       }
     }
+    if constexpr (keeps) value *= Tilt<Divergence>(divergence_).value_unit();
     // a divergence is never negative; near 0 the sum of its rounded terms can be
     if (value < 0) value = 0;
-    // a NaN among the logits is one in these, whatever a divergence selects
-    if (q.sum != q.sum || p.sum != p.sum) value = NAN;
+    // a NaN among the logits is one in these, whatever a divergence selects; they are 0 if every word is masked
+    if (!(q.sum > 0) || !(p.sum > 0)) value = NAN;
     const double sum_at_1 = apart() ? q.sum_at_1 : q.sum;
     const double target = hard() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
     const float loss = static_cast<float>(task_.soft_weight * value - (task_.hard_weight != 0 ? task_.hard_weight * target : 0));
@@ -475,7 +559,7 @@ class RowLoop {
     const float weight = task_.weight ? task_.weight[row_] : 1.f;
     f.blank = !(loss * weight - loss * weight == 0.f);
     // The q of a row are rounded and do not add up to 1. The gradient must add up to 0 for all that.
-    const double known_q = PLAIN ? f.share_q * q.sum : 1, known_p = PLAIN ? f.share_p * p.sum : 1;
+    const double known_q = PLAIN && !keeps ? f.share_q * q.sum : 1, known_p = PLAIN && !keeps ? f.share_p * p.sum : 1;
     const double sum_q = PLAIN || mean_known() ? known_q : sums.share;
     double slope = (mean_known() && mean_p ? known_q - known_p : sums.slope) / sum_q;
     if (mean_known() && mean_q) {
@@ -486,6 +570,7 @@ class RowLoop {
     }
     f.slope = static_cast<float>(slope), f.slope_low = static_cast<float>(slope - f.slope);
     f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
+    if constexpr (keeps) f.soft_by *= static_cast<float>(Tilt<Divergence>(divergence_).slope_unit() / tilt_scale);
     f.hard_by = hard() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
     f.peak_1 = f.peak_q, f.share_1 = static_cast<float>(1 / sum_at_1);
   }
@@ -493,19 +578,32 @@ class RowLoop {
   HKDFAST_HD void gradient(const Contrast& contrast) {
     const Compare words = compare();
     const Facts f = facts();
+    const Stored out = stored();
     const int label = hard() && f.hard_by != 0.f ? static_cast<int>(task_.labels[row_] < 0 ? 0 : task_.labels[row_]) : -1;
     sweep<false, true>([&](int at, int begin, int word) {
+      if (f.blank) {
+        if (!task_.accumulate) out.store(begin + word, W());
+        return;
+      }
       W before;
-      if (task_.accumulate) before = kept(begin + word);  // first: it is long under way
-      const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
+      if (task_.accumulate) before = out.load(begin + word);  // first: it is long under way
+      const W x = student(at, begin, word);
       W g;
+      if constexpr (keeps) {
+        const W tilts = kept(at, word);
 #pragma unroll
-      for (int k = 0; k < W::count; ++k) {
-        // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
-        const Word<F> w = words(x.of[k], y.of[k]);
-        float slope = fused(plain(w.q), -f.slope, plain(divergence_(w).slope));
-        if (!PLAIN) slope = fused(plain(w.q), -f.slope_low, slope);
-        g.of[k] = slope * f.soft_by;
+        for (int k = 0; k < W::count; ++k)
+          g.of[k] = approximate_exp2(words.log_q(x.of[k])) * fused(tilts.of[k], f.soft_by, -f.slope * f.soft_by);
+      } else {
+        const W y = teacher_again(at, begin, word, contrast);
+#pragma unroll
+        for (int k = 0; k < W::count; ++k) {
+          // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
+          const Word<F> w = words(x.of[k], y.of[k]);
+          float slope = fused(plain(w.q), -f.slope, plain(divergence_(w).slope));
+          if (!PLAIN) slope = fused(plain(w.q), -f.slope_low, slope);
+          g.of[k] = slope * f.soft_by;
+        }
       }
       if (!PLAIN && label >= 0) {
         const Scale at_1(1);
@@ -516,13 +614,28 @@ class RowLoop {
         }
       }
       if (!PLAIN) backward(x, g);
-      if (f.blank) g = W();
       if (task_.accumulate) {
 #pragma unroll
         for (int k = 0; k < W::count; ++k) g.of[k] += before.of[k];
       }
-      store(begin + word, g);
+      out.store(begin + word, g);
     });
+  }
+
+  // In the place of the teacher's words, which the gradient does without.
+  HKDFAST_HD void keep(int at, int word, const W& x) const {
+    Eight eight;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) eight.of[k] = two_fp16(x.of[2 * k], x.of[2 * k + 1]);
+    write_eight(eight_at(1, at, word), eight);
+  }
+  HKDFAST_HD W kept(int at, int word) const {
+    const Eight eight = read_eight(eight_at(1, at, word));
+    W x;
+#pragma unroll
+    for (int k = 0; k < W::count; ++k)
+      x.of[k] = number(static_cast<std::uint16_t>(eight.of[k / 2] >> 16 * (k % 2)), Dtype::float16);
+    return x;
   }
 
   // From logits back to the tile's numbers.
@@ -540,14 +653,21 @@ class RowLoop {
     }
   }
 
-  HKDFAST_HD Dtype grad_dtype() const { return PLAIN ? Dtype::bfloat16 : task_.grad.dtype; }
-  HKDFAST_HD char* grad_at(int base) const {
-    const int size = grad_dtype() == Dtype::float32 ? 4 : 2;
-    return static_cast<char*>(task_.grad.data) + (row_ * task_.grad.stride + base) * size;
-  }
-  HKDFAST_HD W kept(int base) const { return read_global<PLAIN>(team_, grad_at(base), grad_dtype(), task_.vocab - base); }
-  HKDFAST_HD void store(int base, const W& x) const {
-    write(team_, grad_at(base), grad_dtype(), task_.vocab - base, x);
+  // Where a row of the gradient, or of a contrast, lies.
+  struct Stored {
+    const Team& team;
+    int vocab, size;
+    Dtype dtype;
+    char* row;
+
+    HKDFAST_HD W load(int base) const { return read_global<PLAIN>(team, row + base * size, dtype, vocab - base); }
+    HKDFAST_HD void store(int base, const W& x) const { write(team, row + base * size, dtype, vocab - base, x); }
+  };
+  HKDFAST_HD Stored stored() const {
+    const Tile& to = task_.grad;
+    const Dtype dtype = PLAIN ? Dtype::bfloat16 : to.dtype;
+    const int size = dtype == Dtype::float32 ? 4 : 2;
+    return {team_, task_.vocab, size, dtype, static_cast<char*>(to.data) + row_ * to.stride * size};
   }
 
   HKDFAST_HD void blank() {
@@ -555,7 +675,7 @@ class RowLoop {
       task_.loss[row_] = 0;
       for (int i = 0; measured() && i < 7; ++i) task_.metrics[i * task_.n + row_] = 0;
     }
-    if (task_.grad.data && !task_.accumulate) ring_.template each_step<W::step>([&](int base) { store(base, W()); });
+    if (task_.grad.data && !task_.accumulate) ring_.template each_step<W::step>([out = stored()](int base) { out.store(base, W()); });
   }
 
   Team& team_;

@@ -70,15 +70,6 @@ HKDFAST_HD Fast absolute(Fast a) { return fabsf(a.x); }
 HKDFAST_HD Fast fused(Fast a, Fast b, Fast c) { return fused(a.x, b.x, c.x); }
 HKDFAST_HD Fast exp_(Fast d, Rate rate) { return approximate_exp2(d.x * rate.high); }
 
-// The logarithm of a rounded sum, and what the rounding lost; near 0 the series, to which no absolute error adds.
-HKDFAST_HD Fast log1p_(Fast a) {
-  const float x = a.x, sum = 1.f + x, far = fused(approximate_log2(sum), 0.693147181f, x - (sum - 1.f));
-  float series = fused(x, 0.2f, -0.25f);
-  series = fused(series, x, 0.333333333f);
-  series = fused(series, x, -0.5f);
-  return select(x > -0.03125f && x < 0.03125f, fused(series, x * x, x), far);
-}
-
 HKDFAST_HD Fast expm1_(Fast a) {
   const float x = a.x;
   float series = fused(x, 0.00833333333f, 0.0416666667f);
@@ -90,23 +81,79 @@ HKDFAST_HD Fast expm1_(Fast a) {
 HKDFAST_HD float plain(float x) { return x; }
 HKDFAST_HD float plain(Fast x) { return x.x; }
 
-// As in divergence.h, with the ratio of p and q straight from the gap, by two approximate functions. The gap is
-// bounded, so that a word that one side lacks costs it 0 without a selection.
-template <>
-struct Mixture<Fast> {
-  Fast m, p_log_p_m, q_log_q_m;
+// A word's mixture, as Mixture in divergence.h but in bits, with the ratio of p and q straight from the gap, by two
+// approximate functions. The gap is bounded, so that a word that one side lacks costs it 0 without a selection.
+struct Blend {
+  bool teacher_larger;
+  float larger, distance, ratio;  // of p and q; the smaller is ratio times the larger
+  float part, m;                  // what the smaller adds to the mixture, and the mixture, in units of the larger
+  float log_m;                    // of m
 
-  HKDFAST_HD Mixture(Word<Fast> w, float beta) {
-    const float p = w.p.x, q = w.q.x, distance = fminf(fabsf(w.gap.x), 200.f), larger = fmaxf(p, q);
-    const bool teacher_larger = w.gap.x > 0.f;
-    const float ratio = approximate_exp2(distance * -1.44269504f);
-    const float x = (teacher_larger ? 1.f - beta : beta) * (ratio - 1.f), sum = 1.f + x;
-    const float log_m = fused(approximate_log2(sum), 0.693147181f, x - (sum - 1.f));  // less that of the larger
-    const float of_larger = larger > 0.f ? larger * -log_m : 0.f, of_smaller = larger * ratio * (-log_m - distance);
-    m = fused(beta, p, (1.f - beta) * q);
-    p_log_p_m = teacher_larger ? of_larger : of_smaller;
-    q_log_q_m = teacher_larger ? of_smaller : of_larger;
+  HKDFAST_HD Blend(float larger, float gap, float beta) : larger(larger) {
+    teacher_larger = gap > 0.f;
+    distance = fminf(fabsf(gap), 200.f);
+    ratio = approximate_exp2(-distance);
+    part = (teacher_larger ? 1.f - beta : beta) * ratio;
+    m = part + (teacher_larger ? beta : 1.f - beta);
+    log_m = approximate_log2(m);
   }
+  HKDFAST_HD float p() const { return teacher_larger ? larger : larger * ratio; }
+  HKDFAST_HD float q() const { return teacher_larger ? larger * ratio : larger; }
+  HKDFAST_HD float log_m_over_p() const { return log_m + (teacher_larger ? 0.f : distance); }
+  HKDFAST_HD float log_m_over_q() const { return log_m + (teacher_larger ? distance : 0.f); }
+};
+
+constexpr float nats_of_a_bit = 0.693147181f, bits_of_a_nat = 1.44269504f;
+
+template <>
+HKDFAST_HD Term<Fast> SkewKL::operator()(Word<Fast> w) const {
+  const Blend b(fmaxf(w.p.x, w.q.x), w.gap.x * bits_of_a_nat, beta);
+  return {b.p() * (-nats_of_a_bit * b.log_m_over_p()), (beta - 1.f) * b.larger * approximate_quotient(b.ratio, b.m)};
+}
+
+// Divergences whose slope is q times a tilt that rounds to 16 bits without harm, once that of the student's most probable
+// word is taken off: then the sweep that sums the terms keeps it for the gradient.
+template <class Divergence>
+struct Tilt {
+  static constexpr bool kept = false;
+};
+
+struct Logs {
+  float p, q, gap;  // logarithms in bits; gap as in Word
+};
+
+// A word's value is weight * value, its slope q * tilt, each in a unit of the divergence.
+struct Tilted {
+  float weight, value, q, tilt;
+};
+
+template <>
+struct Tilt<JensenShannon> {
+  static constexpr bool kept = true;
+  float beta;
+
+  HKDFAST_HD explicit Tilt(JensenShannon divergence) : beta(divergence.beta) {}
+  HKDFAST_HD Tilted operator()(const Logs& log) const {
+    const Blend b(approximate_exp2(fmaxf(log.p, log.q)), log.gap, beta);
+    return {b.larger, fused(b.m, b.log_m, b.part * b.distance), b.q(), b.log_m_over_q()};
+  }
+  HKDFAST_HD double value_unit() const { return -nats_of_a_bit; }
+  HKDFAST_HD double slope_unit() const { return (beta - 1.) * nats_of_a_bit; }
+};
+
+template <>
+struct Tilt<SkewReverseKL> {
+  static constexpr bool kept = true;
+  float beta;
+
+  HKDFAST_HD explicit Tilt(SkewReverseKL divergence) : beta(divergence.beta) {}
+  HKDFAST_HD Tilted operator()(const Logs& log) const {
+    const Blend b(approximate_exp2(fmaxf(log.p, log.q)), log.gap, beta);
+    const float p_over_m = approximate_quotient(b.teacher_larger ? 1.f : b.ratio, b.m), q = b.q();
+    return {q, b.log_m_over_q(), q, fused(p_over_m, -bits_of_a_nat * beta, b.log_m_over_q())};
+  }
+  HKDFAST_HD double value_unit() const { return -nats_of_a_bit; }
+  HKDFAST_HD double slope_unit() const { return -nats_of_a_bit; }
 };
 
 }  // namespace HKDFAST_ISA

@@ -41,6 +41,16 @@ HKDFAST_HD std::uint32_t two_bf16(float low, float high) {
 #endif
 }
 
+HKDFAST_HD std::uint32_t two_fp16(float low, float high) {
+#ifdef __CUDA_ARCH__
+  std::uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  return two;
+#else
+  return to_fp16(low) | static_cast<std::uint32_t>(to_fp16(high)) << 16;
+#endif
+}
+
 HKDFAST_HD std::uint16_t narrow(float x, Dtype dtype) {
   if (dtype == Dtype::bfloat16) return static_cast<std::uint16_t>(two_bf16(x, 0.f));
 #ifdef __CUDA_ARCH__
@@ -62,13 +72,30 @@ HKDFAST_HD LaneWords<true> unpacked(const Eight& eight) {
   return x;
 }
 
+// In one access: a copy of the struct is taken apart by the compiler, and four accesses meet in the banks of shared memory.
+HKDFAST_HD Eight read_eight(const void* from) {
+#ifdef __CUDA_ARCH__
+  const uint4 four = *static_cast<const uint4*>(from);
+  return {{four.x, four.y, four.z, four.w}};
+#else
+  return *static_cast<const Eight*>(from);
+#endif
+}
+HKDFAST_HD void write_eight(void* to, const Eight& eight) {
+#ifdef __CUDA_ARCH__
+  *static_cast<uint4*>(to) = make_uint4(eight.of[0], eight.of[1], eight.of[2], eight.of[3]);
+#else
+  *static_cast<Eight*>(to) = eight;
+#endif
+}
+
 // A lane's words of the step that begins at this offset of shared memory.
 template <bool PLAIN, class Team>
 HKDFAST_HD LaneWords<PLAIN> read(const Team& team, int at, Dtype dtype) {
   using W = LaneWords<PLAIN>;
   W x;
   if constexpr (PLAIN) {
-    x = unpacked(team.template at<Eight>(at + 2 * W::place(team.lane(), 0)));
+    x = unpacked(read_eight(&team.template at<Eight>(at + 2 * W::place(team.lane(), 0))));
   } else if (dtype == Dtype::float32) {
 #pragma unroll
     for (int k = 0; k < W::count; ++k) x.of[k] = team.template at<float>(at + 4 * W::place(team.lane(), k));
@@ -86,7 +113,7 @@ HKDFAST_HD LaneWords<PLAIN> read_global(const Team& team, const char* from, Dtyp
   using W = LaneWords<PLAIN>;
   const int lane = team.lane();
   if constexpr (PLAIN)
-    if (exist >= W::step) return unpacked(*reinterpret_cast<const Eight*>(from + 2 * W::place(lane, 0)));
+    if (exist >= W::step) return unpacked(read_eight(from + 2 * W::place(lane, 0)));
   W x = W();
 #pragma unroll
   for (int k = 0; k < W::count; ++k) {
@@ -109,7 +136,7 @@ HKDFAST_HD void write(const Team& team, char* to, Dtype dtype, int exist, const 
     Eight eight;
 #pragma unroll
     for (int k = 0; k < 4; ++k) eight.of[k] = two_bf16(x.of[2 * k % W::count], x.of[(2 * k + 1) % W::count]);
-    *reinterpret_cast<Eight*>(to + 2 * W::place(lane, 0)) = eight;
+    write_eight(to + 2 * W::place(lane, 0), eight);
     return;
   }
 #pragma unroll
