@@ -9,7 +9,7 @@ from .evaluate import command as evaluate
 EXPLAIN = argparse.ArgumentDefaultsHelpFormatter
 COMMANDS = {
     "seed": "distil a vision-language model's hallucinations out of it (SEED)",
-    "evaluate": "score a model, or answers that exist, on POPE or MME",
+    "evaluate": "score a model, or answers that exist, on POPE, MME or multiple choice",
     "doctor": "what is installed here, which backends run, and why one does not",
     "demo": "distill_loss against plain PyTorch on this machine: time, error, memory",
     "bench": "run the speed benchmarks of a checkout",
