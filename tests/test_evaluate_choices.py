@@ -451,7 +451,7 @@ def home(tmp_path_factory):
     for i in range(3):
         zoo.picture(i).save(home / f"images/{i}.png")
     images = [f"{i % 3}.png" for i in range(7)]
-    claims = [f"There is {('a cat', 'no dog', 'one cow')[i % 3]} in the image" for i in range(7)]
+    claims = [f"There is {('a cat', 'no dog', 'one cow')[i // 3]} in the image" for i in range(7)]
     records = asked("ABCDABC", images=images)
     write(home / "claims.json", [replace(one, statement=claims[i]) for i, one in enumerate(records)])
     options = ("a cat", "one dog", "the cow", NONE)
