@@ -1,6 +1,7 @@
 """The command hkdfast. A subcommand is `add_arguments(parser, ...)` and `run(args)` of the module that does it."""
 
 import argparse
+import importlib
 import sys
 
 from . import __version__, bench, demo, doctor, extras
@@ -9,11 +10,13 @@ from .evaluate import command as evaluate
 EXPLAIN = argparse.ArgumentDefaultsHelpFormatter
 COMMANDS = {
     "seed": "distil a vision-language model's hallucinations out of it (SEED)",
+    "hkd": "distil a chain of vision-language models into its smallest (HKD4VLM)",
     "evaluate": "score a model, or answers that exist, on POPE, MME or multiple choice",
     "doctor": "what is installed here, which backends run, and why one does not",
     "demo": "distill_loss against plain PyTorch on this machine: time, error, memory",
     "bench": "run the speed benchmarks of a checkout",
 }
+TRAINING = {"seed": ".hf.command", "hkd": ".hf.hkd_command"}  # modules that need transformers
 
 
 def main(argv=None):
@@ -34,7 +37,7 @@ def main(argv=None):
 
 
 def make_parser(argv):
-    """The parser of all commands. That of `seed` is filled only when it is asked for: it may need transformers."""
+    """The parser of all commands. Those that train are filled only when they are asked for: they need transformers."""
     parser = argparse.ArgumentParser("hkdfast", description="Distillation of language and vision-language models.")
     parser.add_argument("--version", action="version", version=f"hkdfast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -47,9 +50,9 @@ def make_parser(argv):
     for name, module in (("doctor", doctor), ("demo", demo), ("bench", bench)):
         module.add_arguments(made[name])
         made[name].set_defaults(run=module.run)
-    if next((word for word in argv if not word.startswith("-")), None) == "seed":
-        from .hf import command as seed
-
-        seed.add_arguments(made["seed"])
-        made["seed"].set_defaults(run=seed.run)
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    if asked in TRAINING:
+        module = importlib.import_module(TRAINING[asked], __package__)
+        module.add_arguments(made[asked])
+        made[asked].set_defaults(run=module.run)
     return parser

@@ -43,11 +43,16 @@ def add_arguments(parser):
         metavar="TEXT",
         help='options that keep their letter; without it "No hallucination", with no text none',
     )
+    add_inference(parser)
+
+
+def add_inference(parser, names=tuple(HELP)):
+    """Options of how questions are asked and answered: these fields of Inference."""
     for option in fields(Inference):
-        if option.name in HELP:
+        if option.name in names:
             kind = type(option.default) if option.name not in ("shifts", "template") else number_or_text
             how = {"type": kind, "default": option.default, "choices": WORDS.get(option.name)}
-            add("--" + option.name.replace("_", "-"), help=HELP[option.name], **how)
+            parser.add_argument("--" + option.name.replace("_", "-"), help=HELP[option.name], **how)
 
 
 def run(args):

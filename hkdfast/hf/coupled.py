@@ -70,6 +70,7 @@ class CoupledTrainer(AnswerTrainer):
         args: CoupledConfig.
         loss: as CoupledModels takes it.
         rates: {role: learning rate}.
+        title: of the progress bar.
         marks: dict that every entry of the log gets.
         data_collator: default: QuestionCollator(processing_class, answers=True), if that is a processor.
         others: as in Trainer.
@@ -78,7 +79,9 @@ class CoupledTrainer(AnswerTrainer):
         ValueError: on models that are one object, a head with fewer words than the tokenizer, FSDP or DeepSpeed.
     """
 
-    def __init__(self, models, args, loss, rates, *, marks=None, data_collator=None, processing_class=None, **others):
+    def __init__(
+        self, models, args, loss, rates, *, title=None, marks=None, data_collator=None, processing_class=None, **others
+    ):
         if len({id(model) for model in models.values()}) < len(models):
             raise ValueError(f"the models {', '.join(models)} must be different objects: one stands at two places")
         if data_collator is None and hasattr(processing_class, "tokenizer"):
@@ -87,6 +90,8 @@ class CoupledTrainer(AnswerTrainer):
         self.rates, self.marks, self.norms = rates, marks or {}, {}
         module = CoupledModels(models, args.roles(), loss)
         super().__init__(module, args, data_collator=data_collator, processing_class=processing_class, **others)
+        if title and self.pop_callback(ProgressCallback):
+            self.add_callback(TitledBar(title))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed split weights that the coupled loss reads whole: use DDP")
 

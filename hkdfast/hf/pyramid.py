@@ -5,10 +5,8 @@ import gc
 from functools import partial
 from pathlib import Path
 
-from transformers.trainer_callback import ProgressCallback
-
 from .config import PyramidConfig
-from .coupled import DONE, CoupledTrainer, TitledBar, finished, last_checkpoint, restore, save_model
+from .coupled import DONE, CoupledTrainer, finished, last_checkpoint, restore, save_model
 from .family import check_family, load_model, trainable
 
 
@@ -155,12 +153,11 @@ class PyramidTrainer:
             args,
             partial(args.loss, stage=stage),
             {"teacher": args.rate_of(stage - 1), "student": args.rate_of(stage)},
+            title=f"pyramid, stage {stage} of {self.stages}",
             marks={"stage": stage},
             callbacks=[*self.callbacks],
             **self.data,
         )
-        if trainer.pop_callback(ProgressCallback) is not None:
-            trainer.add_callback(TitledBar(f"stage {stage} of {self.stages}"))
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
         trainer.finish(args.output_dir, stage=stage, models=self.names)
         trainer.accelerator.free_memory()

@@ -64,6 +64,7 @@ class TernaryTrainer(CoupledTrainer):
             args,
             args.loss,
             {role: args.rate_of(place) for place, role in enumerate(roles)},
+            title="ternary refinement",
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

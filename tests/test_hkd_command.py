@@ -1,0 +1,217 @@
+"""hkdfast hkd from files to scores: both tracks, adapters, a killed run, bad input."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+import transformers as hf
+import zoo
+from test_hf_hkd import sized
+from zoo import one_thread  # noqa: F401
+
+from hkdfast import cli
+from hkdfast.evaluate.choices import Record, write
+from hkdfast.evaluate.tasks import NONE, TASKS
+from hkdfast.hf import hkd_command
+from hkdfast.hf.coupled import CoupledTrainer
+from hkdfast.hf.hkd_command import Together, examples, product
+
+WORDS = (*"bcd.,", "claim", "context", "caption", "true", "false", "partially", "not", "verifiable", "letter", "red")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Folders of three models, images, and questions of both tasks with and without answers."""
+    torch.set_num_threads(1)
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo, "WORDS", zoo.WORDS + WORDS)
+        for place, name in enumerate(("large", "medium", "small")):
+            sized(place).save_pretrained(home / name)
+            zoo.processor().save_pretrained(home / name)
+    (home / "images").mkdir()
+    for i in range(4):
+        zoo.picture(i).save(home / f"images/{i}.png")
+    phrases = ("a cat", "one dog", "the cow"), ("a word", "the dog", "no cat")
+    captions = [
+        Record(
+            "hallucination", f"{i % 4}.png", ", ".join(phrases[i % 2]), "", "?", (*phrases[i % 2], NONE),
+            "ABCD"[i % 4], f"c{i}",
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    claims = [
+        Record("factcheck", f"{i % 4}.png", "a red cat", "one cow", "?", TASKS["factcheck"].options, "ABCD"[i % 4], i)
+        for i in range(6)
+    ]
+    for name, records in (("captions", captions), ("claims", claims)):
+        write(home / f"{name}.json", records)
+        write(home / f"{name}-bare.json", [Record(**vars(one) | {"answer": None}) for one in records[:4]])
+    return home
+
+
+FEW = ("--use-cpu", "--per-device-train-batch-size", "3", "--logging-steps", "1", "--learning-rate", "1e-3")
+
+
+def hkd(home, output, *options, data="captions.json", task="hallucination", models=("large", "medium", "small")):
+    paths = ["--models", *(str(home / name) for name in models), "--images", str(home / "images")]
+    paths += ["--data", str(home / data), "--output", str(output), "--task", task]
+    return cli.main(["hkd", *paths, *FEW, *map(str, options)])
+
+
+def scores(output):
+    found = json.loads((output / "scores.json").read_text())
+    (answers,) = (output / "scores.answers").glob("*.json")
+    return found, json.loads(answers.read_text())
+
+
+def weights(folder):
+    return hf.LlavaForConditionalGeneration.from_pretrained(folder).state_dict()
+
+
+def test_a_track_from_files_to_scores(home, tmp_path, capfd):
+    more = ("--unlabelled", home / "captions-bare.json", "--rewrites", 1, "--dev", home / "captions.json")
+    augment = ("--augment", "shuffle", "flip", "crop", "color", "paraphrase", "--stage-epochs", 1, 2)
+    assert hkd(home, tmp_path / "out", *more, *augment) == 0
+    shown = capfd.readouterr()
+    for title in ("pyramid, stage 1 of 2", "pyramid, stage 2 of 2", "ternary refinement"):
+        assert title in shown.err
+    assert "ternary/student" in shown.out and "micro_f1" in shown.out
+    found, answers = scores(tmp_path / "out")
+    (found,) = found["sets"].values()
+    assert found["mean"]["questions"] == 6 and "shift" in found
+    assert [one["question_id"] for one in answers] == [f"c{i}" for i in range(6)]
+    assert all(one["choice"] in "ABCD" for one in answers)
+    out = tmp_path / "out"
+    before, stage, after = (
+        weights(folder) for folder in (home / "small", out / "pyramid/stage-2/student", out / "ternary/student")
+    )
+    name = "lm_head.weight"
+    assert not torch.equal(before[name], stage[name]) and not torch.equal(stage[name], after[name])
+    history = json.loads((out / "ternary/done.json").read_text())["history"]
+    assert "student_divergence_teacher2" in history[0]
+    steps = [json.loads((out / f"pyramid/stage-{k}/done.json").read_text())["history"][-1]["step"] for k in (1, 2)]
+    assert steps == [6, 12]  # sixteen examples by three, once and twice
+
+
+def test_adapters_on_the_other_track(home, tmp_path, capfd):
+    options = ("--lora-r", 4, "--form", "one_pair", "--dev", home / "claims.json", "--learning-rates", 1e-3, 1e-2)
+    assert hkd(home, tmp_path / "out", *options, data="claims.json", task="factcheck", models=("large", "small")) == 0
+    adapter = tmp_path / "out/ternary/student"
+    assert peft.PeftConfig.from_pretrained(adapter).base_model_name_or_path == str(home / "small")
+    found, _ = scores(tmp_path / "out")
+    assert (found["model"], found["adapter"]) == (str(home / "small"), str(adapter))
+    rates = json.loads((tmp_path / "out/ternary/done.json").read_text())["history"][0]["learning_rate"]
+    assert rates == 1e-2
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    """A run that nobody stops, and its options."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = ("--dev", home / "captions.json", "--save-steps", 1)
+    assert hkd(home, folder / "out", *options) == 0
+    return folder / "out", options
+
+
+@pytest.mark.parametrize("where", ["stage 2", "ternary", "answers"])
+def test_a_killed_run_resumes_without_losing_a_stage(home, whole, tmp_path, monkeypatch, where):
+    (whole, options), part = whole, tmp_path / "part"
+
+    def kill(*args, **others):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if where == "answers":
+            patch.setattr(hkd_command.choices_command, "run", kill)
+        else:
+            saving = CoupledTrainer._save_checkpoint
+
+            def save(trainer, *args):
+                saving(trainer, *args)
+                if trainer.marks.get("stage") == (2 if where == "stage 2" else None):
+                    raise Killed
+
+            patch.setattr(CoupledTrainer, "_save_checkpoint", save)
+        with pytest.raises(Killed):
+            hkd(home, part, *options)
+    stamps = {each: each.stat().st_mtime_ns for each in part.glob("*/**/done.json")}
+    assert len(stamps) == {"stage 2": 1, "ternary": 2, "answers": 3}[where]
+    assert hkd(home, part, *options) == 2  # not without being told
+    assert hkd(home, part, *options, "--resume") == 0
+    assert all(each.stat().st_mtime_ns == stamp for each, stamp in stamps.items())
+    ours, theirs = (weights(folder / "ternary/student") for folder in (part, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert scores(part)[1] == scores(whole)[1]
+
+
+def test_help_explains_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["hkd", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    parser = cli.make_parser(["hkd"])._subparsers._group_actions[0].choices["hkd"]
+    for action in parser._actions[1:]:
+        assert action.help and action.option_strings[0] in text
+        if not action.required:
+            assert f"(default: {action.default})" in text
+
+
+def test_each_refined_model_is_the_pyramids_product(tmp_path):
+    for folder in ("stage-1/student", "stage-2/teacher", "stage-2/student"):
+        (tmp_path / folder).mkdir(parents=True)
+    found = [product(["a", "b", "c"], tmp_path, place) for place in range(3)]
+    assert found == ["a", *(str(tmp_path / folder) for folder in ("stage-2/teacher", "stage-2/student"))]
+
+
+def test_examples_change_with_the_epoch(home):
+    parser = cli.make_parser(["hkd"])
+    paths = ["--data", home / "captions.json", "--images", home / "images", "--models", "a", "b", "--output", "c"]
+    args = parser.parse_args(["hkd", *map(str, paths), "--task", "hallucination", "--rewrites", "2"])
+    data = examples(args)
+    assert isinstance(data, Together) and len(data) == 18
+    first = [data[i]["text"] for i in range(18)]
+    assert [data[i]["text"] for i in range(18)] == first
+    data.set_epoch(1)
+    assert [data[i]["text"] for i in range(18)] != first
+    assert [data[i]["answer"] is None for i in range(18)] == [False] * 6 + [True] * 12  # the rewrites
+
+
+def test_bad_input_is_told_before_anything_is_written(home, tmp_path, capsys):
+    lines = json.loads((home / "captions.json").read_text())
+    del lines[3]["correct_choice"]
+    (tmp_path / "bare.json").write_text(json.dumps(lines))
+    shutil.copytree(home / "images", tmp_path / "corrupt")
+    (tmp_path / "corrupt/3.png").write_bytes((home / "images/3.png").read_bytes()[:200])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    zoo.processor().save_pretrained(shutil.copytree(home / "small", tmp_path / "other"))
+    cases = [
+        (dict(models=("large",)), (), "at least two"),
+        (dict(models=("large", "small")), (), "--form one_pair"),
+        (dict(models=("large", "medium", tmp_path / "other")), (), "tokenizers"),
+        (dict(models=("large", "medium", "nowhere")), (), "nowhere"),
+        (dict(data=tmp_path / "bare.json"), (), "entry 4"),
+        (dict(data="none.json"), (), "none.json"),
+        ({}, ("--images", tmp_path / "corrupt"), "3.png"),
+        ({}, ("--unlabelled", tmp_path / "none.json"), "none.json"),
+        ({}, ("--dev", tmp_path / "bare.json"), "1 of 6 questions have no answer"),
+        ({}, ("--stage-weights", "-1"), "stage_weights"),
+        ({}, ("--source-weights", "1", "1", "1"), "teacher1, teacher2"),
+        ({}, ("--temperature", "0"), "temperature"),
+        ({}, ("--rewrites", "-1"), "--rewrites"),
+        (dict(data="claims.json", task="factcheck"), ("--rewrites", "1"), "--rewrites"),
+        ({}, ("--template", "9"), "template 9"),
+        ({}, ("--dev", home / "captions.json", "--shifts", "99"), "shifts is 99"),
+    ]
+    for paths, options, told in cases:
+        assert hkd(home, tmp_path / "out", *options, **paths) == 2, (paths, options)
+        assert told in capsys.readouterr().err, (paths, options, told)
+        assert not (tmp_path / "out").exists(), (paths, options)
+    assert hkd(home, tmp_path / "full") == 2
+    assert "full" in capsys.readouterr().err and (tmp_path / "full/file").read_text() == "mine"
