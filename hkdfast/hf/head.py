@@ -16,7 +16,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from ..seed import answer_rows
 from ..sources import Head
 
-LABELS = ("labels", "shift_labels", "num_items_in_batch")  # never shown to the model: it would make logits for them
+# never shown to the model: it would make logits for them, or does not know them
+LABELS = ("labels", "shift_labels", "num_items_in_batch", "distil_only")
 PROBE = 60.0  # the probe's logits run from -60 to 60: a softcap shows there
 WORDS = 1024  # of the vocabulary that the probe compares: all of them in float64 would be a second head
 
@@ -104,6 +105,7 @@ class LanguageHead:
         """(weight, bias, [(A, B, scaling, dropout), ...]) of the head, with or without its adapter."""
         module, base = self.module, self.base()
         low_rank = []
+        adapted = adapted and not getattr(module, "disable_adapters", False)
         if adapted and isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
             base = module.modules_to_save[module.active_adapters[0]]
         elif isinstance(module, BaseTunerLayer):
@@ -113,7 +115,7 @@ class LanguageHead:
                 )
             if module.merged:
                 raise ValueError("the head's adapter is merged into its weight: unmerge it, so that it can be trained")
-            if adapted and not module.disable_adapters:
+            if adapted:
                 low_rank = [low_rank_of(module, name) for name in module.active_adapters if name in module.lora_A]
         weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
