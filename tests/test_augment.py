@@ -296,6 +296,13 @@ def test_claims_are_as_true_as_their_answer_says():
     assert all(abs(count / 1500 - 0.25) < 0.05 for count in answers.values()) and len(answers) == 4
 
 
+def test_no_two_parts_of_a_claim_become_the_same():
+    source = {"image": "1.png", "objects": [{"name": "cat"}, {"name": "ox"}]}
+    said = {Augment([Claim(Facts(["dog", "cow"]))], seed=4)(source, index)["statement"] for index in range(100)}
+    assert "The image shows a dog and a cow." in said
+    assert not said & {f"The image shows {one} and {one}." for one in ("a dog", "a cow")}
+
+
 def test_where_nothing_can_be_made_wrong_nothing_is():
     source = {"image": "1.png", "objects": [{"name": "cat"}]}
     for index in range(20):

@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -154,6 +155,8 @@ def test_a_letter_bias_cancels_under_the_full_cycle():
     held = answer(model, words, [QUESTION], fixed=("Hen",)).scores[0]
     assert held[:3].tolist() == pytest.approx([held[0].item()] * 3)
     assert held[3] != pytest.approx(held[0].item())
+    loud = replace(QUESTION, options=("CAT", "DOG", "COW", "HEN"))
+    assert torch.equal(answer(model, words, [loud], fixed=(" hen",)).scores[0], held)
 
 
 def test_content_gives_the_same_answer_under_any_shift():
@@ -195,6 +198,8 @@ def test_one_forward_for_all_shifts_of_a_batch_of_questions():
     assert found.scores.shape == (7, 4)
     assert found.scores.isneginf().sum(1).tolist() == [2, 1, 0, 2, 1, 0, 2]
     torch.testing.assert_close(found.scores.exp().sum(1), torch.ones(7, dtype=torch.float64))
+    for rows in found.by_shift:
+        torch.testing.assert_close(rows.exp().sum(1), torch.ones(len(rows), dtype=torch.float64))
     alone = answer(Recurrent(), Words(), questions[4:5], batch_size=1)  # words get other ids in another order
     assert alone.scores.shape == (1, 3)
     again = answer(model, words, questions, batch_size=1)
@@ -313,6 +318,9 @@ def test_votes_and_their_ties():
     tie = vote([(1, 0, 0, 0), (1, 0, 0, 0), (3, 0, 0, 0), (1, 0, 0, 0)])
     assert tie.scores[0].exp().tolist() == pytest.approx([0.25] * 4)
     assert tie.choice.tolist() == [2]
+    # votes for 1, 1, 2 and 0 win over the higher mean of 3, a close second everywhere
+    most = vote([(0, 1, 0, 0.9), (1, 0, 0.9, 0), (5, 4.9, 0, -9), (4.9, 5, -9, 0)])
+    assert most.by_shift[0].mean(0).argmax() == 3 and most.choice.tolist() == [1]
     # nothing to choose between: the first
     assert vote([(1, 1, 1, 1)] * 4).choice.tolist() == [0]
 

@@ -589,19 +589,19 @@ def test_a_stopped_run_goes_on(home, tmp_path, command, monkeypatch):
     assert code == 2 and "power cut" in err
     partial = tmp_path / "cut.answers" / "claims.jsonl.partial"
     assert len(partial.read_text().splitlines()) == 4 and not (tmp_path / "cut.json").exists()
-    with partial.open("a") as file:
-        file.write('{"question_id": 4, "ima')  # a line that the stop cut in two
+    # a line that the stop cut in two, in the middle of a batch: the batch is done again
+    partial.write_text("".join(partial.read_text().splitlines(keepends=True)[:3]) + '{"question_id": 3, "ima')
     assert command(*words, "--output", tmp_path / "cut.json")[0] == 2  # not without being told
     assert command(*words, "--output", tmp_path / "cut.json", "--resume")[0] == 0
-    assert batches == [8, 8, 8, 8, 4]
+    assert batches == [8, 8, 8, 8, 8, 4]
     for name in ("claims.jsonl", "claims.json"):
         assert (tmp_path / "cut.answers" / name).read_bytes() == (tmp_path / "whole.answers" / name).read_bytes()
     assert json.loads((tmp_path / "cut.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
     assert command(*words, "--output", tmp_path / "cut.json", "--resume")[0] == 0
-    assert batches == [8, 8, 8, 8, 4]
+    assert batches == [8, 8, 8, 8, 8, 4]
     # other settings are another run
     assert command(*words, "--shifts", "none", "--output", tmp_path / "cut.json", "--resume")[0] == 0
-    assert batches[5:] == [2, 2, 2, 1]
+    assert batches[6:] == [2, 2, 2, 1]
 
 
 def test_a_test_set_is_answered_without_being_scored(home, tmp_path, command):
