@@ -18,6 +18,7 @@ BENCHMARKS = {
     "heads-ab": {"bench_heads"},
     "heads-cde": {"bench_heads"},
     "frozen": {"bench_heads"},
+    "coupled": {"bench_coupled", "bench_coupled_gemms"},
     "sweeps": {"bench_tokens", "bench_errors", "bench_gemms"},
 }
 
@@ -69,8 +70,10 @@ def test_the_parts_become_one_file_with_figures_and_a_table(parts, tmp_path, mon
     assert len(whole["benchmarks"]) == sum(len(json.loads(p.read_text())["benchmarks"]) for p in parts.glob("*.json"))
     assert len(whole["command"]) == len(BENCHMARKS) and whole["versions"]["torch"] and whole["date"]
     drawn = {figure.stem.removeprefix("here-") for figure in figures.draw(path)}
-    assert {"vocabulary", "tokens", "error", "heads-time", "logits-time", "seed-time", "fraction"} <= drawn
+    times = {f"{what}-time" for what in ("heads", "logits", "seed", "coupled")}
+    assert times | {"vocabulary", "tokens", "error", "fraction"} <= drawn
     rows = list(table.rows(path))
+    assert any("three heads" in row[0] for row in rows)
     assert any("frozen head" in row[0] for row in rows) and not any("tokens" in row[0] for row in rows)
     assert all(row[2].endswith("x") for row in rows)  # each knows its floor
 

@@ -123,7 +123,8 @@ def draw(path):
         "heads-memory": bars(found, "heads", memory, log=True),
         "logits-time": bars(found, "logits", time, log=True),
         "seed-time": bars(found, "SEED", time, log=True),
-        "fraction": bars(found, ("heads", "logits", "SEED"), ("floor / time", lambda run: run["fraction"])),
+        "coupled-time": bars(found, "coupled", time, log=True),
+        "fraction": bars(found, ("heads", "logits", "SEED", "coupled"), ("floor / time", lambda run: run["fraction"])),
         "heads-error": bars(found, "heads", ("gradient error", error), log=True),
         "contrast": bars(found, "contrast", time, log=True),
     }

@@ -11,7 +11,7 @@ set -euo pipefail
 [ -z "${OUT:-}" ] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "$0")/../.."
 self=benchmarks/speed/gpu.sh
-STAGES=(build correct sanitize logits vocabulary heads-ab heads-cde frozen sweeps)
+STAGES=(build correct sanitize logits vocabulary heads-ab heads-cde frozen coupled sweeps)
 export OUT=${OUT:-$PWD/out/gpu} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 site=${HKDFAST_SITE:-/tmp/hkdfast-site}
@@ -104,6 +104,7 @@ vocabulary() { bench vocabulary $speed/bench_logits.py -k vocabulary; }
 heads-ab() { bench heads-ab $speed/bench_heads.py::bench_heads -k "trained and (A: or B:)"; }
 heads-cde() { bench heads-cde $speed/bench_heads.py::bench_heads -k "trained and not (A: or B:)"; }
 frozen() { bench frozen $speed/bench_heads.py::bench_heads -k frozen; }
+coupled() { bench coupled $speed/bench_coupled.py; }
 sweeps() { bench sweeps $speed/bench_heads.py -k "bench_tokens or bench_errors or bench_gemms"; }
 
 report() {

@@ -37,6 +37,16 @@ HEADS = {
     },
 }[SIZE]
 
+# (rows, hidden sizes, vocabulary) of three heads that learn from each other
+COUPLED = {
+    "tiny": {"tiny": (8, (16, 16, 8), 300)},
+    "cpu": {"1024 rows, 3 x 512 x 32000": (1024, (512, 512, 512), 32_000)},
+    "cuda": {
+        "A: 8192 rows, 3 x 4096 x 151936": (8192, (4096, 4096, 4096), 151_936),
+        "F: 8192 rows, 896/2048/3584 x 151936": (8192, (896, 2048, 3584), 151_936),
+    },
+}[SIZE]
+
 # sweeps for the figures: the same number of words in rows of every length, and shape A with fewer and more rows
 VOCABULARIES = {
     "tiny": [(4, 100)],

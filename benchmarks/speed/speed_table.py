@@ -10,8 +10,9 @@ COLUMNS = {  # of a peer that has several ways, the fastest
     "torch.compile": ("torch.compile",),
     "Liger 0.8.5": ("Liger chunked", "Liger chunked, compiled", "Liger fused JSD", "Liger JSD"),
     "TRL 1.16": ("TRL ChunkedDivergence",),
+    "pairwise": ("pairwise distill_loss",),
 }
-TABLED = ("logits", "SEED", "heads")  # the rest are sweeps, for the figures
+TABLED = ("logits", "SEED", "heads", "coupled")  # the rest are sweeps, for the figures
 
 
 def cell(ours, peers, failures):
@@ -79,21 +80,25 @@ def machine(path):
 
 
 def table(path, wanted):
+    """Lines of a file's table, without the columns of peers who are in none of its rows."""
+    found = [row for row in rows(path) if any(word in row[0] for word in wanted)]
+    there = [i for i, _ in enumerate(COLUMNS) if any(row[3 + i] != "-" for row in found)]
+    peers = [list(COLUMNS)[i] for i in there]
     return [
         f"{machine(path)}. Median time of loss and gradients, in brackets the gradient's error to float64; for each"
         " peer how many times ours its time is, and its error.",
         "",
-        f"| | hkdfast | over its floor | {' | '.join(COLUMNS)} |",
-        "| --- | --- | --- |" + " --- |" * len(COLUMNS),
-        *(f"| {' | '.join(row)} |" for row in rows(path) if wanted in row[0]),
+        f"| | hkdfast | over its floor | {' | '.join(peers)} |",
+        "| --- | --- | --- |" + " --- |" * len(peers),
+        *(f"| {' | '.join([*row[:3], *(row[3 + i] for i in there)])} |" for row in found),
     ]
 
 
-def everything(wanted=""):
-    """Every row of every results file whose name holds the words."""
+def everything(*wanted):
+    """Every row of every results file, or those whose name holds one of the words."""
     files = sorted((ROOT / "benchmarks/speed/results").glob("*.json"))
-    return "\n\n".join("\n".join(table(path, wanted)) for path in files)
+    return "\n\n".join("\n".join(table(path, wanted or [""])) for path in files)
 
 
 def readme():
-    return everything("reverse_kl")
+    return everything("reverse_kl", "coupled")
