@@ -145,4 +145,12 @@ inline Plan plan_of(const Task& task, int shared_bytes, int largest_cluster) {
   return fits;
 }
 
+// The most words that a row of such tiles can have: what fits does not depend on more than the steps that a warp has.
+inline int longest_row(Task task, int shared_bytes, int largest_cluster) {
+  const int words = largest_cluster * most_warps * step_words;
+  for (task.vocab = words; plan_for(task, shared_bytes, largest_cluster, most_warps).blocks; task.vocab += words) {
+  }
+  return task.vocab - words;
+}
+
 }  // namespace hkdfast

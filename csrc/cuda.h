@@ -20,6 +20,9 @@ struct Decode {
 template <class Divergence>
 bool launch_rows(const Task& task, bool purified, Divergence divergence, int device, void* stream);
 
+// The most words of a row of such tiles for this device.
+int longest(const Task& task, int device);
+
 // Why the kernels do not run on this device; empty if they do.
 std::string missing(int device);
 

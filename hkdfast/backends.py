@@ -30,12 +30,17 @@ def load(name):
 
 
 def backends():
-    """What is usable here: {"triton": "ok", "cpu": "ModuleNotFoundError: No module named 'hkdfast._cpu'", ...}."""
+    """What is usable here: {"triton": "ok", "cpu": "ModuleNotFoundError: No module named 'hkdfast._cpu'", ...}.
+
+    A backend that is usable but not for every row has a second entry, "cuda-rows", that says for which.
+    """
     report = {}
     for name in MODULES:
         try:
-            load(name)
+            module = load(name)
             report[name] = "ok"
+            if hasattr(module, "limits"):
+                report[f"{name}-rows"] = module.limits()
         except ImportError as error:
             report[name] = f"{type(error).__name__}: {error}"
     return report
@@ -49,25 +54,30 @@ def visible(tensor):
 def find(device, dtype, backend=None):
     """The backend module for tensors of this device and dtype: the one asked for, or the fastest that is built here.
 
-    A backend is asked for by argument or, for the whole process, by HKDFAST_BACKEND; then a missing one raises.
+    A backend is asked for by argument or, for the whole process, by HKDFAST_BACKEND; then a missing one raises, and so
+    does the backend on what is not for it.
     """
     backend = check(backend or os.environ.get("HKDFAST_BACKEND") or None)
     if backend is not None:
         if dtype not in DTYPES.get(backend, (dtype,)):
             raise ValueError(f"backend {backend!r} takes {DTYPES[backend]}, not {dtype}; the reference takes any")
-        return load(backend)
+        module = load(backend)
+        return getattr(module, "by_name", module)
     return fastest(ORDER.get(device.type, ("reference",)), dtype)
 
 
-def after(name, device, dtype):
-    """The backend that takes over where this one cannot: a row that is too long for it."""
+def after(name, device, dtype, why):
+    """The backend that takes over where this one cannot, as with a row that is too long for it. Why is told once."""
     order = ORDER[device.type]
-    return fastest(order[order.index(name) + 1 :], dtype)
+    return fastest(order[order.index(name) + 1 :], dtype, (why,))
 
 
-def fastest(names, dtype):
-    """The first of these backends that is usable here and takes this dtype. That it is the reference is told, once."""
-    why = []
+def fastest(names, dtype, left=()):
+    """The first of these backends that is usable here and takes this dtype.
+
+    Told once: that it is the reference, and that it took over from others; left says why they were left.
+    """
+    why = list(left)
     for name in names:
         if dtype not in DTYPES.get(name, (dtype,)):
             continue
@@ -76,7 +86,7 @@ def fastest(names, dtype):
         except ImportError as error:
             why.append(f"{name}: {error}")
             continue
-        if why and name == "reference":
+        if left or why and name == "reference":
             fell(name, tuple(why))
         return found
 

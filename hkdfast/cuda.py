@@ -5,12 +5,13 @@ A row is held in the shared memory of a cluster of thread blocks, so that its lo
 each with its own dtype; the arithmetic is float32 with the sums of a row in double. Results are the same from run to
 run, bit for bit. No call waits for the device or allocates on it, so calls can be captured in a CUDA graph.
 
-A row that does not fit (on Hopper more than 850,000 words of two bfloat16 tiles or 390,000 of two float32 ones, 590,000
-or 262,144 of three) runs on the next backend of the table, Triton. So does work on a device that these kernels were not
-compiled for, beside one that they were.
+A row that does not fit runs on the next backend of the table, Triton, which is told once; `hkdfast.backends()` says how
+long rows may be. So does work on a device that these kernels were not compiled for, beside one that they were. Whoever
+asks for this backend by name gets a ValueError instead.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import torch
 
@@ -45,8 +46,35 @@ if why := unusable():
     raise ImportError(why)
 
 
-def launch(operation, objective, x, *tensors):
-    """One operation on the stream that torch uses now, or on the next backend if x's device or row is not for us."""
+def limits():
+    """The longest rows of the first device that the kernels run on, in words."""
+    index = next(i for i in range(torch.cuda.device_count()) if not missing(i))
+    most = (
+        f"{_cuda.longest([(16, dtype, 0)] * count, index):,} of {count} {dtype} tiles"
+        for dtype in ("bfloat16", "float32")
+        for count in (2, 3)
+    )
+    return f"words that fit: {', '.join(most)}; longer rows run on the next backend"
+
+
+def unfit(tiles, device):
+    """Why these tiles, None among them, are not for the kernels."""
+    if why := missing(device.index):
+        return f"device {device.index}: {why}"
+    tiles = [tile for tile in tiles if tile is not None]
+    most = _cuda.longest([native.tile(native.unit_stride(tile)) for tile in tiles], device.index)
+    dtypes = ", ".join(str(tile.dtype).removeprefix("torch.") for tile in tiles)
+    return f"rows of {tiles[0].shape[1]:,} words do not fit on chip, the longest of such tiles ({dtypes}) have {most:,}"
+
+
+def launch(operation, count, asked, objective, x, *tensors):
+    """One operation on the stream that torch uses now, or on the next backend if x's device or row is not for us.
+
+    Args:
+        operation: "rows" or "contrast".
+        count: how many of the tensors, x among them, are tiles that a row needs on chip.
+        asked: whether this backend was asked for by name: then what is not for us is a ValueError.
+    """
     device = x.device
     if device.type != "cuda":
         raise ValueError(f"the cuda backend takes tensors on a CUDA device, not on {device}")
@@ -55,15 +83,14 @@ def launch(operation, objective, x, *tensors):
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             done = getattr(native, operation)(getattr(_cuda, operation), objective, x, *tensors, device.index, stream)
-    if not done:
-        getattr(after("cuda", device, x.dtype), operation)(objective, x, *tensors)
+    if done:
+        return
+    why = f"cuda: {unfit((x, *tensors[: count - 1]), device)}"
+    if asked:
+        raise ValueError(f"{why}; without backend='cuda' the next backend runs")
+    getattr(after("cuda", device, x.dtype, why), operation)(objective, x, *tensors)
 
 
-def rows(objective, student, *tensors):
-    """hkdfast.reference.rows."""
-    launch("rows", objective, student, *tensors)
-
-
-def contrast(objective, clean, *tensors):
-    """hkdfast.reference.contrast."""
-    launch("contrast", objective, clean, *tensors)
+rows = partial(launch, "rows", 3, False)  # hkdfast.reference.rows
+contrast = partial(launch, "contrast", 2, False)  # hkdfast.reference.contrast
+by_name = SimpleNamespace(rows=partial(launch, "rows", 3, True), contrast=partial(launch, "contrast", 2, True))

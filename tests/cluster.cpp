@@ -360,12 +360,21 @@ void contrast(py::handle objective_, py::handle clean, py::handle noisy, std::ui
   run<Decode, false, true>(task, l.clusters, l.seed, l.without, Decode());
 }
 
-py::dict plan(std::int64_t vocab, py::list dtypes, int shared_bytes, int largest_cluster) {
+Task task_of(std::int64_t vocab, py::list dtypes) {
   Task task;
   task.vocab = static_cast<int>(vocab);
   Tile* tiles[] = {&task.student, &task.teacher, &task.noisy};
   for (std::size_t i = 0; i < dtypes.size(); ++i)
     *tiles[i] = tile(py::make_tuple(4096, dtypes[i], (vocab + 7) / 8 * 8));
+  return task;
+}
+
+int longest(py::list dtypes, int shared_bytes, int largest_cluster) {
+  return longest_row(task_of(0, dtypes), shared_bytes, largest_cluster);
+}
+
+py::dict plan(std::int64_t vocab, py::list dtypes, int shared_bytes, int largest_cluster) {
+  const Task task = task_of(vocab, dtypes);
   const Plan p = plan_of(task, shared_bytes, largest_cluster);
   py::dict of;
   of["blocks"] = p.blocks, of["warps"] = p.warps, of["chunk"] = p.chunk, of["chunks"] = p.chunks, of["slots"] = p.slots;
@@ -381,4 +390,5 @@ PYBIND11_MODULE(cluster, m) {
   m.def("rows", &hkdfast::generic::rows);
   m.def("contrast", &hkdfast::generic::contrast);
   m.def("plan", &hkdfast::generic::plan);
+  m.def("longest", &hkdfast::generic::longest);
 }

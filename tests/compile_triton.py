@@ -1,11 +1,12 @@
 """Compiles the Triton kernels for GPUs that are not here, and fails where one does not compile or spills.
 
-    python tests/compile_triton.py                         sm_80 and sm_90, as CI does
-    python tests/compile_triton.py --targets 100 gfx942    others that this triton and its assembler know
-    python tests/compile_triton.py --table                 every instantiation: registers, spills, shared memory
+    python tests/compile_triton.py                      sm_80, sm_90, sm_100 and gfx942, as CI does
+    python tests/compile_triton.py --targets 90 120     those, or others that this triton and its assembler know
+    python tests/compile_triton.py --table              every instantiation: registers, spills, shared memory
 
 The cases meet every divergence with every option of the kernels and every law, on bf16 tiles, and the lightest and the
-heaviest of them on float32 tiles and on fp16 tiles of an odd vocabulary.
+heaviest of them on float32 tiles and on fp16 tiles of an odd vocabulary. Triton 3.7 brings assemblers for all four
+targets; one that it has not is an error. No code for a GPU is run.
 """
 
 import argparse
@@ -25,11 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from hkdfast.kernels import contrast, distill
+from hkdfast.kernels import contrast, distill, scale
 from hkdfast.kernels.launch import tile_choice
 from hkdfast.objective import METRICS, Law, Objective, Transform
 from hkdfast.reference import DIVERGENCES
 
+TARGETS = ("80", "90", "100", "gfx942")
 ROWS = 32
 # dtype, vocabulary, whether every case is met: the others differ in their loads, stores and steps alone
 TILES = ((torch.bfloat16, 151936, True), (torch.float32, 151936, False), (torch.float16, 50257, False))
@@ -106,6 +108,15 @@ def instantiations():
                 ),
                 tile_choice((tile,)),
             )
+    for dtype, out in (("bfloat16", None), ("float32", None), ("float32", "bfloat16"), ("float32", "float16")):
+        x = empty(getattr(torch, dtype), ROWS, 151936)
+        to = x if out is None else empty(getattr(torch, out), *x.shape)
+        yield (
+            f"scale, {dtype} to {out or 'itself'}",
+            scale.scale_kernel,
+            (x, empty(torch.float32, 1), to, x.numel(), to is x),
+            {"BLOCK": scale.BLOCK, "num_warps": scale.WARPS},
+        )
 
 
 def source(kernel, given):
@@ -155,7 +166,7 @@ def compile_one(word, index):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", default=["80", "90"], help="80 90 100 gfx942 ... (default: 80 90)")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help=f"default: {' '.join(TARGETS)}")
     parser.add_argument("--table", action="store_true", help="print a line for each instantiation")
     parser.add_argument("--only", default="", help="instantiations whose name has this in it")
     options = parser.parse_args()

@@ -1,6 +1,7 @@
 """The cuda backend. Its row loop runs here on the CPU, as fibers under a scheduler that means no good
 (tests/cluster.cpp). Where there is a GPU, tests/test_rows.py runs the same cases on it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from cases import CASES, Case, assert_as_close_as_torch, inputs, law, run_rows
 
 import hkdfast
 from hkdfast import DIVERGENCES, native, reference
-from hkdfast.backends import load
+from hkdfast.backends import find, load
 from hkdfast.objective import METRICS, Objective
 
 ROOT = Path(__file__).parents[1]
@@ -311,13 +314,104 @@ def test_the_cluster_is_the_smallest_that_leaves_room_for_the_next_row(cluster, 
         assert plan["slots"] * plan["blocks"] * plan["warps"] >= plan["chunks"]
 
 
+@pytest.mark.parametrize("dtypes", [["bfloat16"] * 2, ["bfloat16"] * 3, ["float32"] * 2, ["bfloat16", "float32"]])
+def test_the_longest_row_fits_and_no_longer_one(cluster, dtypes):
+    longest = cluster.longest(dtypes, SHARED, 16)
+    assert cluster.plan(longest, dtypes, SHARED, 16)["blocks"] == 16
+    assert cluster.plan(longest + 8, dtypes, SHARED, 16)["blocks"] == 0
+    assert longest > 128_256
+
+
 @ON_GPU
 def test_a_row_that_does_not_fit_runs_on_the_next_backend():
     student, teacher = (t.cuda() for t in tiles(2, 1_200_000))
     loss, grad = torch.empty(2, device="cuda"), torch.empty_like(student)
-    load("cuda").rows(Objective("reverse_kl"), student, teacher, None, None, None, None, loss, grad, None)
+    arguments = (Objective("reverse_kl"), student, teacher, None, None, None, None, loss, grad, None)
+    with pytest.warns(UserWarning, match="triton.*1,200,000 words do not fit"):
+        load("cuda").rows(*arguments)
     expected, _, _ = run_tiles(reference, "reverse_kl", student.cpu(), teacher.cpu())
     torch.testing.assert_close(loss.cpu(), expected)
+    with pytest.raises(ValueError, match="1,200,000 words do not fit"):
+        find(student.device, student.dtype, "cuda").rows(*arguments)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """hkdfast.cuda on a machine that seems to have a GPU, whose kernels take rows of 500 words."""
+    calls = []
+
+    def rows(objective, student, teacher, noisy, *others):
+        calls.append(others[-3])
+        return calls[-1] <= 500
+
+    def contrast(objective, clean, noisy, alpha, labels, out, n, vocab, device, stream):
+        calls.append(vocab)
+        return vocab <= 500
+
+    compiled = types.ModuleType("hkdfast._cuda")
+    compiled.rows, compiled.contrast, compiled.calls = rows, contrast, calls
+    compiled.missing, compiled.longest = (lambda index: ""), (lambda given, index: 1000 // len(given))
+    monkeypatch.setitem(sys.modules, "hkdfast._cuda", compiled)
+    monkeypatch.setattr(hkdfast, "_cuda", compiled, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(sys.modules["hkdfast.backends"], "_told", set())
+    monkeypatch.delitem(sys.modules, "hkdfast.cuda", raising=False)
+    yield load("cuda")
+    sys.modules.pop("hkdfast.cuda", None)
+    vars(hkdfast).pop("cuda", None)
+
+
+def rows_on_gpu(operations, vocab):
+    student, teacher = (t.as_subclass(OnGpu) for t in tiles(2, vocab))
+    loss, grad = torch.empty(2), torch.zeros(2, vocab)
+    operations.rows(Objective("reverse_kl"), student, teacher, None, None, None, None, loss, grad, None)
+    return loss
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_fall_to_the_next_backend_is_told_once(cuda):
+    rows_on_gpu(cuda, 500)
+    with pytest.warns(UserWarning, match=r"runs on its \w+ backend.*rows of 501 words do not fit.*bfloat16.* have 500"):
+        loss = rows_on_gpu(cuda, 501)
+    expected, _, _ = run_tiles(reference, "reverse_kl", *tiles(2, 501))
+    torch.testing.assert_close(torch.Tensor(loss), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        rows_on_gpu(cuda, 501)
+    assert cuda._cuda.calls == [500, 501, 501]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_asked_for_by_name_it_refuses_what_does_not_fit(cuda):
+    device = torch.device("cuda", 0)
+    by_name, any_backend = find(device, torch.bfloat16, "cuda"), find(device, torch.bfloat16)
+    assert any_backend is cuda
+    rows_on_gpu(by_name, 500)
+    with pytest.raises(ValueError, match="rows of 501 words do not fit on chip, the longest of such tiles .* have 500"):
+        rows_on_gpu(by_name, 501)
+    clean, noisy = (t.as_subclass(OnGpu) for t in tiles(2, 600))
+    with pytest.raises(ValueError, match="rows of 600 words do not fit"):
+        by_name.contrast(Objective(**law()), clean, noisy, None, None, torch.empty(2, 600))
+    cuda._cuda.missing = lambda index: "compute capability 8.0 has no thread-block clusters"
+    cuda.missing.cache_clear()
+    with pytest.raises(ValueError, match="device 0: compute capability 8.0 has no"):
+        rows_on_gpu(by_name, 100)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backends_tell_how_long_a_row_may_be(cuda):
+    report = hkdfast.backends()
+    assert report["cuda"] == "ok"
+    assert "500 of 2 bfloat16 tiles, 333 of 3 bfloat16 tiles, 500 of 2 float32 tiles" in report["cuda-rows"]
 
 
 @ON_GPU

@@ -9,7 +9,7 @@ from cases import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import as_leaves, exactly, leaves, near_and_far, off, with_gradients
 
-from hkdfast import DIVERGENCES, Head, backends, contrast, distill_loss, purify, tiles
+from hkdfast import DIVERGENCES, Edge, Head, backends, contrast, coupled_loss, distill_loss, purify, tiles
 from hkdfast.backends import ORDER
 from hkdfast.objective import Objective
 from hkdfast.sources import Purified
@@ -81,6 +81,27 @@ def test_a_purified_teacher_of_heads(backend):
         Head(near_and_far(0.5, rows=40, vocab=517, seed=seed, shared=True)[1].hidden, student.weight) for seed in (1, 2)
     ]
     assert_close(student, purify(clean, noisy, 1.5), 4e-3, "reverse_kl", backend=backend)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_heads_that_learn_from_each_other(backend, divergence, dtype, bound, monkeypatch):
+    """Gradients of several edges meet in one tile; some rows are ignored."""
+    monkeypatch.setattr("hkdfast.tiles.plan", lambda *args: 20)
+    sides = [moved(near_and_far(0.3, dtype, rows=48, vocab=517, seed=seed)[0]) for seed in range(3)]
+    labels = torch.arange(48, device=DEVICE) % 517
+    labels[::5] = -100
+    table = [[None if i == j else Edge(1.0 + i, divergence, detach=i != 0) for j in range(3)] for i in range(3)]
+
+    def gradients(wide, **options):
+        heads = [as_leaves(side, wide) for side in sides]
+        coupled_loss(heads, table, labels=labels, hard_weight=0.3, **options).backward()
+        return [leaf.grad for head in heads for leaf in leaves(head)]
+
+    exact = gradients(torch.float64, backend="reference")
+    for one, true in zip(gradients(None, backend=backend), exact, strict=True):
+        assert off(one, true) < bound, (off(one, true), bound)
 
 
 def rows(dtype=torch.bfloat16, n=6, vocab=1031):
