@@ -630,6 +630,7 @@ def test_import_brings_neither_triton_nor_transformers():
 def test_backends_says_why_one_is_missing():
     report = backends()
     assert report["reference"] == "ok"
+    report.pop("cuda-rows", None)  # where that backend is usable: how long a row it takes
     assert all(why == "ok" or "Error: " in why for why in report.values())
 
 
