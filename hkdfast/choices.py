@@ -194,7 +194,7 @@ def answer(
         model: function of a batch, see the head of this module. No gradient passes.
         encode: function of (prompts, abouts, answers) to a batch on the model's device, see the head of this module.
         questions: list of Choice; their numbers of options may differ.
-        shifts: as in `shifts`. The form "each" has no letters to shift.
+        shifts: as in `shifts`. The form "each" has no letters to shift, and nothing to combine.
         combine: "mean": the shifts' log-probabilities are averaged, then normalised. "vote": each shift has one vote,
             the score is the logarithm of the share of votes (-inf without one); equal votes are decided by the higher
             mean log-probability, then by the first option.
@@ -298,8 +298,10 @@ class Asked:
 def combined_scores(by_shift, combine, form):
     """((options,) scores, the option chosen) of the shifts' log-probabilities."""
     mean = by_shift.mean(0)
+    if form == "each":
+        return mean, mean.argmax().item()
     if combine == "mean":
-        return mean if form == "each" else mean.log_softmax(0), mean.argmax().item()
+        return mean.log_softmax(0), mean.argmax().item()
     votes = by_shift.argmax(1).bincount(minlength=len(mean))
     tied = mean.masked_fill(votes < votes.max(), -math.inf)
     first = votes.argmax() if tied.isneginf().all() else tied.argmax()

@@ -360,6 +360,8 @@ def test_each_option_alone():
     expected = torch.nn.functional.logsigmoid(torch.tensor(list(worth.values()), dtype=torch.float64) - 0.5)
     torch.testing.assert_close(found.scores[0], expected, rtol=0, atol=1e-14)
     assert found.choice.tolist() == [2] and model.batches == [4]
+    voted = answer(model, words, [Choice("Which?\n{options}\nA letter.", ANIMALS)], form="each", combine="vote")
+    assert torch.equal(voted.scores, found.scores)
     assert words.asked[-1][0][1] == "Which?\nProposed answer: dog\nIs it right? Answer Yes or No."
     other = answer(
         Reader(words, lambda text: {"so": 1.0 * (text[-2] == "hen"), "not": 0.5}),

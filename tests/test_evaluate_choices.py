@@ -237,6 +237,8 @@ def test_classes_of_hallucination():
     assert set(table) == {NONE, "hallucination"}
     assert [table[NONE][name] for name in ("questions", "answered", "right")] == [2, 1, 1]
     assert [table["hallucination"][name] for name in ("questions", "answered", "right")] == [2, 3, 1]
+    shout = [replace(one, options=("a", "b", "c", "NO HALLUCINATION")) for one in records]
+    assert score(shout, ["A", "C", "D", "B"])["classes"] == table
     assert score(asked(["AB"]), ["AB"])["classes"].keys() == {"True + False"}
 
 

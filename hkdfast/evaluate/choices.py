@@ -18,7 +18,7 @@ import torch
 
 from ..choices import LETTERS
 from . import jsonl, pope
-from .tasks import NONE, TASKS, Inference, Record, choice, example, question, template_of
+from .tasks import NONE, TASKS, Inference, Record, choice, example, is_none, question, template_of
 
 __all__ = [
     "NONE",
@@ -284,7 +284,7 @@ def class_of(record, letters):
     texts = [record.options[LETTERS.index(letter)] for letter in letters]
     if record.task == "factcheck":
         return " + ".join(texts)
-    return NONE if texts == [NONE] else "hallucination"
+    return NONE if all(map(is_none, texts)) else "hallucination"
 
 
 def marks(records, answers, source=""):

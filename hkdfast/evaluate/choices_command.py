@@ -83,8 +83,9 @@ def run(args):
     if lines and inference.form != "each" and inference.shifts != "none":
         for name, found in report["sets"].items():
             found |= effect_of_shifts(scored[name], ours[name], lines[name], args.resamples)
-    for name in asked.keys() - scored.keys():
-        print(f"{name}: answered, not scored: its questions have no answers")
+    for name in asked:
+        if name not in scored:
+            print(f"{name}: answered, not scored: its questions have no answers")
     if scored:
         print(asking.table(report, COLUMNS))
     if args.output:
@@ -104,9 +105,9 @@ def rate(records, answers):
     return choices.marks(records, answers), choices.score(records, answers)
 
 
-def letters(lines, field="choice"):
+def letters(lines):
     """{set name: [answers]} of the lines of answer files."""
-    return {name: [[line[field] for line in one]] for name, one in lines.items()}
+    return {name: [[line["choice"] for line in one]] for name, one in lines.items()}
 
 
 def effect_of_shifts(records, ours, lines, resamples):

@@ -65,6 +65,11 @@ TASKS = {
 HOLES = re.compile(r"\{(statement|context|question)\}")
 
 
+def is_none(option):
+    """Whether an option says that there is no hallucination, in upper or lower case."""
+    return option.strip().casefold() == NONE.casefold()
+
+
 @dataclass(frozen=True)
 class Record:
     """One question of either task, under one set of names."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..choices import LETTERS
-from ..evaluate.tasks import NONE, TASKS, record_of
+from ..evaluate.tasks import NONE, TASKS, is_none, record_of
 
 KINDS = ("object", "attribute", "count")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -241,7 +241,7 @@ class Reword:
     def __call__(self, example, rng):
         record = record_of(example)
         statement, options = record.statement, list(record.options)
-        able = {option: self.phrases for option in options if option != NONE and self.phrases} | dict(self.swaps)
+        able = {option: self.phrases for option in options if self.phrases and not is_none(option)} | dict(self.swaps)
         able = {old: new for old, new in able.items() if found(old, statement)}
         changed = False
         for old in rng.sample(sorted(able), min(self.changes, len(able))):
@@ -250,7 +250,7 @@ class Reword:
                 one = rng.choice(new)
                 statement = replaced(old, one, statement)
                 if record.task == "hallucination":
-                    options = [option if option == NONE else replaced(old, one, option) for option in options]
+                    options = [option if is_none(option) else replaced(old, one, option) for option in options]
                 changed = True
         if not changed or len(set(options)) < len(options):
             return example
