@@ -3,7 +3,8 @@
 // that runs on a CPU.
 //
 // 1. softmax sums of every tile; 2. with a law those of the contrast, whose weight the first sweep found; 3. the sum of the
-// terms, unless it follows from those; 4. the gradient. Between sweeps one reduction over the cluster.
+// terms, unless it follows from those; 4. the gradient. Between sweeps one reduction over the cluster. Of plain tiles a sweep
+// leaves in shared memory, in the place of what is not read again, what the next ones would compute once more.
 #pragma once
 #include <type_traits>
 
@@ -377,7 +378,7 @@ class RowLoop {
 
   HKDFAST_HD void decode() {
     const Contrast contrast = facts().contrast;
-        Pair r;
+    Pair r;
     sweep<false, false>([&](int at, int begin, int word) {
       const W z = teacher(at, begin, word, contrast);
       take_both<false, true>(r, z, z, begin + word);
@@ -429,7 +430,7 @@ class RowLoop {
   };
 
   HKDFAST_HD void distil(float student_label) {
-        const bool wanted = task_.grad.data != nullptr;
+    const bool wanted = task_.grad.data != nullptr;
     const Contrast contrast = PURIFIED ? facts().contrast : Contrast();
     Pair r;
     const auto both = [&](int at, int begin, int word) {
