@@ -37,7 +37,7 @@ class Shared:
     floor: float | None = option(
         None, "Least log-probability (nats) of a teacher for a word, needed by reverse_kl to one that drops words."
     )
-    lora_r: int | None = option(16, "Rank of the adapter.")
+    lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: int = option(32, "The adapter's product is scaled by lora_alpha / lora_r.")
     lora_dropout: float = option(0.0, "Dropout before the adapter, in the student only.")
     lora_targets: list[str] | None = option(

@@ -20,7 +20,7 @@ KINDS = ("image_processor_type", "processor_class", "auto_map")
 
 
 def is_adapter(name):
-    return (Path(name).expanduser() / "adapter_config.json").is_file()
+    return (Path(name) / "adapter_config.json").is_file()
 
 
 def base_of(name):

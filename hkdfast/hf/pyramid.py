@@ -29,7 +29,7 @@ class PyramidTrainer:
     Raises:
         ValueError: before any work: a chain of one model, a model twice, tokenizers or image processors that differ
             (both named), output_dir with stages of another run; at the first batch, a head that is not what it seems.
-        OSError: before any work: no model under a name.
+        OSError: before any work: no model or processor under a name.
 
     Each stage has a folder output_dir/stage-k: its checkpoints, and when it is finished "teacher" and "student", those
     that learn, as ordinary Hugging Face folders, or PEFT adapters with lora_r. train(resume_from_checkpoint=True) goes
@@ -59,15 +59,15 @@ class PyramidTrainer:
             raise ValueError(f"a pyramid needs at least two models, from large to small, got {models!r}")
         if others.get("optimizers", (None, None)) != (None, None):
             raise ValueError("each stage has its own optimizer: pass optimizer_cls_and_kwargs instead of optimizers")
-        given = [id(model) for model in models if not isinstance(model, (str, Path))]
-        if len(set(given)) < len(given):
+        objects = [id(model) for model in models if not isinstance(model, (str, Path))]
+        if len(set(objects)) < len(objects):
             raise ValueError("a model stands twice in the chain: each place needs an object of its own, or a name")
         self.adapters = list(peft_config) if isinstance(peft_config, (list, tuple)) else [peft_config] * len(models)
         if len(self.adapters) != len(models):
             raise ValueError(f"peft_config must be one or {len(models)}, one per model, got {len(self.adapters)}")
         self.names = [str(model) if isinstance(model, (str, Path)) else None for model in models]
         processing_class = check_family([name for name in self.names if name], processing_class)
-        self.sources, self.args, self.stages = list(models), args, len(models) - 1
+        self.given, self.args, self.stages = list(models), args, len(models) - 1
         self.data = {
             "data_collator": data_collator,
             "train_dataset": train_dataset,
@@ -136,8 +136,10 @@ class PyramidTrainer:
 
     def obtain(self, place, done):
         """The model in this place of the chain, from 0, as the first `done` stages have left it."""
-        source, self.sources[place] = self.sources[place], None  # so that nothing here outlives its stages
-        model = load_model(source, self.args.dtype) if self.names[place] else source
+        if self.names[place]:
+            model = load_model(self.names[place], self.args.dtype)
+        else:
+            model, self.given[place] = self.given[place], None  # so that nothing here outlives its stages
         if place or self.args.roles()["teacher"]:
             model = trainable(model, self.args, self.adapters[place])
         if place and place == done:

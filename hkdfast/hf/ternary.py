@@ -25,7 +25,7 @@ class TernaryTrainer(CoupledTrainer):
     Raises:
         ValueError: before any work: another number of models than the form couples, a model twice, tokenizers or image
             processors that differ (both named); at the first batch, a head that is not what it seems.
-        OSError: before any work: no model under a name.
+        OSError: before any work: no model or processor under a name.
 
     Checkpoints hold each model that learns in a folder of its role. save_model(folder) writes the student as an
     ordinary Hugging Face folder, or a PEFT adapter with lora_r; in mutual form all three, each in a folder of its role.
