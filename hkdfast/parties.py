@@ -85,7 +85,9 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelle
         used = [i for i in range(len(coupling)) if hard[i] or any(coupling[i]) or any(row[i] for row in coupling)]
         if not used:
             raise ValueError("nothing to learn for rows without a label: every weight of the coupling is 0")
-        heads = [found[places[i]] if rows is None else of(found[places[i]], rows) for i in used]
+        # one object for a model in two places, which coupled_loss then multiplies once
+        sources = [source if rows is None else of(source, rows) for source in found]
+        heads = [sources[places[i]] for i in used]
         edges = [[coupling[i][j] for j in used] for i in used]
         loss, metrics = coupled_loss(
             heads, edges, labels=labels, hard_weight=[hard[i] for i in used], metrics=True, **options
