@@ -1,4 +1,5 @@
-"""A LLaVA of 1.4 million parameters: its processor, its prompt, and a fast way to ask it many questions."""
+"""A small LLaVA, 1.4 million parameters unless told otherwise: its processor, its prompt, and a fast way to ask it
+many questions."""
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -59,14 +60,22 @@ def prompt(text):
     return f"USER: <image>\n{text} ASSISTANT:"
 
 
-def make_processor():
-    vocabulary = (*SPECIAL, *WORDS, *OBJECTS)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+def make_processor(words=WORDS, silent=""):
+    """The processor of a world of pictures.
+
+    Args:
+        words: of its language, beside the names of the objects.
+        silent: characters that are no words.
+    """
+    vocabulary = (*SPECIAL, *words, *OBJECTS)
+    by_word = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    by_word.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), *(normalizers.Replace(mark, " ") for mark in silent)]
+    )
+    by_word.pre_tokenizer = pre_tokenizers.Whitespace()
+    by_word.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=by_word,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
@@ -90,15 +99,30 @@ def make_processor():
     )
 
 
-def make_model(tokenizer):
-    layers = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_attention_heads": 4}
+def make_model(tokenizer, layers=3, width=WIDTH, spread=0.02):
+    """A LLaVA with random weights.
+
+    Args:
+        tokenizer: of its processor.
+        layers, width: of the language model; the tower is always the same size.
+        spread: standard deviation of the language model's weights.
+    """
+
+    def blocks(number, size):
+        return {
+            "num_hidden_layers": number,
+            "hidden_size": size,
+            "intermediate_size": 3 * size,
+            "num_attention_heads": 4,
+        }
+
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    vision = CLIPVisionConfig(**layers, num_hidden_layers=4, image_size=SIZE, patch_size=PATCH, projection_dim=WIDTH)
+    vision = CLIPVisionConfig(**blocks(4, WIDTH), image_size=SIZE, patch_size=PATCH, projection_dim=WIDTH)
     text = LlamaConfig(
-        **layers,
+        **blocks(layers, width),
         **ids,
-        num_hidden_layers=3,
         num_key_value_heads=4,
+        initializer_range=spread,
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
     )
@@ -118,13 +142,20 @@ def normalised(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+@torch.no_grad()
+def see(model, pixels, batch=500):
+    """(n, patches, width): what the vision tower makes of normalised pixels, which never gets a gradient."""
+    tower = getattr(model, "model", model).vision_tower
+    return torch.cat([tower(part).last_hidden_state[:, 1:] for part in pixels.split(batch)])
+
+
 def read(model, tokenizer, pixels, ids, turn, places):
     """Hidden states of several turns about each image, every turn as if it stood alone.
 
     The turns about an image share one sequence: a turn sees the image and itself, so the image is read once.
 
     Args:
-        pixels: (n, 3, 64, 64), normalised.
+        pixels: (n, 3, 64, 64), normalised, or what `see` made of them.
         ids: (n, length), the tokens of all turns one after another.
         turn: (n or 1, length), which turn a token belongs to, from 1.
         places: (n or 1, length), the place of a token in its turn, from 0.
@@ -135,9 +166,7 @@ def read(model, tokenizer, pixels, ids, turn, places):
     model = getattr(model, "model", model)
     lead = torch.tensor(tokenizer("USER:").input_ids, device=ids.device)
     embed = model.get_input_embeddings()
-    with torch.no_grad():
-        seen = model.vision_tower(pixels).last_hidden_state[:, 1:]
-    seen = model.multi_modal_projector(seen)
+    seen = model.multi_modal_projector(pixels if pixels.dim() == 3 else see(model, pixels))
     inputs = torch.cat([embed(lead).expand(len(ids), -1, -1), seen, embed(ids)], 1)
     before = len(lead) + PATCHES
     turn = torch.nn.functional.pad(turn, (before, 0))
