@@ -92,15 +92,26 @@ inline Task task_of(const Objective& o, const Rows& rows) {
   return task;
 }
 
-// Every tile is bfloat16 and aligned, its numbers are logits, nothing is floored and no label is learned from.
-inline bool is_plain(const Task& task) {
+// How a row is computed. The two fast kinds take aligned tiles whose numbers are logits, floor nothing, and use the GPU's
+// approximate functions, for their gradient is rounded to 16 bits. narrow: all tiles are bfloat16, no label is learned from.
+// wide: tiles are float32 and the gradient bfloat16, as with heads of bfloat16 models.
+enum class Kind { any, narrow, wide };
+
+inline Kind kind_of(const Task& task) {
   const Tile* tiles[] = {&task.student, &task.teacher, &task.noisy, &task.grad};
-  for (const Tile* tile : tiles)
-    if (tile->data && (tile->dtype != Dtype::bfloat16 || !aligned(*tile))) return false;
   const Transform* transforms[] = {&task.student_logits, &task.teacher_logits, &task.noisy_logits};
+  bool narrow = !(task.labels && (task.hard_weight != 0 || task.metrics)), wide = task.grad.data;
+  for (const Tile* tile : tiles) {
+    if (!tile->data) continue;
+    if (!aligned(*tile)) return Kind::any;
+    const bool is_bf16 = tile->dtype == Dtype::bfloat16;
+    narrow = narrow && is_bf16;
+    wide = wide && (tile == &task.grad ? is_bf16 : tile->dtype == Dtype::float32);
+  }
   for (const Transform* transform : transforms)
-    if (transform->scale != 1.f || transform->softcap != 0.f) return false;
-  return !task.difference && task.floor == -INFINITY && !(task.labels && (task.hard_weight != 0 || task.metrics));
+    if (transform->scale != 1.f || transform->softcap != 0.f) return Kind::any;
+  if (task.difference || task.floor != -INFINITY) return Kind::any;
+  return narrow ? Kind::narrow : wide ? Kind::wide : Kind::any;
 }
 
 inline int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }

@@ -17,8 +17,7 @@ namespace HKDFAST_ISA {
 
 HKDFAST_HD float finite(float x) { return x - x == 0.f ? x : 0.f; }
 
-// PLAIN: every tile is bfloat16 and aligned, its numbers are logits, and nothing is floored.
-template <class Team, class Divergence, bool PLAIN, bool PURIFIED>
+template <class Team, class Divergence, Kind KIND, bool PURIFIED>
 class RowLoop {
  public:
   HKDFAST_HD RowLoop(Team& team, const Task& task, Divergence divergence)
@@ -36,10 +35,11 @@ class RowLoop {
   }
 
  private:
-  using F = std::conditional_t<PLAIN, Fast, float>;
-  using W = LaneWords<PLAIN>;
+  static constexpr bool FAST = KIND != Kind::any;
+  using F = std::conditional_t<FAST, Fast, float>;
+  using W = LaneWords<KIND>;
   static constexpr bool distils = !std::is_same_v<Divergence, Decode>;
-  static constexpr bool keeps = PLAIN && Tilt<Divergence>::kept;
+  static constexpr bool keeps = FAST && Tilt<Divergence>::kept;
   static constexpr float tilt_scale = 256;  // of what is kept: bits up to 200 in a format that ends at 65504
   static constexpr Mean mean = Divergence::mean;
   static constexpr bool mean_q = mean == Mean::gap_under_q, mean_p = mean == Mean::gap_under_p;
@@ -51,21 +51,21 @@ class RowLoop {
 
   HKDFAST_HD bool measured() const { return task_.metrics != nullptr; }
   // Distances from any origin are exact where logits are bfloat16, but a moment about it is not one about the peak.
-  HKDFAST_HD float slack() const { return PLAIN && !measured() ? 16.f / (scale_.by > 1.f ? scale_.by : 1.f) : 0.f; }
-  HKDFAST_HD bool hard() const { return !PLAIN && task_.labels && (task_.hard_weight != 0 || measured()); }
+  HKDFAST_HD float slack() const { return KIND == Kind::narrow && !measured() ? 16.f / (scale_.by > 1.f ? scale_.by : 1.f) : 0.f; }
+  HKDFAST_HD bool hard() const { return KIND != Kind::narrow && task_.labels && (task_.hard_weight != 0 || measured()); }
   HKDFAST_HD bool apart() const { return hard() && scale_.by != 1.f; }
-  HKDFAST_HD bool floored() const { return !PLAIN && task_.floor > -INFINITY; }
+  HKDFAST_HD bool floored() const { return !FAST && task_.floor > -INFINITY; }
   HKDFAST_HD bool mean_known() const { return mean != Mean::none && !floored(); }
   HKDFAST_HD Facts& facts() const { return team_.template at<Shared>(0).facts; }
   HKDFAST_HD bool leader() const { return team_.warp() == 0 && team_.lane() == 0; }  // states the block's facts
   HKDFAST_HD bool writer() const { return team_.block() == 0 && leader(); }
 
   HKDFAST_HD W numbers_of(const Tile& tile, int tile_at, int at, int begin, int word) const {
-    if (PLAIN) return read<PLAIN>(team_, at + tile_at + 2 * word, Dtype::bfloat16);
+    if (FAST) return read<KIND>(team_, at + tile_at + (KIND == Kind::wide ? 4 : 2) * word, tile.dtype);
     const int size = tile.dtype == Dtype::float32 ? 4 : 2;
     const std::uintptr_t own = reinterpret_cast<std::uintptr_t>(tile.data) +
                                static_cast<std::uintptr_t>((row_ * tile.stride + begin) * size);
-    return read<PLAIN>(team_, at + tile_at + static_cast<int>(own & 15) + size * word, tile.dtype);
+    return read<KIND>(team_, at + tile_at + static_cast<int>(own & 15) + size * word, tile.dtype);
   }
 
   HKDFAST_HD static float transformed(float x, const Transform& to) {
@@ -75,7 +75,7 @@ class RowLoop {
 
   // Logits of one step, -infinity past the end of the row, as the numbers are there: a softcap makes them finite.
   HKDFAST_HD void finish(W& x, const Transform& to, int base) const {
-    if (PLAIN || (to.scale == 1.f && to.softcap == 0.f)) return;
+    if (FAST || (to.scale == 1.f && to.softcap == 0.f)) return;
 #pragma unroll
     for (int k = 0; k < W::count; ++k) x.of[k] = transformed(x.of[k], to);
     if (base + W::step > task_.vocab) {
@@ -93,7 +93,7 @@ class RowLoop {
 
   HKDFAST_HD W other(const Tile& tile, int i, const Transform& to, int at, int begin, int word) const {
     W y = numbers_of(tile, task_.plan.tile_at[i], at, begin, word);
-    if (!PLAIN && task_.difference) {
+    if (!FAST && task_.difference) {
       const W x = numbers_of(task_.student, task_.plan.tile_at[0], at, begin, word);
 #pragma unroll
       for (int k = 0; k < W::count; ++k) y.of[k] += x.of[k];
@@ -125,36 +125,58 @@ class RowLoop {
     return y;
   }
 
-  // Likewise, in the sweeps after the first that has asked: of plain tiles the contrast lies, as floats, in the place of the
-  // two branches that it was made from.
-  static constexpr bool keeps_contrast = PLAIN && PURIFIED;
-  HKDFAST_HD void keep_contrast(int at, int word, const W& y) const {
+  // Likewise, in the sweeps after the first that has asked: in the fast kinds the contrast lies where its branches lay.
+  static constexpr bool keeps_contrast = FAST && PURIFIED;
+  HKDFAST_HD W teacher_again(int at, int begin, int word, const Contrast& contrast) const {
+    if constexpr (keeps_contrast)
+      return kept(at, word);
+    else
+      return teacher(at, begin, word, contrast);
+  }
+
+  // Floats in the teacher's place, or in those of the two branches where they are of 16 bits.
+  HKDFAST_HD Eight* place_of(int half, int at, int word) const {
+    const int lane = team_.lane(), *const tile_at = task_.plan.tile_at;
+    const int offset = KIND == Kind::wide ? tile_at[1] + 4 * (word + W::place(lane, 4 * half))
+                                          : tile_at[1 + half] + 2 * (word + W::place(lane, 0));
+    return &team_.template at<Eight>(at + offset);
+  }
+  HKDFAST_HD void keep(int at, int word, const W& x) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       Eight four;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) four.of[k] = bits_of(y.of[4 * i + k]);
-      write_eight(eight_at(1 + i, at, word), four);
+      for (int k = 0; k < 4; ++k) four.of[k] = bits_of(x.of[4 * i + k]);
+      write_eight(place_of(i, at, word), four);
     }
   }
-  HKDFAST_HD W teacher_again(int at, int begin, int word, const Contrast& contrast) const {
-    if constexpr (keeps_contrast) {
-      W y;
+  HKDFAST_HD W kept(int at, int word) const {
+    W x;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Eight four = read_eight(eight_at(1 + i, at, word));
+    for (int i = 0; i < 2; ++i) {
+      const Eight four = read_eight(place_of(i, at, word));
 #pragma unroll
-        for (int k = 0; k < 4; ++k) y.of[4 * i + k] = float_of(four.of[k]);
-      }
-      return y;
-    } else {
-      return teacher(at, begin, word, contrast);
+      for (int k = 0; k < 4; ++k) x.of[4 * i + k] = float_of(four.of[k]);
     }
+    return x;
   }
 
-  // A lane's 16 bytes of a step of a plain tile.
-  HKDFAST_HD Eight* eight_at(int tile, int at, int word) const {
-    return &team_.template at<Eight>(at + task_.plan.tile_at[tile] + 2 * (word + W::place(team_.lane(), 0)));
+  // Tilts in the teacher's place, which the gradient does without.
+  HKDFAST_HD void keep_tilts(int at, int word, const W& x) const {
+    if (KIND == Kind::wide) return keep(at, word, x);
+    Eight eight;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) eight.of[k] = two_fp16(x.of[2 * k], x.of[2 * k + 1]);
+    write_eight(place_of(0, at, word), eight);
+  }
+  HKDFAST_HD W kept_tilts(int at, int word) const {
+    if (KIND == Kind::wide) return kept(at, word);
+    const Eight eight = read_eight(place_of(0, at, word));
+    W x;
+#pragma unroll
+    for (int k = 0; k < W::count; ++k)
+      x.of[k] = number(static_cast<std::uint16_t>(eight.of[k / 2] >> 16 * (k % 2)), Dtype::float16);
+    return x;
   }
 
   // A number of global memory, for the few that a row needs by name.
@@ -404,7 +426,7 @@ class RowLoop {
 
     // A share rounded to float would make every p off by the same part, which total variation sees near convergence.
     HKDFAST_HD static F shared(F e, float share, float low) {
-      return PLAIN ? e * F(share) : fused(e, F(share), e * F(low));
+      return FAST ? e * F(share) : fused(e, F(share), e * F(low));
     }
 
     HKDFAST_HD Word<F> operator()(float x, float y) const {
@@ -436,7 +458,7 @@ class RowLoop {
     const auto both = [&](int at, int begin, int word) {
       const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
       take_both<true, true>(r, x, y, begin + word);
-      if constexpr (keeps_contrast) keep_contrast(at, word, y);
+      if constexpr (keeps_contrast) keep(at, word, y);
     };
     if (mean_known() && !wanted)
       sweep<!PURIFIED, true>(both);
@@ -463,7 +485,7 @@ class RowLoop {
             values = fused(t.weight, t.value, values), slopes = fused(t.q, tilts.of[k], slopes);
           }
           value.add(values), slope.add(slopes);
-          if (wanted) keep(at, word, tilts);
+          if (wanted) keep_tilts(at, word, tilts);
         } else {
           F values[W::count], slopes[W::count], shares[W::count];
 #pragma unroll
@@ -473,7 +495,7 @@ class RowLoop {
             values[k] = term.value, slopes[k] = term.slope, shares[k] = w.q;
           }
           value.add(total(values)), slope.add(total(slopes));
-          if (!PLAIN) share.add(total(shares));
+          if (!FAST) share.add(total(shares));
         }
       };
       if (wanted)
@@ -485,7 +507,7 @@ class RowLoop {
       const Softmax all = reduced(mine, [&](const Record& of) {
         Record all;
         all.side[0].sum = team_.sum(of.side[0].sum), all.side[0].moment = team_.sum(of.side[0].moment);
-        if (!PLAIN) all.side[0].gap = team_.sum(of.side[0].gap);
+        if (!FAST) all.side[0].gap = team_.sum(of.side[0].gap);
         return all;
       }).side[0];
       sums = {all.sum, all.moment, all.gap};
@@ -560,8 +582,8 @@ class RowLoop {
     const float weight = task_.weight ? task_.weight[row_] : 1.f;
     f.blank = !(loss * weight - loss * weight == 0.f);
     // The q of a row are rounded and do not add up to 1. The gradient must add up to 0 for all that.
-    const double known_q = PLAIN && !keeps ? f.share_q * q.sum : 1, known_p = PLAIN && !keeps ? f.share_p * p.sum : 1;
-    const double sum_q = PLAIN || mean_known() ? known_q : sums.share;
+    const double known_q = FAST && !keeps ? f.share_q * q.sum : 1, known_p = FAST && !keeps ? f.share_p * p.sum : 1;
+    const double sum_q = FAST || mean_known() ? known_q : sums.share;
     double slope = (mean_known() && mean_p ? known_q - known_p : sums.slope) / sum_q;
     if (mean_known() && mean_q) {
       // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken off
@@ -573,7 +595,7 @@ class RowLoop {
     f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
     if constexpr (keeps) f.soft_by *= static_cast<float>(Tilt<Divergence>(divergence_).slope_unit() / tilt_scale);
     f.hard_by = hard() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
-    f.peak_1 = f.peak_q, f.share_1 = static_cast<float>(1 / sum_at_1);
+    f.peak_1 = finite(q.peak), f.share_1 = static_cast<float>(1 / sum_at_1);
   }
 
   HKDFAST_HD void gradient(const Contrast& contrast) {
@@ -591,7 +613,7 @@ class RowLoop {
       const W x = student(at, begin, word);
       W g;
       if constexpr (keeps) {
-        const W tilts = kept(at, word);
+        const W tilts = kept_tilts(at, word);
 #pragma unroll
         for (int k = 0; k < W::count; ++k)
           g.of[k] = approximate_exp2(words.log_q(x.of[k])) * fused(tilts.of[k], f.soft_by, -f.slope * f.soft_by);
@@ -602,11 +624,11 @@ class RowLoop {
           // softmax Jacobian: d loss / d z = (slope - q * sum(slope)) / T
           const Word<F> w = words(x.of[k], y.of[k]);
           float slope = fused(plain(w.q), -f.slope, plain(divergence_(w).slope));
-          if (!PLAIN) slope = fused(plain(w.q), -f.slope_low, slope);
+          if (!FAST) slope = fused(plain(w.q), -f.slope_low, slope);
           g.of[k] = slope * f.soft_by;
         }
       }
-      if (!PLAIN && label >= 0) {
+      if (KIND != Kind::narrow && label >= 0) {
         const Scale at_1(1);
 #pragma unroll
         for (int k = 0; k < W::count; ++k) {
@@ -614,29 +636,13 @@ class RowLoop {
           if (begin + word + W::place(team_.lane(), k) == label) g.of[k] -= f.hard_by;
         }
       }
-      if (!PLAIN) backward(x, g);
+      if (!FAST) backward(x, g);
       if (task_.accumulate) {
 #pragma unroll
         for (int k = 0; k < W::count; ++k) g.of[k] += before.of[k];
       }
       out.store(begin + word, g);
     });
-  }
-
-  // In the place of the teacher's words, which the gradient does without.
-  HKDFAST_HD void keep(int at, int word, const W& x) const {
-    Eight eight;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) eight.of[k] = two_fp16(x.of[2 * k], x.of[2 * k + 1]);
-    write_eight(eight_at(1, at, word), eight);
-  }
-  HKDFAST_HD W kept(int at, int word) const {
-    const Eight eight = read_eight(eight_at(1, at, word));
-    W x;
-#pragma unroll
-    for (int k = 0; k < W::count; ++k)
-      x.of[k] = number(static_cast<std::uint16_t>(eight.of[k / 2] >> 16 * (k % 2)), Dtype::float16);
-    return x;
   }
 
   // From logits back to the tile's numbers.
@@ -661,12 +667,12 @@ class RowLoop {
     Dtype dtype;
     char* row;
 
-    HKDFAST_HD W load(int base) const { return read_global<PLAIN>(team, row + base * size, dtype, vocab - base); }
+    HKDFAST_HD W load(int base) const { return read_global<KIND>(team, row + base * size, dtype, vocab - base); }
     HKDFAST_HD void store(int base, const W& x) const { write(team, row + base * size, dtype, vocab - base, x); }
   };
   HKDFAST_HD Stored stored() const {
     const Tile& to = task_.grad;
-    const Dtype dtype = PLAIN ? Dtype::bfloat16 : to.dtype;
+    const Dtype dtype = FAST ? Dtype::bfloat16 : to.dtype;
     const int size = dtype == Dtype::float32 ? 4 : 2;
     return {team_, task_.vocab, size, dtype, static_cast<char*>(to.data) + row_ * to.stride * size};
   }
@@ -688,6 +694,23 @@ class RowLoop {
   int turn_ = 0;
   double confidence_ = 0, a_ = 0;  // of the row, known to the leader
 };
+
+// Calls run with the instance for a task: its Kind, and whether there is a law.
+template <class Divergence, class Run>
+auto with_kind(const Task& task, bool purified, Divergence, Run run) {
+  const auto with_law = [&](auto kind) {
+    return purified ? run(kind, std::true_type()) : run(kind, std::false_type());
+  };
+  if constexpr (std::is_same_v<Divergence, Decode>) {
+    return run(std::integral_constant<Kind, Kind::any>(), std::true_type());
+  } else {
+    switch (kind_of(task)) {
+      case Kind::narrow: return with_law(std::integral_constant<Kind, Kind::narrow>());
+      case Kind::wide: return with_law(std::integral_constant<Kind, Kind::wide>());
+      default: return with_law(std::integral_constant<Kind, Kind::any>());
+    }
+  }
+}
 
 }  // namespace HKDFAST_ISA
 }  // namespace hkdfast

@@ -24,11 +24,11 @@ inline void check(cudaError_t error, const char* call) {
 
 namespace HKDFAST_ISA {
 
-template <class Divergence, bool PLAIN, bool PURIFIED>
+template <class Divergence, Kind KIND, bool PURIFIED>
 __global__ void __launch_bounds__(most_warps * warp_lanes, 1)
     rows_kernel(const __grid_constant__ Task task, const Divergence divergence) {
   DeviceTeam team;
-  RowLoop<DeviceTeam, Divergence, PLAIN, PURIFIED>(team, task, divergence).rows();
+  RowLoop<DeviceTeam, Divergence, KIND, PURIFIED>(team, task, divergence).rows();
 }
 
 // Clusters that this device runs at a time; asked once for every kernel, layout and device.
@@ -47,9 +47,9 @@ int resident(Kernel kernel, const cudaLaunchConfig_t& config, int device, int bl
 }
 
 // False, and nothing is done, if the row does not fit on chip.
-template <class Divergence, bool PLAIN, bool PURIFIED>
+template <class Divergence, Kind KIND, bool PURIFIED>
 bool launch(Task task, Divergence divergence, int device, cudaStream_t stream) {
-  const auto kernel = rows_kernel<Divergence, PLAIN, PURIFIED>;
+  const auto kernel = rows_kernel<Divergence, KIND, PURIFIED>;
   int shared = 0;
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
   task.plan = plan_of(task, shared, most_blocks);
@@ -79,15 +79,9 @@ bool launch_rows(const Task& task, bool purified, Divergence divergence, int dev
   using namespace HKDFAST_ISA;
   const auto stream = static_cast<cudaStream_t>(stream_);
   check(cudaSetDevice(device), "cudaSetDevice");
-  if constexpr (std::is_same_v<Divergence, Decode>) {
-    return launch<Divergence, false, true>(task, divergence, device, stream);
-  } else if (is_plain(task)) {
-    return purified ? launch<Divergence, true, true>(task, divergence, device, stream)
-                    : launch<Divergence, true, false>(task, divergence, device, stream);
-  } else {
-    return purified ? launch<Divergence, false, true>(task, divergence, device, stream)
-                    : launch<Divergence, false, false>(task, divergence, device, stream);
-  }
+  return with_kind(task, purified, divergence, [&](auto kind, auto law) {
+    return launch<Divergence, kind, law>(task, divergence, device, stream);
+  });
 }
 
 }  // namespace hkdfast

@@ -1,6 +1,7 @@
 // The numbers of a tile, from shared memory to floats, and gradients from floats to global memory.
 //
-// PLAIN tiles are bfloat16 and aligned: a lane takes 8 neighbours of a step, in one 16-byte access. Of others it takes
+// Of aligned tiles a lane takes 8 words of a step: neighbours if they are bfloat16, in one 16-byte access, or two times 4
+// neighbours if they are float32, so that the accesses of a warp are dense. Of others it takes
 // every 32nd word, one by one: that needs no alignment, and its accesses are as dense for the warp.
 #pragma once
 #include "cluster.h"
@@ -8,12 +9,16 @@
 namespace hkdfast {
 namespace HKDFAST_ISA {
 
-template <bool PLAIN>
+template <Kind KIND>
 struct LaneWords {
-  static constexpr int count = PLAIN ? 8 : 4, step = count * warp_lanes;
+  static constexpr int count = KIND == Kind::any ? 4 : 8, step = count * warp_lanes;
   float of[count];
 
-  HKDFAST_HD static int place(int lane, int k) { return PLAIN ? lane * count + k : k * warp_lanes + lane; }
+  HKDFAST_HD static int place(int lane, int k) {
+    if (KIND == Kind::narrow) return lane * 8 + k;
+    if (KIND == Kind::wide) return k / 4 * 4 * warp_lanes + lane * 4 + k % 4;
+    return k * warp_lanes + lane;
+  }
 };
 
 struct alignas(16) Eight {
@@ -62,8 +67,27 @@ HKDFAST_HD std::uint16_t narrow(float x, Dtype dtype) {
 #endif
 }
 
-HKDFAST_HD LaneWords<true> unpacked(const Eight& eight) {
-  LaneWords<true> x;
+struct alignas(8) Four {
+  std::uint32_t of[2];
+};
+HKDFAST_HD Four read_four(const void* from) {
+#ifdef __CUDA_ARCH__
+  const uint2 two = *static_cast<const uint2*>(from);
+  return {{two.x, two.y}};
+#else
+  return *static_cast<const Four*>(from);
+#endif
+}
+HKDFAST_HD void write_four(void* to, const Four& four) {
+#ifdef __CUDA_ARCH__
+  *static_cast<uint2*>(to) = make_uint2(four.of[0], four.of[1]);
+#else
+  *static_cast<Four*>(to) = four;
+#endif
+}
+
+HKDFAST_HD LaneWords<Kind::narrow> unpacked(const Eight& eight) {
+  LaneWords<Kind::narrow> x;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     x.of[2 * k] = float_of(static_cast<std::int32_t>(eight.of[k] << 16));
@@ -90,12 +114,19 @@ HKDFAST_HD void write_eight(void* to, const Eight& eight) {
 }
 
 // A lane's words of the step that begins at this offset of shared memory.
-template <bool PLAIN, class Team>
-HKDFAST_HD LaneWords<PLAIN> read(const Team& team, int at, Dtype dtype) {
-  using W = LaneWords<PLAIN>;
+template <Kind KIND, class Team>
+HKDFAST_HD LaneWords<KIND> read(const Team& team, int at, Dtype dtype) {
+  using W = LaneWords<KIND>;
   W x;
-  if constexpr (PLAIN) {
+  if constexpr (KIND == Kind::narrow) {
     x = unpacked(read_eight(&team.template at<Eight>(at + 2 * W::place(team.lane(), 0))));
+  } else if constexpr (KIND == Kind::wide) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Eight four = read_eight(&team.template at<Eight>(at + 4 * W::place(team.lane(), 4 * i)));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x.of[4 * i + k] = float_of(four.of[k]);
+    }
   } else if (dtype == Dtype::float32) {
 #pragma unroll
     for (int k = 0; k < W::count; ++k) x.of[k] = team.template at<float>(at + 4 * W::place(team.lane(), k));
@@ -108,12 +139,28 @@ HKDFAST_HD LaneWords<PLAIN> read(const Team& team, int at, Dtype dtype) {
 }
 
 // A lane's words of a step of which so many exist; from is the step's first word in global memory.
-template <bool PLAIN, class Team>
-HKDFAST_HD LaneWords<PLAIN> read_global(const Team& team, const char* from, Dtype dtype, int exist) {
-  using W = LaneWords<PLAIN>;
+template <Kind KIND, class Team>
+HKDFAST_HD LaneWords<KIND> read_global(const Team& team, const char* from, Dtype dtype, int exist) {
+  using W = LaneWords<KIND>;
   const int lane = team.lane();
-  if constexpr (PLAIN)
-    if (exist >= W::step) return unpacked(read_eight(from + 2 * W::place(lane, 0)));
+  if constexpr (KIND != Kind::any)
+    if (exist >= W::step) {
+      Eight eight;
+      if (KIND == Kind::narrow) {
+        eight = read_eight(from + 2 * W::place(lane, 0));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Four four = read_four(from + 2 * W::place(lane, 4 * i));
+          eight.of[2 * i] = four.of[0], eight.of[2 * i + 1] = four.of[1];
+        }
+      }
+      W x;
+      const LaneWords<Kind::narrow> in_order = unpacked(eight);
+#pragma unroll
+      for (int k = 0; k < W::count; ++k) x.of[k] = in_order.of[k];
+      return x;
+    }
   W x = W();
 #pragma unroll
   for (int k = 0; k < W::count; ++k) {
@@ -128,15 +175,21 @@ HKDFAST_HD LaneWords<PLAIN> read_global(const Team& team, const char* from, Dtyp
 }
 
 // Stores a lane's words of a step of which so many exist; to is the step's first word in global memory.
-template <bool PLAIN, class Team>
-HKDFAST_HD void write(const Team& team, char* to, Dtype dtype, int exist, const LaneWords<PLAIN>& x) {
-  using W = LaneWords<PLAIN>;
+template <Kind KIND, class Team>
+HKDFAST_HD void write(const Team& team, char* to, Dtype dtype, int exist, const LaneWords<KIND>& x) {
+  using W = LaneWords<KIND>;
   const int lane = team.lane();
-  if (PLAIN && exist >= W::step) {
+  if (KIND != Kind::any && exist >= W::step) {
     Eight eight;
 #pragma unroll
     for (int k = 0; k < 4; ++k) eight.of[k] = two_bf16(x.of[2 * k % W::count], x.of[(2 * k + 1) % W::count]);
-    write_eight(to + 2 * W::place(lane, 0), eight);
+    if (KIND == Kind::narrow) {
+      write_eight(to + 2 * W::place(lane, 0), eight);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        write_four(to + 2 * W::place(lane, 4 * i), {{eight.of[2 * i], eight.of[2 * i + 1]}});
+    }
     return;
   }
 #pragma unroll

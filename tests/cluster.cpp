@@ -287,37 +287,29 @@ class FiberTeam {
   int cluster_, clusters_, block_, warp_, lane_;
 };
 
-template <class Divergence, bool PLAIN, bool PURIFIED>
-void run(const Task& task, int clusters, unsigned seed, const std::string& without, Divergence divergence) {
-  for (int cluster = 0; cluster < clusters; ++cluster) {
-    Cluster all(task, seed + cluster, without);
-    for (int block = 0; block < task.plan.blocks; ++block)
-      for (int warp = 0; warp < task.plan.warps; ++warp)
-        for (int lane = 0; lane < warp_lanes; ++lane)
-          all.scheduler.start([=, &all, &task] {
-            FiberTeam team(all, cluster, clusters, block, warp, lane);
-            RowLoop<FiberTeam, Divergence, PLAIN, PURIFIED>(team, task, divergence).rows();
-          });
-    all.scheduler.run();
-  }
-}
-
-// Which instance runs a task, as in csrc/launch.h.
-template <class Divergence>
-void choose(const Task& task, bool purified, int clusters, unsigned seed, const std::string& without, Divergence d) {
-  if (is_plain(task))
-    purified ? run<Divergence, true, true>(task, clusters, seed, without, d)
-             : run<Divergence, true, false>(task, clusters, seed, without, d);
-  else
-    purified ? run<Divergence, false, true>(task, clusters, seed, without, d)
-             : run<Divergence, false, false>(task, clusters, seed, without, d);
-}
-
 struct Layout {
   int blocks, warps, clusters, shared_bytes;
   unsigned seed;
   std::string without;
 };
+
+template <class Divergence>
+void run(const Task& task, bool purified, const Layout& layout, Divergence divergence) {
+  with_kind(task, purified, divergence, [&](auto kind, auto law) {
+    for (int cluster = 0; cluster < layout.clusters; ++cluster) {
+      Cluster all(task, layout.seed + cluster, layout.without);
+      for (int block = 0; block < task.plan.blocks; ++block)
+        for (int warp = 0; warp < task.plan.warps; ++warp)
+          for (int lane = 0; lane < warp_lanes; ++lane)
+            all.scheduler.start([=, &all, &layout, &task] {
+              FiberTeam team(all, cluster, layout.clusters, block, warp, lane);
+              RowLoop<FiberTeam, Divergence, kind, law>(team, task, divergence).rows();
+            });
+      all.scheduler.run();
+    }
+    return true;
+  });
+}
 
 Layout layout(py::handle from) {
   Layout to;
@@ -342,7 +334,7 @@ void rows(py::handle objective_, py::handle student, py::handle teacher, py::han
   task.plan = plan_for(task, l.shared_bytes, l.blocks, l.warps);
   if (!task.plan.blocks) throw py::value_error("the row does not fit");
   with_divergence(o.divergence.c_str(), o.beta, [&](auto divergence) {
-    choose(task, o.purified, l.clusters, l.seed, l.without, divergence);
+    run(task, o.purified, l, divergence);
   });
 }
 
@@ -357,7 +349,7 @@ void contrast(py::handle objective_, py::handle clean, py::handle noisy, std::ui
   Task task = task_of(o, rows);
   task.plan = plan_for(task, l.shared_bytes, l.blocks, l.warps);
   if (!task.plan.blocks) throw py::value_error("the row does not fit");
-  run<Decode, false, true>(task, l.clusters, l.seed, l.without, Decode());
+  run(task, true, l, Decode());
 }
 
 Task task_of(std::int64_t vocab, py::list dtypes) {

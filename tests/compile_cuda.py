@@ -18,11 +18,12 @@ from pathlib import Path
 
 from hkdfast import DIVERGENCES
 
+KINDS = ("any", "narrow", "wide")  # of csrc/cluster.h, in its order
 SYSTEM_SHARED, MOST_REGISTERS = 1024, 65536 // 512
-FAST = {  # instructions of the instances for plain tiles
+FAST = {  # instructions of the fast kinds
     "bulk copy": r"UBLKCP",
     "16 bytes from shared memory": r"LDS\.128",
-    "16 bytes to global memory": r"STG\.E\.128",
+    "8 or 16 bytes to global memory": r"STG\.E\.(64|128)",
 }
 
 
@@ -36,17 +37,15 @@ def cuobjdump():
 
 
 def expected():
-    """(divergence, tiles, law) of every kernel there should be, the divergence as C++ spells it but in lower case."""
+    """(divergence, kind, law) of every kernel there should be, the divergence as C++ spells it but in lower case."""
     names = [divergence.replace("_", "") for divergence in DIVERGENCES]
-    return {(name, tiles, law) for name in names for tiles in ("plain", "any") for law in ("", "law")} | {
-        ("decode", "any", "law")
-    }
+    return {(name, kind, law) for name in names for kind in KINDS for law in ("", "law")} | {("decode", "any", "law")}
 
 
 def described(name):
-    """(divergence, tiles, law) of a kernel's mangled name."""
-    divergence, plain, purified = re.search(r"rows_kernelINS\d_\d+(\w+?)ELb([01])ELb([01])E", name).groups()
-    return divergence.lower(), "plain" if plain == "1" else "any", "law" if purified == "1" else ""
+    """(divergence, kind, law) of a kernel's mangled name."""
+    divergence, kind, law = re.search(r"rows_kernelINS\d_\d+(\w+?)ELNS_4KindE(\d)ELb([01])E", name).groups()
+    return divergence.lower(), KINDS[int(kind)], "law" if law == "1" else ""
 
 
 def resources(tool, module):
@@ -92,7 +91,7 @@ def sweeps(code):
     return [body for body in bodies if sum("MUFU.EX2" in text for text in body) >= 8]
 
 
-def faults(usage, code, plain):
+def faults(usage, code, fast):
     if usage["STACK"] or usage["LOCAL"]:
         yield f"{usage['STACK']} bytes of stack, {usage['LOCAL']} of local memory"
     if usage["SHARED"] > SYSTEM_SHARED:
@@ -102,7 +101,7 @@ def faults(usage, code, plain):
     text = "\n".join(text for _, text in code)
     if re.search(r"\b(STL|LDL)\b", text):
         yield "accesses of local memory"
-    if not plain:
+    if not fast:
         return
     for what, pattern in FAST.items():
         if not re.search(pattern, text):
@@ -130,14 +129,13 @@ def main():
     for arch in wanted or sorted({arch for arch, _ in usage}) or ["any architecture"]:
         there = {described(kernel) for one, kernel in usage if one == arch}
         wrong += [f"{arch}: no kernel for {', '.join(filter(None, kernel))}" for kernel in sorted(expected() - there)]
-    print("arch     divergence       tiles law  registers stack local instructions")
+    print("arch     divergence       kind   law  registers stack local instructions")
     for (arch, kernel), used in sorted(usage.items(), key=lambda item: (item[0][0], described(item[0][1]))):
-        divergence, tiles, law = described(kernel)
+        divergence, kind, law = described(kernel)
         numbers = "{REG:9} {STACK:5} {LOCAL:5}".format(**used)
-        print(f"{arch:8} {divergence:16} {tiles:5} {law:4} {numbers} {len(code[arch, kernel]):12}")
+        print(f"{arch:8} {divergence:16} {kind:6} {law:4} {numbers} {len(code[arch, kernel]):12}")
         wrong += [
-            f"{arch} {divergence}, {tiles}, {law}: {fault}"
-            for fault in faults(used, code[arch, kernel], tiles == "plain")
+            f"{arch} {divergence}, {kind}, {law}: {fault}" for fault in faults(used, code[arch, kernel], kind != "any")
         ]
     sys.exit("\n".join(wrong))
 

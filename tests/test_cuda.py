@@ -124,14 +124,14 @@ def backend(request):
     return Emulated(request.getfixturevalue("cluster")) if request.param is Emulated else Moved(load("cuda"))
 
 
-def run_tiles(backend, divergence, *tiles, grad=None, wanted=True, metrics=False, **options):
-    """(loss, gradient, metrics) of tiles as they lie."""
+def run_tiles(backend, divergence, *tiles, grad=None, kept=None, wanted=True, metrics=False, **options):
+    """(loss, gradient, metrics) of tiles as they lie; kept: the gradient's dtype, if it is not the student's."""
     student, teacher, *rest = tiles
     noisy = rest[0] if rest else None
     n = len(student)
     loss, measured = torch.empty(n), torch.empty(len(METRICS), n) if metrics else None
     if grad is None and wanted:
-        grad = torch.empty(student.shape, dtype=student.dtype)
+        grad = torch.empty(student.shape, dtype=kept or student.dtype)
     objective = Objective(divergence=divergence, beta=0.3, **options)
     backend.rows(objective, student, teacher, noisy, None, None, None, loss, grad, measured)
     return loss, grad, measured
@@ -142,31 +142,57 @@ def tiles(n, vocab, dtype=torch.bfloat16, count=2, seed=0):
     return [(4 * torch.randn(n, vocab, generator=generator)).to(dtype) for _ in range(count)]
 
 
+FAST = {"narrow": torch.bfloat16, "wide": torch.float32}  # dtype of the tiles; the gradient is bfloat16
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("count", [2, 3])
-def test_plain_tiles_without_metrics(backend, divergence, count):
-    """The fast instances: aligned bfloat16, several rows for each cluster, with and without a gradient."""
+@pytest.mark.parametrize("kind", FAST)
+def test_fast_kinds_without_metrics(backend, kind, divergence, count):
+    """Aligned tiles, several rows for each cluster, with and without a gradient."""
     options = law(alpha=0.7) if count == 3 else {}
-    ours = tiles(7, 2048 + 8, count=count)
+    ours = tiles(7, 2048 + 8, FAST[kind], count)
     exact, exact_grad, _ = run_tiles(reference, divergence, *[t.double() for t in ours], **options)
-    plain, plain_grad, _ = run_tiles(reference, divergence, *ours, **options)
-    loss, grad, _ = run_tiles(backend, divergence, *ours, **options)
+    plain, plain_grad, _ = run_tiles(reference, divergence, *ours, kept=torch.bfloat16, **options)
+    loss, grad, _ = run_tiles(backend, divergence, *ours, kept=torch.bfloat16, **options)
     assert_as_close_as_torch(loss, plain, exact)
     assert_as_close_as_torch(grad, plain_grad, exact_grad)
     assert ((grad.double() - exact_grad).norm() / exact_grad.norm()).item() < 3e-3
     alone, _, _ = run_tiles(backend, divergence, *ours, wanted=False, **options)
-    assert torch.equal(alone, loss) or divergence in ("forward_kl", "reverse_kl")
+    # else another sweep gives the value, or another kind: float32 tiles without a gradient are no fast one
+    assert torch.equal(alone, loss) or kind == "wide" or divergence in ("forward_kl", "reverse_kl")
     torch.testing.assert_close(alone, loss)
 
 
 @pytest.mark.parametrize("apart", [3.0, 0.3, 0.03])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_plain_tiles_near_convergence(backend, divergence, apart):
+@pytest.mark.parametrize("kind", FAST)
+def test_fast_kinds_near_convergence(backend, kind, divergence, apart):
     student, noise = tiles(4, 4096)
-    teacher = (student.float() + apart * noise.float() / 4).bfloat16()
+    student = student.to(FAST[kind])
+    teacher = (student.float() + apart * noise.float() / 4).to(FAST[kind])
     _, exact, _ = run_tiles(reference, divergence, student.double(), teacher.double())
-    _, grad, _ = run_tiles(backend, divergence, student, teacher)
+    _, grad, _ = run_tiles(backend, divergence, student, teacher, kept=torch.bfloat16)
     assert ((grad.double() - exact).norm() / exact.norm()).item() < 3e-3
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 2.0}, law(weight="linear", plausibility=0.1)], ids=["plain", "law"]
+)
+def test_wide_tiles_with_labels_and_metrics(backend, divergence, options):
+    ours = tiles(5, 2048 + 8, torch.float32, 3 if "law" in options else 2)
+    labels, weight = torch.tensor([3, 2055, -100, 7, 0]), torch.linspace(0.5, 2, 5)
+    objective = Objective(divergence=divergence, beta=0.3, hard_weight=0.7, **options)
+    results = []
+    for module, dtype in ((backend, torch.float32), (reference, torch.float32), (reference, torch.float64)):
+        given = [t.to(dtype) for t in ours] + [None] * (3 - len(ours))
+        loss, metrics = torch.empty(5, dtype=dtype), torch.empty(len(METRICS), 5, dtype=dtype)
+        grad = torch.empty(ours[0].shape, dtype=torch.float64 if dtype == torch.float64 else torch.bfloat16)
+        module.rows(objective, *given, None, labels, weight, loss, grad, metrics)
+        results.append((loss, grad, *metrics))
+    for what, got, plain, exact in zip(("loss", "gradient", *METRICS), *results, strict=True):
+        assert_as_close_as_torch(got, plain, exact, what)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -202,10 +228,11 @@ def test_in_place(backend, vocab, count):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_gradient_is_added(backend, divergence, count):
-    """The fast instances. A row whose loss is not finite adds nothing, nor does one that is ignored."""
+@pytest.mark.parametrize("kind", FAST)
+def test_a_gradient_is_added(backend, kind, divergence, count):
+    """A row whose loss is not finite adds nothing, nor does one that is ignored."""
     options = law(weight="linear", alpha=2.0) if count == 3 else {}
-    ours = tiles(6, 2048 + 8, count=count)
+    ours = tiles(6, 2048 + 8, FAST[kind], count)
     ours[0][1, 5] = float("nan")
     labels = torch.tensor([0, 1, -100, 3, 4, 5])
     (before,) = tiles(6, 2048 + 8, count=1, seed=1)
