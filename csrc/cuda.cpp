@@ -40,7 +40,7 @@ bool contrast(py::handle objective_, py::handle clean, py::handle noisy, std::ui
   return n == 0 || launch_rows(task_of(o, rows), true, generic::Decode(), device, pointer<void>(stream));
 }
 
-int longest(py::list given, int device) {
+int longest_of(py::list given, int device) {
   Task task;
   Tile* const tiles[] = {&task.student, &task.teacher, &task.noisy};
   for (std::size_t i = 0; i < given.size() && i < 3; ++i) *tiles[i] = tile(given[i]);
@@ -53,7 +53,7 @@ int longest(py::list given, int device) {
 PYBIND11_MODULE(_cuda, m) {
   using namespace pybind11::literals;
   m.def("missing", &hkdfast::missing, "device"_a);
-  m.def("longest", py::overload_cast<py::list, int>(&hkdfast::longest), "tiles"_a, "device"_a);
+  m.def("longest", &hkdfast::longest_of, "tiles"_a, "device"_a);
   m.def("rows", &hkdfast::rows, "objective"_a, "student"_a, "teacher"_a, "noisy"_a, "alpha"_a, "labels"_a, "weight"_a,
         "loss"_a, "grad"_a, "metrics"_a, "n"_a, "vocab"_a, "device"_a, "stream"_a);
   m.def("contrast", &hkdfast::contrast, "objective"_a, "clean"_a, "noisy"_a, "alpha"_a, "labels"_a, "out"_a, "n"_a,
