@@ -35,6 +35,16 @@ def runs():
         yield backend, "none", "contrast", "rows_kernel" if backend == "cuda" else "contrast_kernel"
 
 
+def wide(module, divergence, options):
+    """Float32 tiles with a bfloat16 gradient, as heads of bfloat16 models have them: the CUDA backend's kind for them."""
+    case = Case((5, 49_160), labels=True, ignored=(1,), options={**options, "hard_weight": 0.5})
+    student, teacher, noisy, _, labels, _ = (t if t is None else t.to(home(module)) for t in inputs(case))
+    loss, grad = student.new_empty(len(student)), torch.zeros_like(student, dtype=torch.bfloat16)
+    for accumulate in (False, True):
+        objective = Objective(divergence=divergence, beta=0.3, accumulate=accumulate, **case.options)
+        module.rows(objective, student, teacher, noisy, None, labels, None, loss, grad, None)
+
+
 def contrast(module, options):
     case = Case((3, 1031), torch.bfloat16, options=options)
     clean, noisy = (t.to(home(module)) for t in inputs(case)[1:3])
@@ -58,6 +68,8 @@ def main():
         cases = {name: lambda options=options: contrast(module, options) for name, options in CONTRASTS.items()}
     else:
         cases = {name: lambda case=case: run_rows(module, case, divergence) for name, case in {**CASES, **LONG}.items()}
+        for name, options in (("wide", {}), ("wide, purified", law())):
+            cases[name] = lambda options=options: wide(module, divergence, options)
     names = list(cases)[:3] if args.few else list(cases)
     for name in names:
         cases[name]()
