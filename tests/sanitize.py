@@ -36,7 +36,7 @@ def runs():
 
 
 def wide(module, divergence, options):
-    """Float32 tiles with a bfloat16 gradient, as heads of bfloat16 models have them: the CUDA backend's kind for them."""
+    """Float32 tiles with a bfloat16 gradient, as heads of bfloat16 models have them: a kind of its own on CUDA."""
     case = Case((5, 49_160), labels=True, ignored=(1,), options={**options, "hard_weight": 0.5})
     student, teacher, noisy, _, labels, _ = (t if t is None else t.to(home(module)) for t in inputs(case))
     loss, grad = student.new_empty(len(student)), torch.zeros_like(student, dtype=torch.bfloat16)
