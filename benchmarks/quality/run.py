@@ -2,6 +2,8 @@
 
 python benchmarks/quality/run.py seed           one base, one seed: minutes on two CPU cores
 python benchmarks/quality/run.py seed --full    every base, system and seed; goes on where it was stopped
+python benchmarks/quality/run.py hkd            one track, one chain, three systems: minutes
+python benchmarks/quality/run.py hkd --full     both tracks, every chain and system; goes on where it was stopped
 """
 
 import argparse
@@ -9,14 +11,18 @@ import json
 import platform
 from pathlib import Path
 
+import hkd_study
+import hkd_table
 import numpy as np
 import study
 import torch
 import transformers
+from hkd_bases import CHAINS
 from questions import SPLITS
 from table import RESAMPLES, compare, equal_yes_rate, markdown, read_cell, shifted, tuned_shift
 from tinyllava import question
 from tqdm import tqdm
+from tracks import TRACKS
 
 import hkdfast
 
@@ -125,7 +131,7 @@ def seed(options):
     generator = torch.Generator(options.device).manual_seed(0)
     noisy = hkdfast.diffuse(exams[0].pixels, sigma=study.SIGMA, generator=generator).cpu()
     picture(exams[0], before, after, noisy, work / "seed.png")
-    facts = {
+    about = {
         "processor": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "versions": {module.__name__: module.__version__ for module in (hkdfast, torch, transformers)},
         "bases": bases,
@@ -137,8 +143,40 @@ def seed(options):
     found = [{"system": name, "forwards": forwards, **row} for name, forwards, row in rows]
     file = RESULTS / "seed.json" if options.full else work / "seed.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(facts | {"rows": found}, indent=1) + "\n")
+    file.write_text(json.dumps(about | {"rows": found}, indent=1) + "\n")
     print(f"\n{file}\n{work / 'seed.png'}")
+
+
+def hkd(options):
+    torch.set_num_threads(options.threads)
+    chains = sorted(int(folder.name.removeprefix("seed")) for folder in CHAINS.glob("seed*"))
+    chains = options.seeds or (chains if options.full else chains[:1])
+    tracks = options.tracks or (TRACKS if options.full else TRACKS[:1])
+    systems = hkd_study.SYSTEMS if options.full else ["large", "small", "whole"]
+    systems = options.systems or systems
+    work = options.work / "hkd"
+    # the cells of the whole study are small and stay; those of a first look are made anew from the chain
+    cells = RESULTS / "hkd" if options.full else work / "quick"
+    todo = [(track, seed, system) for system in systems for seed in chains for track in tracks]
+    for track, seed, system in tqdm(todo if not options.tables else (), "cells"):
+        hkd_study.make_cell(track, seed, system, work, cells)
+    if options.cells:
+        return
+    found = {track: hkd_table.report(cells, track, chains) for track in tracks}
+    for track in tracks:
+        print(f"\n{track}\n\n{hkd_table.markdown(found[track])}")
+    file = hkd_table.FILE if options.full else work / "hkd.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(facts(chains) | hkd_table.settings() | {"tracks": found}, indent=1) + "\n")
+    print(f"\n{file}")
+
+
+def facts(chains):
+    return {
+        "processor": platform.machine(),
+        "versions": {module.__name__: module.__version__ for module in (hkdfast, torch, transformers)},
+        "chains": chains,
+    }
 
 
 if __name__ == "__main__":
@@ -155,5 +193,16 @@ if __name__ == "__main__":
     add("--threads", type=int, default=1, help="default 1: on a model this small two threads wait for each other")
     add("--work", type=Path, default=Path("out/quality"), help="where finished cells are kept")
     command.set_defaults(run=seed)
+    command = commands.add_parser("hkd", help="a chain of models distilled into its smallest")
+    add = command.add_argument
+    add("--full", action="store_true", help="both tracks, every chain and system; cells are kept in results/hkd")
+    add("--tracks", nargs="+", choices=TRACKS)
+    add("--seeds", type=int, nargs="+", help="chains; default 1, with --full all")
+    add("--systems", nargs="+", choices=hkd_study.SYSTEMS)
+    add("--cells", action="store_true", help="stop before the tables: for several processes that share the work")
+    add("--tables", action="store_true", help="make no cell, only the tables of those that are there")
+    add("--threads", type=int, default=1, help="default 1: on a model this small two threads wait for each other")
+    add("--work", type=Path, default=Path("out/quality"), help="where weights of finished stages are kept")
+    command.set_defaults(run=hkd)
     options = parser.parse_args()
     options.run(options)

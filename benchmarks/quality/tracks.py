@@ -1,7 +1,8 @@
 """The two tracks of the Responsible-AI challenge, asked about the picture world.
 
-    python benchmarks/quality/tracks.py hallucination 7 out/hallucination --questions 500
-    hkdfast evaluate choices ...
+    python benchmarks/quality/tracks.py hallucination 7 out/track --questions 500
+    hkdfast evaluate choices --task hallucination --data out/track/questions.json --images out/track \\
+        --model benchmarks/quality/chains/seed1/L --template $'{statement}?\\n{options}' --output out/choices.json
 
 "hallucination": which phrase of a caption is not in the image, A to D, D being "No hallucination". "factcheck": a claim
 of two parts. The first names an object in sight, and the image decides. The second says when or where the photo was
@@ -64,9 +65,9 @@ def file_name(image):
     return f"{image:06d}.png"
 
 
-def number(record):
-    """Of the image that a record is about."""
-    return int(record.image.removesuffix(".png"))
+def number(name):
+    """Of the image in a file of that name."""
+    return int(name.removesuffix(".png"))
 
 
 def captioned(image, phrases, wrong):
@@ -158,7 +159,7 @@ def rewritten(record, objects, rng):
         objects: what the image shows. Decides the answer of the result and nothing else.
         rng: numpy generator.
     """
-    image = number(record)
+    image = number(record.image)
     if record.task == "hallucination":
         phrases, wrong = [OBJECTS.index(name) for name in record.options[:3]], LETTERS.index(record.answer)
         if rng.random() < 0.75:

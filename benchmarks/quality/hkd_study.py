@@ -1,0 +1,163 @@
+"""What HKD4VLM's reconstruction does to the smallest model of a chain, cell by cell.
+
+A system is a model trained by one or more stages. Its cell is what that model answers to every question of the test
+set; stages keep their weights, cells their answers, so a stopped study goes on where it was. `hkd_table.py` makes the
+tables of it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import numpy as np
+from hkd_bases import CHAINS, load
+from hkd_tune import BATCH, RATES, SPLITS, TEACH, Reader, Stage, Track, examine, fit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+DIRECT, FIRST, SECOND = 6, 12, 6  # epochs of tuning L and M, and of the small model's two stages of distillation
+LARGE, MEDIUM = ("L", "large"), ("M", "medium")
+
+
+def distilled(pyramid, ternary, augmented):
+    """The last stage of a system: which of the three parts of training it has.
+
+    Returns:
+        Stage. The small model has always learnt FIRST epochs in the stage before, from the chain or from the large
+        model, and learns SECOND here, from two teachers or from one.
+    """
+    before = f"{'augmented ' * augmented}{'pyramid' if pyramid else 'first'}"
+    medium = ("M", f"{before}/live") if pyramid else MEDIUM
+    one = medium if pyramid else LARGE
+    return Stage("S", SECOND, before, teachers=(LARGE, medium) if ternary else (one,), rewrites=int(augmented))
+
+
+STAGES = {
+    "large": Stage("L", DIRECT),
+    "small": Stage("S", 24),
+    "augmented pyramid": Stage("S", FIRST, live=("M", "augmented pyramid M"), rewrites=1),
+    "whole": distilled(1, 1, 1),
+    "whole - ternary": distilled(1, 0, 1),
+    "augmented first": Stage("S", FIRST, teachers=(LARGE,), rewrites=1),
+    "whole - pyramid": distilled(0, 1, 1),
+    "pyramid M": Stage("M", DIRECT, live=("L", None)),
+    "pyramid": Stage("S", FIRST, live=("M", "pyramid M")),
+    "whole - augmentation": distilled(1, 1, 0),
+    "first": Stage("S", FIRST, teachers=(LARGE,)),
+    "distilled": distilled(0, 0, 0),
+    "+ augmentation": distilled(0, 0, 1),
+    "+ pyramid": distilled(1, 0, 0),
+    "+ ternary": distilled(0, 1, 0),
+    "medium": Stage("M", DIRECT),
+    "augmented pyramid M": Stage("M", DIRECT, live=("L", None), rewrites=1),
+    "small, true rewrites": Stage("S", FIRST + SECOND, rewrites=1),
+    "small, no shuffle": Stage("S", 24, shuffle=False),
+}
+FIRSTS = ("augmented pyramid", "augmented first", "pyramid M", "pyramid", "first")  # only gone on from
+SYSTEMS = [name for name in STAGES if name not in FIRSTS]  # in the order in which cells are made
+
+
+def stage_file(work, track, seed, stage):
+    return work / track / f"seed{seed}" / f"{plain(stage)}.safetensors"
+
+
+def cell_file(cells, track, seed, system):
+    return cells / track / f"seed{seed}" / f"{plain(system)}.npz"
+
+
+def plain(name):
+    for sign, word in ((" - ", "_without_"), ("+ ", "with_"), ("/", "-"), (",", ""), (" ", "_")):
+        name = name.replace(sign, word)
+    return name
+
+
+def grounds(name):
+    """The models that a stage begins with or learns from, as (size, stage or None)."""
+    stage = STAGES[name]
+    return [(stage.size, stage.start), *([stage.live] if stage.live else []), *stage.teachers]
+
+
+def recipe(track, seed, name):
+    """A digest of all that a stage came from: its settings, those before it, and the pretrained weights."""
+    told = [track, seed, asdict(STAGES[name]), SPLITS["train"], BATCH, RATES, TEACH]
+    for size, before in grounds(name):
+        weights = CHAINS / f"seed{seed}" / size / "language.safetensors"
+        told.append(
+            recipe(track, seed, before.removesuffix("/live"))
+            if before
+            else hashlib.blake2b(weights.read_bytes()).hexdigest()
+        )
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=12).hexdigest()
+
+
+def tuned(track, seed, size, stage, work):
+    """A model of a chain as a stage left it, which is run if it has not been; None: the pretrained model."""
+    model, tokenizer = load(seed, size)
+    if stage is not None:
+        file, name = stage_file(work, track, seed, stage), stage.removesuffix("/live")
+        if not kept(file, recipe(track, seed, name)):
+            train(track, seed, name, work)
+        model.load_state_dict(load_file(file), strict=False)
+    return model, tokenizer
+
+
+def kept(file, digest):
+    """Whether a stage's weights are there and of the recipe that is asked for."""
+    if not file.exists():
+        return False
+    with safe_open(file, "pt") as found:
+        return (found.metadata() or {}).get("recipe") == digest
+
+
+def train(track, seed, name, work):
+    """Run a stage, and those it builds on, and keep its weights."""
+    stage = STAGES[name]
+    student, tokenizer = tuned(track, seed, stage.size, stage.start, work)
+    live = tuned(track, seed, *stage.live, work)[0] if stage.live else None
+    teachers = [tuned(track, seed, *teacher, work)[0] for teacher in stage.teachers]
+    reader = Reader(tokenizer, Track(track, "train"))
+    fit(stage, student, teachers, reader, seed, live=live)
+    for model, ending in ((live, "/live"), (student, "")):  # the student last: it says that the stage is done
+        if model is not None:
+            keep(model, stage_file(work, track, seed, name + ending), recipe(track, seed, name))
+
+
+def keep(model, file, digest):
+    """Write what tuning changes, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    tuned = {name: weight for name, weight in model.state_dict().items() if "vision_tower" not in name}
+    save_file(tuned, draft, {"recipe": digest})
+    draft.replace(file)
+
+
+def read_cell(cells, track, seed, system):
+    """(layouts, 2, questions) int8 of a system, or None if its cell is not there.
+
+    Raises:
+        ValueError: if the cell was made under other settings, on other questions or from another chain.
+    """
+    file = cell_file(cells, track, seed, system)
+    if not file.exists():
+        return None
+    with np.load(file) as found:
+        if str(found["recipe"]) != cell_recipe(track, seed, system):
+            raise ValueError(f"{file} was made by another recipe than this study's: remove it, and it is made anew")
+        return found["answers"]
+
+
+def cell_recipe(track, seed, system):
+    return f"{recipe(track, seed, system)} on {SPLITS['test']}"
+
+
+def make_cell(track, seed, system, work, cells):
+    """Make the cell of a system, unless it is there."""
+    if read_cell(cells, track, seed, system) is not None:
+        return
+    file = cell_file(cells, track, seed, system)
+    model, tokenizer = tuned(track, seed, STAGES[system].size, system, work)
+    found = examine(model, Reader(tokenizer, Track(track, "test")))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft.npz")
+    np.savez_compressed(draft, answers=found, recipe=cell_recipe(track, seed, system))
+    draft.replace(file)

@@ -1,0 +1,204 @@
+"""How a model of a chain is tuned on a track, alone or taught by others, and examined.
+
+The losses and the inference are hkdfast's own: `pyramid.loss`, `ternary.loss`, `choices.answer`.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hkd_bases import asking, load, packed
+from tinyllava import normalised, read, see
+from tracks import TEMPLATES, ask, number, photos, rewritten
+
+from hkdfast import Head, pyramid, ternary
+from hkdfast.choices import LETTERS, answer, shuffled
+from hkdfast.evaluate.choices import choice
+from hkdfast.seed import IGNORE, answer_rows
+
+SPLITS = {"train": (2800, 8101), "dev": (1500, 8202), "test": (2400, 8303)}  # images and seed of each
+BATCH = 64  # labelled questions of a step
+RATES = {"L": 1e-3, "M": 1e-3, "S": 4e-3}  # learning rates of tuning
+TEACH = {"weight": 4.0, "temperature": 2.0, "t_squared": True}
+LAYOUTS = ("fixed", "shuffled")  # the options as the challenge orders them, or in an order drawn once a question
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run on a track.
+
+    Args:
+        size: of the model that is trained.
+        epochs: how often it sees the labelled questions.
+        start: stage whose model it goes on with; None: the pretrained one.
+        live: size and start of a teacher that is trained along, or None. It is known as "stage/live" afterwards.
+        teachers: (size, stage) of frozen teachers.
+        rewrites: how many rewritten questions go with each labelled one: labelled by the teachers, or truly where there
+            are none.
+        shuffle: whether options change their letters.
+    """
+
+    size: str
+    epochs: int
+    start: str | None = None
+    live: tuple | None = None
+    teachers: tuple = ()
+    rewrites: int = 0
+    shuffle: bool = True
+
+
+@cache
+def views(split):
+    """A split's images as the tower of all chains sees them, and what they show."""
+    images, contents, _ = photos(*SPLITS[split])
+    return see(load(1, "S")[0], normalised(images)).half(), contents
+
+
+def truths(track):
+    """(questions,) option numbers of the right answers of a track's test set."""
+    count, seed = SPLITS["test"]
+    records = ask(track, photos(count, seed)[1], seed)
+    return np.array([LETTERS.index(record.answer) for record in records])
+
+
+class Track:
+    """A track's questions on one split of SPLITS."""
+
+    def __init__(self, track, split):
+        self.seen, self.contents = views(split)
+        self.records = ask(track, self.contents, SPLITS[split][1])
+        self.choices = [choice(record, TEMPLATES[track]) for record in self.records]
+        self.answers = [LETTERS.index(record.answer) for record in self.records]
+
+
+class Reader:
+    """Makes batches of a track's prompts, and functions of such batches of models.
+
+    Args:
+        tokenizer: the chain's.
+        track: Track.
+    """
+
+    def __init__(self, tokenizer, track):
+        self.tokenizer, self.track = tokenizer, track
+        self.letters = tokenizer.convert_tokens_to_ids([letter.lower() for letter in LETTERS[:4]])
+
+    def __call__(self, prompts, abouts, answers=None):
+        """A batch of prompts about images named as records name them; `encode` of `hkdfast.choices.answer`."""
+        return self.batch([[asking(prompt)] for prompt in prompts], [number(name) for name in abouts])
+
+    def batch(self, lines, images):
+        ids, turn, places, last = packed(self.tokenizer, lines)
+        return {"input_ids": ids, "turn": turn, "places": places, "last": last, "seen": self.track.seen[images].float()}
+
+    def taught(self, lines, answers, images):
+        """A batch with the letters' tokens as labels; None is a question without a label."""
+        batch = self.batch(lines, images)
+        labels = torch.full_like(batch["input_ids"], IGNORE)
+        unknown = torch.zeros_like(labels, dtype=torch.bool)
+        letters = [[IGNORE if place is None else self.letters[place] for place in row] for row in answers]
+        labels[:, batch["last"]] = torch.tensor(letters)
+        unknown[:, batch["last"]] = torch.tensor(letters) == IGNORE
+        batch["shift_labels"] = labels
+        return batch | {"distil_only": unknown} if unknown.any() else batch
+
+    def rows(self, model):
+        """The model as hkdfast takes it: a function of a batch that returns the head of its answer rows."""
+
+        def head(batch):
+            hidden = read(
+                model, self.tokenizer, batch["seen"], *(batch[name] for name in ("input_ids", "turn", "places"))
+            )
+            return Head(hidden[answer_rows(batch)[0]], model.lm_head.weight)
+
+        return head
+
+
+def lessons(reader, stage, steps, seed):
+    """Batches of a stage: labelled questions, and beside each its rewrites, all about one image in one sequence."""
+    track, rng, draw = reader.track, np.random.default_rng(seed), random.Random(seed)
+    # rewrites draw from a generator of their own: the labelled questions are the same with and without them
+    writer = np.random.default_rng([seed, 1])
+    order = np.empty(0, np.int64)
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = rng.permutation(len(track.records))
+        picked, order = order[:BATCH], order[BATCH:]
+        texts, answers = [], []
+        for i in picked:
+            asked, place = track.choices[i], track.answers[i]
+            if stage.shuffle:
+                asked, place = shuffled(asked, place, draw)
+            text, right = [asked.prompt()], [place]
+            for _ in range(stage.rewrites):
+                record = rewritten(track.records[i], track.contents[i], writer)
+                asked, place = choice(record, TEMPLATES[record.task]), LETTERS.index(record.answer)
+                asked, place = shuffled(asked, place, random.Random(int(writer.integers(2**32))))
+                text.append(asked.prompt())
+                right.append(None if stage.teachers or stage.live else place)
+            texts.append([asking(line) for line in text])
+            answers.append(right)
+        yield reader.taught(texts, answers, picked)
+
+
+def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
+    """Train a stage's student, and its live teacher, in place.
+
+    Args:
+        stage: Stage.
+        student, teachers: models.
+        reader: Reader of the training questions.
+        seed: of batches, layouts and rewrites.
+        teach: options of `pyramid.loss` and `ternary.loss`.
+        live: model that teaches while it learns, or None.
+    """
+    steps = stage.epochs * (len(reader.track.records) // BATCH)
+    learners = [(student, RATES[stage.size])] + ([(live, RATES[stage.live[0]])] if live else [])
+    runs = []
+    for model, rate in learners:
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.02, betas=(0.9, 0.98))
+        runs.append((weights, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)))
+    sources = [reader.rows(model) for model in (*teachers, *([live] if live else []), student)]
+    for batch in lessons(reader, stage, steps, seed):
+        if len(sources) == 1:
+            head = sources[0](batch)
+            loss = F.cross_entropy(F.linear(head.hidden, head.weight), answer_rows(batch)[1])
+        elif len(sources) == 2:
+            loss = pyramid.loss(sources, batch, "concurrent" if live else "frozen", **teach)[0]
+        else:
+            loss = ternary.loss(sources, batch, "two_teachers", **teach)[0]
+        loss.backward()
+        for weights, optimizer, schedule in runs:
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
+def examine(model, reader):
+    """What the model answers to every question, as option numbers in the record's own order.
+
+    Returns:
+        (layouts, 2, questions) int8: for each layout without and with the four cyclic shifts.
+    """
+    track, rows = reader.track, []
+    model.eval()
+    for layout in LAYOUTS:
+        orders = [list(range(4)) for _ in track.choices]
+        questions = track.choices
+        if layout == "shuffled":
+            draw = random.Random(5)
+            orders = [draw.sample(range(4), 4) for _ in track.choices]
+            questions = [
+                type(one)(one.text, [one.options[i] for i in order], one.about)
+                for one, order in zip(track.choices, orders, strict=True)
+            ]
+        found = answer(reader.rows(model), reader, questions, batch_size=64, tokens=reader.letters)
+        back = torch.tensor(orders)
+        for chosen in (torch.stack([one[0].argmax() for one in found.by_shift]), found.choice):
+            rows.append(back.gather(1, chosen[:, None])[:, 0])
+    return torch.stack(rows).view(len(LAYOUTS), 2, -1).to(torch.int8).numpy()
