@@ -79,7 +79,7 @@ def grounds(name):
 
 def recipe(track, seed, name):
     """A digest of all that a stage came from: its settings, those before it, and the pretrained weights."""
-    told = [track, seed, asdict(STAGES[name]), SPLITS["train"], BATCH, RATES, TEACH]
+    told = [track, seed, asdict(STAGES[name]), SPLITS["train"], BATCH, RATES[track], TEACH]
     for size, before in grounds(name):
         weights = CHAINS / f"seed{seed}" / size / "language.safetensors"
         told.append(

@@ -21,7 +21,10 @@ from hkdfast.seed import IGNORE, answer_rows
 
 SPLITS = {"train": (2800, 8101), "dev": (1500, 8202), "test": (2400, 8303)}  # images and seed of each
 BATCH = 64  # labelled questions of a step
-RATES = {"L": 1e-3, "M": 1e-3, "S": 4e-3}  # learning rates of tuning
+RATES = {  # learning rates of tuning
+    "hallucination": {"L": 1e-3, "M": 1e-3, "S": 4e-3},
+    "factcheck": {"L": 1e-3, "M": 1e-3, "S": 2e-3},
+}
 TEACH = {"weight": 4.0, "temperature": 2.0, "t_squared": True}
 LAYOUTS = ("fixed", "shuffled")  # the options as the challenge orders them, or in an order drawn once a question
 
@@ -68,6 +71,7 @@ class Track:
     """A track's questions on one split of SPLITS."""
 
     def __init__(self, track, split):
+        self.name = track
         self.seen, self.contents = views(split)
         self.records = ask(track, self.contents, SPLITS[split][1])
         self.choices = [choice(record, TEMPLATES[track]) for record in self.records]
@@ -156,7 +160,8 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
         live: model that teaches while it learns, or None.
     """
     steps = stage.epochs * (len(reader.track.records) // BATCH)
-    learners = [(student, RATES[stage.size])] + ([(live, RATES[stage.live[0]])] if live else [])
+    rates = RATES[reader.track.name]
+    learners = [(student, rates[stage.size])] + ([(live, rates[stage.live[0]])] if live else [])
     runs = []
     for model, rate in learners:
         weights = [p for p in model.parameters() if p.requires_grad]
