@@ -305,4 +305,4 @@ def combined_scores(by_shift, combine, form):
     votes = by_shift.argmax(1).bincount(minlength=len(mean))
     tied = mean.masked_fill(votes < votes.max(), -math.inf)
     first = votes.argmax() if tied.isneginf().all() else tied.argmax()
-    return (votes / len(by_shift)).double().log(), first.item()
+    return (votes.double() / len(by_shift)).log(), first.item()

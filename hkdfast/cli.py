@@ -43,7 +43,9 @@ def make_parser(argv):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     made = {
-        name: commands.add_parser(name, help=text, description=text.capitalize() + ".", formatter_class=EXPLAIN)
+        name: commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=EXPLAIN
+        )
         for name, text in COMMANDS.items()
     }
     evaluate.add_arguments(made["evaluate"], EXPLAIN)

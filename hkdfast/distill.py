@@ -208,6 +208,9 @@ def table_of(heads, coupling):
     size = len(heads)
     if size < 2:
         raise ValueError(f"coupled_loss takes at least two heads, got {size}")
+    lists = (list, tuple)
+    if not isinstance(coupling, lists) or not all(isinstance(row, lists) for row in coupling):
+        raise ValueError(f"coupling must be a list of {size} lists of {size} entries, got {coupling!r}")
     shape = [len(row) for row in coupling]
     if shape != [size] * size:
         raise ValueError(f"coupling must have {size} rows of {size} entries for {size} heads, got rows of {shape}")

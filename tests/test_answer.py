@@ -173,6 +173,12 @@ def test_resume_gives_the_answers_of_an_uninterrupted_run(loaded, questions, hom
     with (tmp_path / "cut.jsonl.partial").open("a") as file:
         file.write('{"question_id": 8, "prompt": "Is th')  # a line that the stop cut in two
     monkeypatch.setattr(answer, "reply", counting)
+    kept = (tmp_path / "cut.jsonl.partial").read_text().splitlines()[:-1]
+    with monkeypatch.context() as at_once, pytest.raises(RuntimeError, match="power cut"):
+        # a second stop, before the resumed run has asked anything, takes nothing away
+        at_once.setattr(answer, "tqdm", lambda **_: (_ for _ in ()).throw(RuntimeError("power cut")))
+        ask(loaded, questions, home, path, sample=True, resume=True)
+    assert (tmp_path / "cut.jsonl.partial").read_text().splitlines() == kept
     assert ask(loaded, questions, home, path, sample=True, resume=True) == whole
     assert asked == [2, 3]
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

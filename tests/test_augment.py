@@ -332,6 +332,13 @@ def test_rewritten_statements_lose_their_answer():
     claim = Augment([Reword(swaps={"cat": ["dog"], "true": ["wrong"]})])(given(CLAIM), 0)
     assert claim["statement"] == "The dog is black." and claim["options"] == list(CLAIM.options)
     assert claim["answer"] is None
+    # an option that is a part of another stays whole
+    trees = replace(CAPTION, statement="A cat tree. A cat.", options=("a cat", "a cat tree", *CAPTION.options[2:]))
+    made = Augment([Reword(["a hen"])])(given(trees), 3)
+    assert (made["statement"], made["options"][:2]) in (
+        ("A cat tree. A hen.", ["a hen", "a cat tree"]),
+        ("A hen. A cat.", ["a cat", "a hen"]),
+    )
     # nothing to replace: the example and its answer stay
     assert Augment([Reword(swaps={"tree": ["bush"]})])(given(CLAIM), 0) == given(CLAIM)
     assert Augment([Reword(["two dogs"])])(given(replace(CAPTION, statement="Nothing.")), 0)["answer"] == "C"

@@ -314,6 +314,8 @@ def test_votes_and_their_ties():
     # options 0, 0, 0 (place 2 of the third shift is option 0), 2 (place 3 of the fourth)
     assert two.scores[0].exp().tolist() == pytest.approx([0.75, 0, 0.25, 0])
     assert two.choice.tolist() == [0]
+    thirds = vote([(5, 0, 0, 0), (0, 5, 0, 0), (0, 0, 5, 0)], shifts=3).scores[0].exp()
+    assert (thirds * 3 - (thirds * 3).round()).abs().max() < 1e-14  # shares in float64
     # one vote each for 0, 1, 2, 3, but the vote for 2 is the surest
     tie = vote([(1, 0, 0, 0), (1, 0, 0, 0), (3, 0, 0, 0), (1, 0, 0, 0)])
     assert tie.scores[0].exp().tolist() == pytest.approx([0.25] * 4)

@@ -362,6 +362,8 @@ def test_difference_tiles_of_one_student():
 BAD = {
     "coupled_loss takes at least two heads, got 1": {"heads": three()[:1], "coupling": [[0]]},
     r"coupling must have 3 rows of 3 entries for 3 heads, got rows of \[3, 3\]": {"coupling": MUTUAL[:2]},
+    r"coupling must be a list of 3 lists of 3 entries, got \[None, None, None\]": {"coupling": [None] * 3},
+    r"coupling must be a list of 3 lists of 3 entries, got 1.0": {"coupling": 1.0},
     r"got rows of \[3, 2, 3\]": {"coupling": [MUTUAL[0], MUTUAL[1][:2], MUTUAL[2]]},
     r"coupling\[0\]\[1\] must be finite and not negative, got -1.0": {"coupling": [[0, -1.0, 0], [0] * 3, [0] * 3]},
     r"coupling\[0\]\[1\] must be finite and not negative, got 'much'": {"coupling": [[0, "much", 0], [0] * 3, [0] * 3]},

@@ -451,6 +451,18 @@ def test_evaluation_has_its_own_noise_and_metrics(tmp_path):
     assert not any(p.grad is not None for p in trainer.model.parameters())
 
 
+def test_the_loss_of_an_evaluation_is_a_mean_over_answers_however_they_are_batched(tmp_path):
+    batch = zoo.batch(size=5, answers=2)
+    batch["labels"][4, -1] = -100  # the last batch of one has one answer, the others have four
+    found = []
+    for size in (2, 5):
+        evaluated = make_trainer(tmp_path, zoo.build("llava"), batch, per_device_eval_batch_size=size)
+        metrics = evaluated.evaluate(Rows(batch))
+        found.append((metrics["eval_loss"], metrics["eval_divergence"]))
+    for loss, divergence in found:
+        assert math.isclose(loss, divergence, rel_tol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name, options",
     [("llava", dict()), ("internvl", dict(weight="linear", alpha=2.0, divergence="jensen_shannon"))],

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .. import devices
+from ..evaluate import jsonl
 from ..evaluate.decoding import Decoding
 
 GREEDY = Decoding()
@@ -204,22 +205,21 @@ def filling(path, lines, blanks, size, *, resume=False, progress=True):
     kept = kept_lines(path if path.is_file() else partial, lines, blanks) if resume else []
     if len(kept) < len(lines):
         kept = kept[: len(kept) // size * size]
-    done = []
+    with jsonl.replacing(partial) as file:  # what is kept is never missing, whenever this run is stopped
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+    done = list(kept)
     with (
-        partial.open("w", encoding="utf-8") as file,
+        partial.open("a", encoding="utf-8") as file,
         tqdm(total=len(lines), initial=len(kept), desc=path.stem, unit="question", disable=not progress) as bar,
     ):
 
-        def put(found):
+        def write(filled):
+            found = [line | values for line, values in zip(lines[len(done) :], filled, strict=False)]
             file.writelines(json.dumps(line) + "\n" for line in found)
             file.flush()
             done.extend(found)
+            bar.update(len(found))
 
-        def write(filled):
-            put([line | values for line, values in zip(lines[len(done) :], filled, strict=False)])
-            bar.update(len(filled))
-
-        put(kept)
         yield done, write
     partial.replace(path)
 

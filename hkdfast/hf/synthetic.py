@@ -248,23 +248,31 @@ class Reword:
             new = [one for one in able[old] if not found(one, statement) and one not in options]
             if new and found(old, statement):
                 one = rng.choice(new)
-                statement = replaced(old, one, statement)
+                # "a cat" is not the cat of "a cat tree", if that is an option too
+                longer = [option for option in options if option != old and found(old, option)]
+                statement = replaced(old, one, statement, longer)
                 if record.task == "hallucination":
-                    options = [option if is_none(option) else replaced(old, one, option) for option in options]
+                    options = [o if is_none(o) else replaced(old, one, o, longer) for o in options]
                 changed = True
         if not changed or len(set(options)) < len(options):
             return example
         return example | {"statement": statement, "options": options, "answer": None}
 
 
-def whole(text):
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+def whole(*texts):
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, texts))})(?!\w)", re.IGNORECASE)
 
 
 def found(text, within):
     return whole(text).search(within) is not None
 
 
-def replaced(old, new, text):
-    """The text with a phrase in the place of another, capital where the other had one."""
-    return whole(old).sub(lambda hit: new[0].upper() + new[1:] if hit[0][0].isupper() else new, text)
+def replaced(old, new, text, longer=()):
+    """The text with a phrase in the place of another, capital where the other had one; but not within longer ones."""
+
+    def put(hit):
+        if hit[0].casefold() != old.casefold():
+            return hit[0]
+        return new[0].upper() + new[1:] if hit[0][0].isupper() else new
+
+    return whole(*sorted(longer, key=len, reverse=True), old).sub(put, text)

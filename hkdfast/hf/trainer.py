@@ -49,14 +49,21 @@ class AnswerTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            loss = self.compute_loss(model, inputs).detach()
+        # Trainer's own would be a mean over batches, whatever their numbers of answers
+        count = answer_rows(inputs)[0].sum()
+        self.add("loss", loss * count, count)
+        return loss, None, None
 
     def note(self, metrics):
         """Add {name: (n,) tensor} of some rows to what is logged next."""
-        sums = self.sums["train" if self.model.training else "eval"]
         for name, rows in metrics.items():
-            sums[name] = sums[name] + torch.stack([rows.sum(), rows.new_tensor(rows.numel())]).float()
+            self.add(name, rows.sum(), rows.new_tensor(rows.numel()))
+
+    def add(self, name, total, count):
+        """Add the sum of so many rows."""
+        sums = self.sums["train" if self.model.training else "eval"]
+        sums[name] = sums[name] + torch.stack([total.float(), count.float()])
 
     def log(self, logs, *rest):
         mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
