@@ -1,8 +1,8 @@
 // The numbers of a tile, from shared memory to floats, and gradients from floats to global memory.
 //
 // Of aligned tiles a lane takes 8 words of a step: neighbours if they are bfloat16, in one 16-byte access, or two times 4
-// neighbours if they are float32, so that the accesses of a warp are dense. Of others it takes
-// every 32nd word, one by one: that needs no alignment, and its accesses are as dense for the warp.
+// neighbours if they are float32, so that the accesses of a warp are dense. Of others it takes every 32nd word, one by
+// one: that needs no alignment, and is as dense for the warp.
 #pragma once
 #include "cluster.h"
 
@@ -21,7 +21,7 @@ struct LaneWords {
   }
 };
 
-struct alignas(16) Eight {
+struct alignas(16) Eight {  // words of 16 bits, or four of 32
   std::uint32_t of[4];
 };
 
@@ -67,7 +67,7 @@ HKDFAST_HD std::uint16_t narrow(float x, Dtype dtype) {
 #endif
 }
 
-struct alignas(8) Four {
+struct alignas(8) Four {  // words of 16 bits
   std::uint32_t of[2];
 };
 HKDFAST_HD Four read_four(const void* from) {
