@@ -450,6 +450,11 @@ def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, g
     )
 
 
+def choice(objective, tiles, labels):
+    """tile_choice for rows_kernel."""
+    return tile_choice(tiles, labels is not None or objective.floor > float("-inf"))
+
+
 def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics):
     """The row operation; `hkdfast.reference.rows` states the contract. CUDA tensors, or any under TRITON_INTERPRET=1.
 
@@ -457,4 +462,4 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
     """
     given = arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics)
     with torch.cuda.device_of(student):
-        rows_kernel[(len(student),)](*given, **tile_choice((student, teacher, noisy, grad), labels))
+        rows_kernel[(len(student),)](*given, **choice(objective, (student, teacher, noisy, grad), labels))

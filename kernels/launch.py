@@ -5,12 +5,13 @@ import math
 import torch
 
 
-def tile_choice(tiles, labels=None):
+def tile_choice(tiles, full=False):
     """Words per step, warps and compiler options for tiles of one shape (None: no such tile).
 
     8 words per thread are one 16-byte load of each bf16 tile. With 16 warps the assembler holds itself to 64 registers
     and spills. Left to itself it also spills the kernels that need most, to fit one more program on a multiprocessor:
-    those with labels, and those that read word by word because a size is odd. Not measured on a GPU yet.
+    the full ones, with labels or a floor, and those that read word by word because a size is odd. Not measured on a
+    GPU yet.
     """
     tiles = [tile for tile in tiles if tile is not None]
     vocab = tiles[0].shape[1]
@@ -18,7 +19,7 @@ def tile_choice(tiles, labels=None):
     # fused: one rounding less in the contrast; said, because Triton's default for it changes with 3.10
     choice = {"BLOCK": 256 * warps, "num_warps": warps, "enable_fp_fusion": True}
     odd = any(size % 16 for size in (vocab, *(tile.stride(0) for tile in tiles)))
-    if (labels is not None or odd) and torch.version.hip is None:
+    if (full or odd) and torch.version.hip is None:
         choice["maxnreg"] = 255
     return choice
 

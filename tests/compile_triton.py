@@ -92,7 +92,7 @@ def instantiations():
                     tile if there["grad"] else None,
                     empty(torch.float32, len(METRICS), ROWS) if there["metrics"] else None,
                 ),
-                tile_choice((tile,), labels if there["labels"] else None),
+                distill.choice(objective, (tile,), labels if there["labels"] else None),
             )
         for name, law in {"constant": Law(), **LAWS}.items():
             yield (
