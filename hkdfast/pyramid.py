@@ -70,7 +70,7 @@ def loss(
         mode, weight, divergence, beta, hard_weight, detach: as in `coupling`.
         unlabelled_weight: times the loss of the rows that are "distil_only".
         options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, floor, tiles, memory, backend,
-            as in `hkdfast.coupled_loss`; weight_rows is not among them.
+            as in `hkdfast.coupled_loss`.
 
     Returns:
         scalar loss in nats per answer row, and {name: (n,) tensor} without gradient: student_divergence,

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import weakref
-from functools import partial
 
 import peft
 import pytest
@@ -69,8 +68,8 @@ def stage(folder, models, found, eval_dataset=None, **options):
     args = PyramidConfig(str(folder), **(QUIET | dict(max_steps=2, per_device_train_batch_size=4) | options))
     rates = {"teacher": args.rate_of(0), "student": args.rate_of(1)}
     models = dict(zip(("teacher", "student"), models, strict=True))
-    loss, data = partial(args.loss, stage=1), dict(train_dataset=Rows(found), eval_dataset=eval_dataset)
-    return CoupledTrainer(models, args, loss, rates, data_collator=STACK, **data)
+    data = dict(train_dataset=Rows(found), eval_dataset=eval_dataset)
+    return CoupledTrainer(models, args, args.loss, rates, data_collator=STACK, **data)
 
 
 def saved(folder, count=3, **options):
@@ -136,6 +135,18 @@ def test_the_loss_of_a_stage_is_its_terms(tmp_path, mode, unlabelled):
     assert_same(ours, written_out(trainer, found, edges, hard, num_items=32, **exact))
     teacher = trainer.model.models["teacher"]
     assert teacher.training == (mode != "frozen") and trainer.model.models["student"].training
+
+
+@pytest.mark.parametrize("mode", ["concurrent", "frozen"])
+def test_hard_weights_go_by_place_in_the_chain(tmp_path, mode):
+    options = dict(mode=mode, hard_weight=[0.25, 0.5, 2.0], stage_weights=0.7, max_steps=1)
+    trainer = pyramid(tmp_path, chain(), batch(), **options)
+    trainer.train()
+    stages = [entry for entry in trainer.history if "loss" in entry]
+    for entry, (teacher, student) in zip(stages, [(0.25, 0.5), (0.5, 2.0)], strict=True):
+        terms = [student * entry["student_cross_entropy"], 0.7 * entry["student_divergence"]]
+        terms += [teacher * entry["teacher_cross_entropy"]] if mode == "concurrent" else []
+        assert math.isclose(entry["loss"], sum(terms), rel_tol=1e-5)
 
 
 SKEW = ("skew_kl", 0.2, True)
@@ -238,6 +249,13 @@ def test_each_model_is_clipped_by_its_own_norm(tmp_path):
     assert all(torch.equal(grad, old) for grad, old in zip(grads["student"], before, strict=True))
 
 
+def test_norms_of_models_without_gradients_stand_beside_the_others(tmp_path, monkeypatch):
+    trainer = stage(tmp_path, chain(2), batch(size=4))
+    monkeypatch.setattr(hf.TrainingArguments, "device", torch.device("meta"))  # where no batch has put a gradient yet
+    assert trainer.clip(1.0).device.type == "meta"
+    assert [norm.device.type for norm in trainer.norms.values()] == ["meta", "meta"]
+
+
 def test_each_model_has_its_own_learning_rate_and_decay(tmp_path):
     trainer = stage(tmp_path, chain(2), batch(), learning_rates=[1e-3, 5e-3], weight_decay=0.1, max_steps=4)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -321,7 +339,7 @@ def test_a_frozen_teacher_does_not_change_and_is_not_saved_again(tmp_path):
     names = saved(tmp_path)
     trainer = pyramid(tmp_path / "out", names, batch(), mode="frozen")
     trainer.train()
-    assert sorted(each.name for each in (tmp_path / "out/stage-2").iterdir()) == ["done.json", "student"]
+    assert sorted(each.name for each in (tmp_path / "out/stage-2").iterdir()) == ["done.json", "run.json", "student"]
     assert not any("teacher_cross_entropy" in entry for entry in trainer.history)
 
 
@@ -352,10 +370,30 @@ def test_adapters_are_trained_and_the_weights_below_stay(tmp_path):
         assert not torch.allclose(again.eval()(**found).logits, student(**found).logits, atol=1e-4)
 
 
+def test_one_configuration_makes_adapters_of_all_models(tmp_path):
+    """PEFT writes a model's name into the configuration that its adapter is made of."""
+    names, config = saved(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    pyramid(tmp_path / "out", names, batch(), peft_config=config, max_steps=1).train()
+    assert config.base_model_name_or_path is None
+    for folder, name in zip(("stage-1/teacher", "stage-2/teacher", "stage-2/student"), names, strict=True):
+        assert family.base_of(tmp_path / "out" / folder) == name, folder
+
+
+def test_an_adapter_is_known_by_its_hub_name(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--zoo--adapter/snapshots/abc"
+    peft.LoraConfig(base_model_name_or_path="zoo/base").save_pretrained(snapshot)
+    (tmp_path / "models--zoo--adapter/refs").mkdir()
+    (tmp_path / "models--zoo--adapter/refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert family.is_adapter("zoo/adapter") and family.base_of("zoo/adapter") == "zoo/base"
+    assert not family.is_adapter("zoo/nothing") and family.base_of("zoo/nothing") == "zoo/nothing"
+
+
 # resuming
 
 STEPS = dict(max_steps=3, save_strategy="steps", save_steps=1, per_device_train_batch_size=2,
-             gradient_accumulation_steps=2)  # fmt: skip
+             gradient_accumulation_steps=2, keep_checkpoints=True)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -374,7 +412,7 @@ def kept(source, target, stage, steps, done):
     """What a run leaves that is killed in a stage: its checkpoints so far, and stages before."""
     for number in range(1, stage + 1):
         for each in (source / f"stage-{number}").iterdir():
-            if number < stage or done or each.name in [f"checkpoint-{step}" for step in steps]:
+            if number < stage or done or each.name in ["run.json", *(f"checkpoint-{step}" for step in steps)]:
                 where = target / f"stage-{number}" / each.name
                 where.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copytree(each, where) if each.is_dir() else shutil.copy(each, where)
@@ -409,8 +447,18 @@ def test_stages_are_not_overwritten_nor_mixed(whole, tmp_path):
     with pytest.raises(ValueError, match="stage-1 has been trained in: resume it, or name another output_dir"):
         pyramid(tmp_path / "out", names, batch(), **options).train()
     other = [names[1], names[0], names[2]]
-    with pytest.raises(ValueError, match=r"are of \['.*model-0', '.*model-1'.*not of \['.*model-1'"):
+    with pytest.raises(ValueError, match=r"another run, models was \['.*model-0', '.*model-1'.* is \['.*model-1'"):
         pyramid(tmp_path / "out", other, batch(), **options).train(True)
+    for change, told in (
+        (dict(stage_weights=0.5), r"stage_weights was \[1.0\] and is \[0.5\]"),
+        (dict(learning_rates=[1.0, 2.0, 3.0]), "learning_rates was .* and is .1.0, 2.0. now"),
+        (dict(seed=7), "seed was 42 and is 7"),
+    ):
+        with pytest.raises(ValueError, match=f"stage-1 is another run, {told}"):
+            pyramid(tmp_path / "out", names, batch(), **(options | change)).train(True)
+    (tmp_path / "out/stage-1/run.json").unlink()
+    with pytest.raises(ValueError, match="stage-1 cannot be resumed: it has no run.json"):
+        pyramid(tmp_path / "out", names, batch(), **options).train(True)
     with pytest.raises(ValueError, match="nothing to resume: no folder"):
         pyramid(tmp_path / "nowhere", names, batch(), **options).train(True)
     with pytest.raises(ValueError, match="must be True or False, got '.*checkpoint-1'"):
@@ -426,6 +474,7 @@ def test_a_refinement_resumes_bit_for_bit(tmp_path, form):
         trainer = ternary(tmp_path / folder, chain(count, dropout=0.1), batch(unlabelled=(1, 5)), **options)
         if resume:
             shutil.copytree(tmp_path / "one/checkpoint-1", tmp_path / "two/checkpoint-1")
+            shutil.copy(tmp_path / "one/run.json", tmp_path / "two")
         torch.manual_seed(len(runs))  # whatever ran before
         trainer.train(resume_from_checkpoint=resume)
         runs.append(trainer)
@@ -434,6 +483,17 @@ def test_a_refinement_resumes_bit_for_bit(tmp_path, form):
     for run in runs[1:]:
         for ours, theirs in zip(run.model.parameters(), runs[0].model.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+    other = ternary(tmp_path / "two", chain(count), batch(), **(options | dict(temperature=2.0)))
+    with pytest.raises(ValueError, match="two is another run, temperature was 1.0 and is 2.0 now"):
+        other.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-1"))
+
+
+def test_checkpoints_go_when_their_stage_is_finished(tmp_path):
+    found = dict(STEPS, max_steps=1, keep_checkpoints=False)
+    student = pyramid(tmp_path, chain(2), batch(), **found).train()
+    assert not list(tmp_path.glob("stage-1/checkpoint-*"))
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "stage-1/student")
+    assert torch.equal(loaded.lm_head.weight, student.lm_head.weight)
 
 
 def test_a_refinement_saves_its_student_or_all_that_are_mutual(tmp_path):
@@ -498,7 +558,8 @@ if torch.distributed.get_rank() == 0:
             assert (ours[name] - grad).abs().max() <= 1e-3 * scale, name
     for ours, theirs in zip(logged(history), logged(trainer.history), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
-    assert sorted(each.name for each in (tmp_path / "two/stage-2").iterdir()) == ["done.json", "student", "teacher"]
+    ended = sorted(each.name for each in (tmp_path / "two/stage-2").iterdir())
+    assert ended == ["done.json", "run.json", "student", "teacher"]
 
 
 # from pictures
@@ -560,7 +621,7 @@ def test_every_option_explains_itself_and_parses():
         (PyramidConfig, dict(stage_epochs=[-1.0]), "stage_epochs must be"),
         (PyramidConfig, dict(learning_rates=[float("nan")]), "learning_rates must be"),
         (PyramidConfig, dict(hard_weight=-1.0), "hard_weight"),
-        (PyramidConfig, dict(hard_weight=[1.0, 1.0, 1.0]), r"one number or 2 \(teacher, student\)"),
+        (TernaryConfig, dict(hard_weight=[1.0] * 4), "hard_weight must be one number per model at most.*for 3 models"),
         (PyramidConfig, dict(mode="frozen", detach=False), "detach=False"),
         (PyramidConfig, dict(divergence="kl"), "unknown divergence 'kl'"),
         (PyramidConfig, dict(temperature=0.0), "temperature"),
@@ -622,6 +683,8 @@ def test_wrong_models_are_told_before_any_work(tmp_path):
         PyramidTrainer(names, TernaryConfig(str(out)))
     with pytest.raises(ValueError, match="one or 2, one per model"):
         pyramid(out, names, batch(), peft_config=[None] * 3)
+    with pytest.raises(ValueError, match="learning_rates must be one number per model at most.*for 2 models"):
+        pyramid(out, names, batch(), learning_rates=[1e-3] * 3)
 
 
 def test_a_batch_without_labels_is_told(tmp_path):

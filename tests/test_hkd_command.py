@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from hkdfast.evaluate.choices import Record, write
 from hkdfast.evaluate.tasks import NONE, TASKS
 from hkdfast.hf import hkd_command
 from hkdfast.hf.coupled import CoupledTrainer
-from hkdfast.hf.hkd_command import Together, examples, product
+from hkdfast.hf.hkd_command import Together, examples, product, questions
 
 WORDS = (*"bcd.,", "claim", "context", "caption", "true", "false", "partially", "not", "verifiable", "letter", "red")
 
@@ -71,7 +72,20 @@ def weights(folder):
     return hf.LlavaForConditionalGeneration.from_pretrained(folder).state_dict()
 
 
-def test_a_track_from_files_to_scores(home, tmp_path, capfd):
+def test_a_track_from_files_to_scores(home, tmp_path, capfd, monkeypatch):
+    made, asking = [], hkd_command.choices_command.run
+
+    class Seen(hkd_command.TernaryTrainer):
+        def __init__(self, *args, **others):
+            super().__init__(*args, **others)
+            made.extend(weakref.ref(each) for each in (self, *self.model.models.values()))
+
+    def ask(args):
+        assert len(made) == 4 and not any(ref() for ref in made)  # the student that answers is loaded into room
+        asking(args)
+
+    monkeypatch.setattr(hkd_command, "TernaryTrainer", Seen)
+    monkeypatch.setattr(hkd_command.choices_command, "run", ask)
     more = ("--unlabelled", home / "captions-bare.json", "--rewrites", 1, "--dev", home / "captions.json")
     augment = ("--augment", "shuffle", "flip", "crop", "color", "paraphrase", "--stage-epochs", 1, 2)
     assert hkd(home, tmp_path / "out", *more, *augment) == 0
@@ -98,13 +112,21 @@ def test_a_track_from_files_to_scores(home, tmp_path, capfd):
 
 def test_adapters_on_the_other_track(home, tmp_path, capfd):
     options = ("--lora-r", 4, "--form", "one_pair", "--dev", home / "claims.json", "--learning-rates", 1e-3, 1e-2)
+    options += ("--hard-weight", 0.5, 2.0)
     assert hkd(home, tmp_path / "out", *options, data="claims.json", task="factcheck", models=("large", "small")) == 0
     adapter = tmp_path / "out/ternary/student"
     assert peft.PeftConfig.from_pretrained(adapter).base_model_name_or_path == str(home / "small")
     found, _ = scores(tmp_path / "out")
     assert (found["model"], found["adapter"]) == (str(home / "small"), str(adapter))
-    rates = json.loads((tmp_path / "out/ternary/done.json").read_text())["history"][0]["learning_rate"]
-    assert rates == 1e-2
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert [run[part]["hard_weight"] for part in ("stage 1", "ternary")] == [[0.5, 2.0]] * 2
+    entry = json.loads((tmp_path / "out/ternary/done.json").read_text())["history"][0]
+    assert entry["learning_rate"] == 1e-2
+    terms = (
+        2.0 * entry["student_cross_entropy"],
+        *(entry[f"student_divergence_{way}_kl"] for way in ("forward", "reverse")),
+    )
+    assert entry["loss"] == pytest.approx(sum(terms), rel=1e-4)
 
 
 class Killed(Exception):
@@ -146,9 +168,56 @@ def test_a_killed_run_resumes_without_losing_a_stage(home, whole, tmp_path, monk
     assert hkd(home, part, *options) == 2  # not without being told
     assert hkd(home, part, *options, "--resume") == 0
     assert all(each.stat().st_mtime_ns == stamp for each, stamp in stamps.items())
+    assert not list(part.glob("*/**/checkpoint-*"))
     ours, theirs = (weights(folder / "ternary/student") for folder in (part, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert scores(part)[1] == scores(whole)[1]
+
+
+def test_another_run_is_not_resumed(home, whole, tmp_path, capsys):
+    (whole, options), part = whole, tmp_path / "part"
+    shutil.copytree(whole, part)
+    before = {each: each.stat().st_mtime_ns for each in part.rglob("*")}
+    lines = json.loads((home / "captions.json").read_text())
+    (tmp_path / "fewer.json").write_text(json.dumps(lines[:5]))
+    cases = [
+        (dict(models=("large", "small", "medium")), (), "models was"),
+        (dict(data=tmp_path / "fewer.json"), (), "data was 'sha256 "),
+        ({}, ("--temperature", 2), "stage 1, temperature was 1.0 and is 2.0 now"),
+        (
+            {},
+            ("--learning-rates", 1e-3, 1e-3, 1e-4),
+            "stage 2, learning_rates was [0.001, 0.001] and is [0.001, 0.0001]",
+        ),
+        ({}, ("--refine-epochs", 3), "ternary, num_train_epochs was 1.0 and is 3.0 now"),
+        ({}, ("--augment", "flip"), "augment was ['shuffle'] and is ['flip'] now"),
+    ]
+    for paths, more, told in cases:
+        assert hkd(home, part, *options, *more, "--resume", **paths) == 2, told
+        assert told in capsys.readouterr().err
+    assert {each: each.stat().st_mtime_ns for each in part.rglob("*")} == before
+
+
+def test_letters_that_a_tokenizer_does_not_know_are_told_before_training(home, tmp_path, capsys, monkeypatch):
+    models = ("large", "medium", "small")
+    monkeypatch.setattr(zoo, "WORDS", zoo.WORDS + tuple(word for word in WORDS if word not in "cd"))
+    for name in models:
+        shutil.copytree(home / name, tmp_path / name)
+        zoo.processor().save_pretrained(tmp_path / name)
+    assert hkd(home, tmp_path / "out", data="claims.json", task="factcheck", models=[tmp_path / n for n in models]) == 2
+    assert "same tokens" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_no_phrase_of_a_rewrite_says_that_there_is_none(home, tmp_path, monkeypatch):
+    lines = json.loads((home / "captions.json").read_text())
+    loud = json.loads(json.dumps(lines).replace(NONE, NONE.upper()))
+    (tmp_path / "loud.json").write_text(json.dumps(loud))
+    offered = []
+    monkeypatch.setattr(hkd_command, "Reword", lambda phrases: offered.append(phrases) or hkd_command.AUGMENT["flip"])
+    paths = ["--data", tmp_path / "loud.json", "--images", home / "images", "--models", "a", "b", "--output", "c"]
+    args = cli.make_parser(["hkd"]).parse_args(["hkd", *map(str, paths), "--task", "hallucination", "--rewrites", "1"])
+    examples(args, questions(args))
+    assert offered == [["a cat", "a word", "no cat", "one dog", "the cow", "the dog"]]
 
 
 def test_help_explains_every_option_with_its_default(capsys):
@@ -173,7 +242,7 @@ def test_examples_change_with_the_epoch(home):
     parser = cli.make_parser(["hkd"])
     paths = ["--data", home / "captions.json", "--images", home / "images", "--models", "a", "b", "--output", "c"]
     args = parser.parse_args(["hkd", *map(str, paths), "--task", "hallucination", "--rewrites", "2"])
-    data = examples(args)
+    data = examples(args, questions(args))
     assert isinstance(data, Together) and len(data) == 18
     first = [data[i]["text"] for i in range(18)]
     assert [data[i]["text"] for i in range(18)] == first

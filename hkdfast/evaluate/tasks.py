@@ -91,7 +91,8 @@ class Inference:
     shifts: str | int = "cyclic"
     combine: str = "mean"
     form: str = "letters"
-    fixed: tuple[str, ...] = ()  # texts of options that keep their place
+    # texts of options that keep their place, by default those of both tasks: a text that is no option fixes nothing
+    fixed: tuple[str, ...] = tuple(text for task in TASKS.values() for text in task.fixed)
     scoring: str = "auto"
     template: int | str = 0  # as in `choice`
     seed: int = 0  # of a number of shifts

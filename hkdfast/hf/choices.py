@@ -18,12 +18,12 @@ INFERENCE = tasks.Inference()
 ANSWERED = tuple(name for name in tasks.Inference.__annotations__ if name != "template")  # options of choices.answer
 
 
-def encoder(processor, model, folder=None, instruction=""):
+def encoder(processor, model=None, folder=None, instruction=""):
     """`encode` for `hkdfast.choices.answer`: batches as training makes them, on the model's device and in its dtype.
 
     Args:
         processor: of images and text, as AutoProcessor.from_pretrained gives.
-        model: what the batches are for.
+        model: what the batches are for; None: they stay as the processor makes them.
         folder: of the images, where a question is about a file name; else it is about a path or a PIL image.
         instruction: follows every prompt after a space.
 
@@ -53,7 +53,7 @@ def picture(about, folder):
 
 
 def placed(x, model):
-    if not isinstance(x, torch.Tensor):
+    if model is None or not isinstance(x, torch.Tensor):
         return x
     return x.to(model.device, dtype=model.dtype if x.is_floating_point() else None)
 

@@ -1,8 +1,8 @@
 """The options of SEED, of the pyramid and of the ternary refinement as a Trainer's arguments."""
 
+import copy
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from transformers import TrainingArguments
@@ -14,11 +14,35 @@ from ..contrast import WORDS, purify
 from ..distill import distill_loss
 from ..noise import diffuse
 from ..tiles import TILES
+from .options import own
 
 # options of numbers for one model, stage or source after the other; one number may stand for its list
 NUMBERS = ("hard_weight", "learning_rates", "stage_weights", "stage_epochs", "source_weights")
 LAW = ("weight", "confidence", "threshold", "mode", "plausibility", "outside")  # handed to purify as they are
 LOSS = ("divergence", "beta", "temperature", "hard_weight", "floor", "tiles", "memory", "backend")  # to distill_loss
+# of TrainingArguments: those that change what is learnt, beside the learning rate
+DECISIVE = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "load_best_model_at_end",
+)
+NEUTRAL = ("memory", "backend", "keep_checkpoints")  # of our own: those that do not
 
 
 def option(default, text, choices=None):
@@ -39,7 +63,7 @@ class Shared:
     )
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: int = option(32, "The adapter's product is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout before the adapter, in the student only.")
+    lora_dropout: float = option(0.0, "Dropout before the adapter of a model that learns.")
     lora_targets: list[str] | None = option(
         None, "Layers to adapt, by the last part of their name; by default every linear layer of the language model."
     )
@@ -123,7 +147,9 @@ class CoupledConfig(Shared, TrainingArguments):
 
     divergence: str = option("forward_kl", "What a model minimises against those it learns from.", DIVERGENCES)
     hard_weight: list[float] = option(
-        [1.0], "Times the cross entropy on the labels: one number for all models that learn, or one for each."
+        [1.0],
+        "Times the cross entropy on the labels: one number per model, the last holds on; not read of those that do not "
+        "learn.",
     )
     detach: bool = option(True, "A source is a constant to who learns from it; else both get the gradient.")
     unlabelled_weight: float = option(1.0, "Times the loss of answers that are not known, which are distilled alone.")
@@ -140,6 +166,9 @@ class CoupledConfig(Shared, TrainingArguments):
     )
     dtype: str = option(
         "auto", "Of the models that are loaded; auto: as they are saved.", ["auto", "float32", "bfloat16", "float16"]
+    )
+    keep_checkpoints: bool = option(
+        False, "Keep the checkpoints of a training that is finished; by default they go once its models are saved."
     )
     learning_rate: float = option(2e-5, "The largest learning rate; with lora_r ten times this is usual.")
 
@@ -160,20 +189,36 @@ class CoupledConfig(Shared, TrainingArguments):
     def loss_options(self):
         """What every coupling is told."""
         names = ("beta", "detach", "divergence", "floor", "memory", "t_squared", "temperature", "tiles", "vocab")
-        hard = self.hard_weight[0] if len(self.hard_weight) == 1 else self.hard_weight
-        return self.of((*names, "backend", "unlabelled_weight")) | {"hard_weight": hard}
+        return self.of((*names, "backend", "unlabelled_weight")) | {"hard_weight": self.hard_weights()}
+
+    def hard_weights(self):
+        """Weight of the cross entropy of each role."""
+        return [nth(self.hard_weight, place) for place in range(len(self.roles()))]
 
     def rate_of(self, place):
         """Learning rate of the model in this place, from 0."""
         return nth(self.learning_rates, place) if self.learning_rates else self.learning_rate
 
-    def rehearse(self, loss):
-        """Let a loss say what is wrong with its options, before any work."""
+    def check_places(self, count):
+        """Refuse more numbers than there are models."""
+        for name in ("hard_weight", "learning_rates"):
+            value = getattr(self, name)
+            if value is not None and len(value) > count:
+                raise ValueError(f"{name} must be one number per model at most, got {value} for {count} models")
+
+    def decisive(self):
+        """{name: value} of the options that change what is learnt, for `runs.begin`."""
+        names = [name for name in (*own(type(self)), *DECISIVE) if name not in NEUTRAL]
+        rates = [self.rate_of(place) for place in range(len(self.roles()))]
+        return self.of(names) | {"hard_weight": self.hard_weights(), "learning_rates": rates}
+
+    def rehearse(self):
+        """Let the loss say what is wrong with its options, before any work."""
         batch = {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "labels": torch.zeros(1, 2, dtype=torch.int64)}
         head = Head(torch.zeros(1, 1), torch.zeros(2, 1))
         backend, self.backend = self.backend, "reference"
         try:
-            loss([lambda batch: head] * len(self.roles()), batch)
+            self.loss([lambda batch: head] * len(self.roles()), batch)
         finally:
             self.backend = backend
 
@@ -195,19 +240,26 @@ class PyramidConfig(CoupledConfig):
     def __post_init__(self):
         super().__post_init__()
         for stage in range(1, len(self.stage_weights) + 1):
-            self.rehearse(partial(self.loss, stage=stage))
+            self.of_stage(stage).rehearse()
 
     def roles(self):
         """{role: whether it learns} of a stage."""
         return {role: role == "student" or self.mode != "frozen" for role in pyramid.ROLES}
 
-    def loss(self, models, batch, num_items=None, stage=1):
-        """`pyramid.loss` as stage `stage`, from 1, has it."""
-        options = self.loss_options() | {"mode": self.mode, "weight": nth(self.stage_weights, stage - 1)}
-        return pyramid.loss(models, batch, num_items=num_items, **options)
+    def of_stage(self, stage):
+        """These options as stage `stage`, from 1, has them: those of its two models, its weight and its epochs."""
+        config, places = copy.copy(self), (stage - 1, stage)
+        config.hard_weight = [nth(self.hard_weight, place) for place in places]
+        config.learning_rates = [self.rate_of(place) for place in places]
+        config.stage_weights = [nth(self.stage_weights, stage - 1)]
+        if self.stage_epochs:
+            config.num_train_epochs, config.stage_epochs = nth(self.stage_epochs, stage - 1), None
+        return config
 
-    def epochs_of(self, stage):
-        return nth(self.stage_epochs, stage - 1) if self.stage_epochs else self.num_train_epochs
+    def loss(self, models, batch, num_items=None):
+        """`pyramid.loss` with these options: those of a stage, else of the first."""
+        options = self.loss_options() | {"mode": self.mode, "weight": self.stage_weights[0]}
+        return pyramid.loss(models, batch, num_items=num_items, **options)
 
 
 @dataclass
@@ -227,7 +279,8 @@ class TernaryConfig(CoupledConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.rehearse(self.loss)
+        self.check_places(len(self.roles()))
+        self.rehearse()
 
     def roles(self):
         """{role: whether it learns}, in the order of the models."""

@@ -1,7 +1,6 @@
 """Several models in one training: what the pyramid's stages and the ternary refinement share."""
 
-import json
-import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,13 +8,12 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
+from . import runs
 from .collator import QuestionCollator
 from .family import check_heads
 from .head import LanguageHead, answers, plain
 from .rounds import is_finished
 from .trainer import AnswerTrainer
-
-DONE = "done.json"  # in the folder of a finished training, written last: what it was, and what it logged
 
 
 class CoupledModels(torch.nn.Module):
@@ -72,6 +70,8 @@ class CoupledTrainer(AnswerTrainer):
         rates: {role: learning rate}.
         title: of the progress bar.
         marks: dict that every entry of the log gets.
+        about: what decides the result, as `runs.begin` takes it: written into output_dir before the first step, and
+            compared where a checkpoint is resumed; None: neither.
         data_collator: default: QuestionCollator(processing_class, answers=True), if that is a processor.
         others: as in Trainer.
 
@@ -80,14 +80,25 @@ class CoupledTrainer(AnswerTrainer):
     """
 
     def __init__(
-        self, models, args, loss, rates, *, title=None, marks=None, data_collator=None, processing_class=None, **others
+        self,
+        models,
+        args,
+        loss,
+        rates,
+        *,
+        title=None,
+        marks=None,
+        about=None,
+        data_collator=None,
+        processing_class=None,
+        **others,
     ):
         if len({id(model) for model in models.values()}) < len(models):
             raise ValueError(f"the models {', '.join(models)} must be different objects: one stands at two places")
         if data_collator is None and hasattr(processing_class, "tokenizer"):
             data_collator = QuestionCollator(processing_class, answers=True)
         check_heads(models, processing_class)
-        self.rates, self.marks, self.norms = rates, marks or {}, {}
+        self.rates, self.marks, self.about, self.norms = rates, marks or {}, about, {}
         module = CoupledModels(models, args.roles(), loss)
         super().__init__(module, args, data_collator=data_collator, processing_class=processing_class, **others)
         if title and self.pop_callback(ProgressCallback):
@@ -97,12 +108,17 @@ class CoupledTrainer(AnswerTrainer):
 
     def train(self, resume_from_checkpoint=None, **others):
         """Trainer.train. True for resume_from_checkpoint takes the last checkpoint that is whole; one that stands at
-        the end is loaded, and nothing trained: then None is returned."""
+        the end is loaded, and nothing trained: then None is returned. ValueError if it is of another run."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
-            checkpoint = last_checkpoint(self.args.output_dir)
+            checkpoint = runs.last_checkpoint(self.args.output_dir)
             if checkpoint is None:
                 raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        if self.about is not None:
+            if checkpoint:
+                runs.compare(Path(checkpoint).parent, self.about)
+            if self.args.should_save:
+                runs.begin(self.args.output_dir, self.about)
         if checkpoint and is_finished(checkpoint):
             self._load_from_checkpoint(checkpoint)
             self.state = type(self.state).load_from_json(str(Path(checkpoint) / "trainer_state.json"))
@@ -149,7 +165,8 @@ class CoupledTrainer(AnswerTrainer):
         """Clip the gradient of each model by itself: the norm of one must not scale another. Returns that of all."""
         self.accelerator.unscale_gradients()
         for role in self.model.learning:
-            self.norms[role] = torch.nn.utils.clip_grad_norm_(self.model.models[role].parameters(), largest)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.models[role].parameters(), largest)
+            self.norms[role] = norm.to(self.args.device)  # without gradients it stands on the CPU
         return torch.stack(list(self.norms.values())).norm()
 
     # each model its own folder. Trainer has no public hook for what a checkpoint holds: these stand in its way.
@@ -170,15 +187,14 @@ class CoupledTrainer(AnswerTrainer):
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def finish(self, folder, **about):
-        """Save the models in this folder, and then that they are finished."""
+    def finish(self):
+        """Save the models in output_dir, and then that they are finished; checkpoints go unless they are to be kept."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(folder)
-            self.save_models(folder)
-            part = folder / f"{DONE}.partial"
-            part.write_text(json.dumps(about | {"history": self.state.log_history}))
-            os.replace(part, folder / DONE)
+            self.save_models(self.args.output_dir)
+            runs.finish(self.args.output_dir, self.marks | {"history": self.state.log_history})
+            for checkpoint in () if self.args.keep_checkpoints else runs.checkpoints(self.args.output_dir):
+                shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
 
 
@@ -195,12 +211,6 @@ class TitledBar(ProgressCallback):
             self.training_bar.set_description(self.title)
 
 
-def finished(folder):
-    """What `finish` wrote, or None."""
-    file = Path(folder) / DONE
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
 def save_model(model, folder, processor=None):
     """An ordinary Hugging Face folder, or a PEFT adapter, with the processor."""
     model.save_pretrained(folder)
@@ -214,18 +224,3 @@ def restore(model, folder):
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), model.active_adapters[0])
     else:
         model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
-
-
-def last_checkpoint(folder):
-    """The last checkpoint in a folder that is whole: Trainer writes its state last. None if there is none."""
-    checkpoints = Path(folder).glob("checkpoint-*")
-    whole = [one for one in checkpoints if is_whole(one)]
-    return str(max(whole, key=lambda one: int(one.name.removeprefix("checkpoint-")))) if whole else None
-
-
-def is_whole(checkpoint):
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True

@@ -1,5 +1,7 @@
 """Models of one family: loading them by name, and whether one batch means the same to all."""
 
+import copy
+import os
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -11,6 +13,7 @@ from transformers import (
     AutoProcessor,
     set_seed,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .adapter import check_adapter, seed_adapter
 from .head import LanguageHead, plain
@@ -19,8 +22,31 @@ from .head import LanguageHead, plain
 KINDS = ("image_processor_type", "processor_class", "auto_map")
 
 
+def names_of(models):
+    """The folder or Hub name of each model that is given by one, None for each that is an object."""
+    return [str(model) if isinstance(model, (str, Path)) else None for model in models]
+
+
+def places_of(names):
+    """The same with folders as absolute paths, which mean the same wherever a run is resumed from."""
+    return [os.path.abspath(name) if name and os.path.isdir(name) else name for name in names]
+
+
+def adapters_of(peft_config, count):
+    """One adapter's configuration or None for each of so many models, from one for all or a list.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    adapters = list(peft_config) if isinstance(peft_config, (list, tuple)) else [peft_config] * count
+    if len(adapters) != count:
+        raise ValueError(f"peft_config must be one or {count}, one per model, got {len(adapters)}")
+    return adapters
+
+
 def is_adapter(name):
-    return (Path(name) / "adapter_config.json").is_file()
+    """Whether a PEFT adapter stands under a folder or Hub name."""
+    return find_adapter_config_file(str(name)) is not None
 
 
 def base_of(name):
@@ -68,7 +94,9 @@ def trainable(model, args, peft_config=None):
     if not isinstance(model, PeftModel) and (peft_config is not None or args.lora_r is not None):
         set_seed(args.seed)  # the adapter starts from the same numbers in every process and every run
         lora = {"alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
-        model = get_peft_model(model, peft_config or seed_adapter(model, r=args.lora_r, **lora))
+        # PEFT writes the model's name into the configuration, which may be that of other models too
+        config = copy.deepcopy(peft_config) or seed_adapter(model, r=args.lora_r, **lora)
+        model = get_peft_model(model, config)
     elif isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError("the model has an adapter already: pass either the bare model or no peft_config")
     if isinstance(model, PeftModel):

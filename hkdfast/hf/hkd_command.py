@@ -1,18 +1,21 @@
 """hkdfast hkd: pyramid, ternary refinement and mapping-shift evaluation of a chain of models on one's own questions."""
 
 import argparse
-import gc
+import hashlib
 from pathlib import Path
 
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import ConcatDataset
 
+from ..choices import LETTERS
 from ..evaluate import choices, choices_command
-from ..evaluate.tasks import NONE, TASKS, Inference, example
-from . import answer
+from ..evaluate.tasks import TASKS, Inference, choice, example, is_none
+from ..words import choose_tokens
+from . import answer, runs
 from .augment import Augment, Augmented, Color, Crop, Flip, Paraphrase, ShuffleOptions, Sometimes
+from .choices import encoder
 from .config import CoupledConfig, PyramidConfig, TernaryConfig, nth
-from .coupled import finished, last_checkpoint
-from .family import base_of, is_adapter
+from .family import base_of, is_adapter, places_of
 from .options import TRAINING, add_options, check_output, own
 from .pyramid import PyramidTrainer
 from .synthetic import Reword
@@ -25,6 +28,7 @@ AUGMENT = {
     "crop": Sometimes(Crop()),
     "color": Sometimes(Color()),
 }
+FILES = {"data": True, "unlabelled": False, "dev": None}  # options of files of questions: whether answers are read
 SHARED = tuple(name for name in own(CoupledConfig) if name != "vocab")
 PYRAMID, TERNARY = own(PyramidConfig, CoupledConfig), own(TernaryConfig, CoupledConfig)
 TRAINED = (*TRAINING, "save_total_limit", "weight_decay", "max_grad_norm")
@@ -74,21 +78,32 @@ def run(args):
     refined = options(args, *SHARED, *TERNARY, *TRAINED)
     if args.refine_epochs is not None:
         refined["num_train_epochs"] = args.refine_epochs
-    if args.learning_rates:
-        refined["learning_rates"] = [nth(args.learning_rates, place) for place in places]
+    for name in ("hard_weight", "learning_rates"):
+        if refined[name]:
+            refined[name] = [nth(refined[name], place) for place in places]
     ternary = TernaryConfig(str(output / "ternary"), **refined)
-    data = examples(args)
-    evaluation = None if args.dev is None else evaluation_of(args, output)
+    records = questions(args)
+    data = examples(args, records)
+    evaluation = None if args.dev is None else evaluation_of(args, output, records["dev"])
     trainer = PyramidTrainer(args.models, pyramid, train_dataset=data)
-    if finished(ternary.output_dir) is None:
-        trainer.train(resume_from_checkpoint=args.resume and Path(pyramid.output_dir).is_dir())
+    check_letters(args, records, trainer.processing_class)
+    begun = args.resume and Path(pyramid.output_dir).is_dir()  # else there is no first step to go on from
+    about = decisive(args, pyramid, ternary)
+    if begun:
+        runs.compare(output, about)
+    elif pyramid.process_index == 0:
+        runs.begin(output, about)
+    if runs.finished(ternary.output_dir) is None:
+        trainer.train(resume_from_checkpoint=begun)
         processor = trainer.processing_class
         del trainer
-        gc.collect()
+        clear_device_cache(garbage_collection=True)
         models = [product(args.models, pyramid.output_dir, place) for place in places]
         trainer = TernaryTrainer(models, ternary, train_dataset=data, processing_class=processor)
-        trainer.train(resume_from_checkpoint=last_checkpoint(ternary.output_dir) if args.resume else None)
-        trainer.finish(ternary.output_dir, models=args.models)
+        trainer.train(resume_from_checkpoint=runs.last_checkpoint(ternary.output_dir) if args.resume else None)
+        trainer.finish()
+    del trainer
+    clear_device_cache(garbage_collection=True)  # models and optimizer make room for the student that answers
     if pyramid.process_index:
         return
     student = Path(ternary.output_dir) / list(ternary.roles())[-1]
@@ -121,12 +136,40 @@ def product(names, folder, place):
     return str(next((each for each in made if each.is_dir()), names[place]))
 
 
-def examples(args):
+def decisive(args, pyramid, ternary):
+    """What decides the result of a run, for `runs.begin`."""
+    about = options(args, "task", "augment", "rewrites", "template") | {"models": places_of(args.models)}
+    for name in ("data", "unlabelled"):
+        file = getattr(args, name)
+        about[name] = file and "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+    stages = range(1, len(args.models))
+    about |= {f"stage {stage}": pyramid.of_stage(stage).decisive() for stage in stages}
+    return about | {"ternary": ternary.decisive()}
+
+
+def questions(args):
+    """{option: its list of Record} of the FILES that are given, with images that decode."""
+    given = {name: labels for name, labels in FILES.items() if getattr(args, name) is not None}
+    found = {name: choices.read(getattr(args, name), args.task, args.images, labels) for name, labels in given.items()}
+    answer.check_images([record for records in found.values() for record in records], args.images)
+    return found
+
+
+def check_letters(args, records, processor):
+    """See that the tokenizer tells apart the letters that are answered, as labels and on --dev."""
+    encode = encoder(processor, folder=args.images)
+    for name, scoring in (("data", "auto"), ("dev", args.scoring)):
+        if name in records:
+            letters = LETTERS[: max(len(record.options) for record in records[name])]
+            first = choice(records[name][0], args.template)
+            choose_tokens(encode, (first.prompt(), first.about), letters, None, scoring)
+
+
+def examples(args, records):
     """The training data: --data and --unlabelled, augmented, and rewrites of --data."""
-    records = choices.read(args.data, args.task, args.images)
-    unlabelled = [] if args.unlabelled is None else choices.read(args.unlabelled, args.task, args.images, labels=False)
-    answer.check_images([*records, *unlabelled], args.images)
-    told, asked = ([example(one, args.images, args.template) for one in each] for each in (records, unlabelled))
+    told, asked = (
+        [example(one, args.images, args.template) for one in records.get(name, ())] for name in ("data", "unlabelled")
+    )
     changes = [AUGMENT[name] for name in args.augment]
     parts = [Augmented(told + asked, Augment(changes, seed=args.seed))]
     if args.rewrites < 0:
@@ -134,7 +177,7 @@ def examples(args):
     if args.rewrites:
         if args.task != "hallucination":
             raise ValueError("--rewrites puts phrases of options into captions: there are none in --task factcheck")
-        phrases = sorted({option for one in records for option in one.options} - {NONE})
+        phrases = sorted({option for one in records["data"] for option in one.options if not is_none(option)})
         parts.append(Augmented(told, Augment([Reword(phrases), *changes], seed=args.seed + 1), args.rewrites))
     return Together(parts)
 
@@ -147,16 +190,14 @@ class Together(ConcatDataset):
             dataset.set_epoch(epoch)
 
 
-def evaluation_of(args, output):
-    """The arguments of `hkdfast evaluate choices` for --dev, whose questions are read and checked."""
+def evaluation_of(args, output, records):
+    """The arguments of `hkdfast evaluate choices` for --dev, checked with its questions."""
     parser = argparse.ArgumentParser()
     choices_command.add_arguments(parser)
     given = {"task": args.task, "data": args.dev, "images": args.images, "output": output / "scores.json"}
     given |= {"model": "the student", "dtype": args.dtype} | options(args, *INFERENCE)
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     made = parser.parse_args([*words, "--resume", *(["--device", "cpu"] if args.use_cpu else [])])
-    records = choices.read(args.dev, args.task, args.images, labels=None)
     choices_command.labelled(args.dev, records)
-    Inference(fixed=TASKS[args.task].fixed, **options(made, *INFERENCE)).check(records)
-    answer.check_images(records, args.images)
+    Inference(**options(made, *INFERENCE)).check(records)
     return made

@@ -1,13 +1,12 @@
 """The pyramid as a trainer: a chain of models, two of them at a time."""
 
-import copy
 import gc
-from functools import partial
 from pathlib import Path
 
+from . import runs
 from .config import PyramidConfig
-from .coupled import DONE, CoupledTrainer, finished, last_checkpoint, restore, save_model
-from .family import check_family, load_model, trainable
+from .coupled import CoupledTrainer, restore, save_model
+from .family import adapters_of, check_family, load_model, names_of, places_of, trainable
 
 
 class PyramidTrainer:
@@ -28,13 +27,14 @@ class PyramidTrainer:
 
     Raises:
         ValueError: before any work: a chain of one model, a model twice, tokenizers or image processors that differ
-            (both named), output_dir with stages of another run; at the first batch, a head that is not what it seems.
+            (both named), output_dir with stages of another run (the first difference named); at the first batch, a head
+            that is not what it seems.
         OSError: before any work: no model or processor under a name.
 
-    Each stage has a folder output_dir/stage-k: its checkpoints, and when it is finished "teacher" and "student", those
-    that learn, as ordinary Hugging Face folders, or PEFT adapters with lora_r. train(resume_from_checkpoint=True) goes
-    on where output_dir stands: finished stages are kept, the one that was stopped goes on from its last checkpoint, to
-    the same losses bit for bit.
+    Each stage has a folder output_dir/stage-k: what it is (run.json), its checkpoints, and when it is finished in their
+    place "teacher" and "student", those that learn, as ordinary Hugging Face folders, or PEFT adapters with lora_r.
+    train(resume_from_checkpoint=True) goes on where output_dir stands: finished stages are kept, the one that was
+    stopped goes on from its last checkpoint, to the same losses bit for bit. That the data is the same is not checked.
 
     Logged beside the loss, as means over answer positions, for each role: cross_entropy, entropy, divergence and
     agreement, e.g. student_divergence; and its grad_norm.
@@ -62,10 +62,8 @@ class PyramidTrainer:
         objects = [id(model) for model in models if not isinstance(model, (str, Path))]
         if len(set(objects)) < len(objects):
             raise ValueError("a model stands twice in the chain: each place needs an object of its own, or a name")
-        self.adapters = list(peft_config) if isinstance(peft_config, (list, tuple)) else [peft_config] * len(models)
-        if len(self.adapters) != len(models):
-            raise ValueError(f"peft_config must be one or {len(models)}, one per model, got {len(self.adapters)}")
-        self.names = [str(model) if isinstance(model, (str, Path)) else None for model in models]
+        args.check_places(len(models))
+        self.adapters, self.names = adapters_of(peft_config, len(models)), names_of(models)
         processing_class = check_family([name for name in self.names if name], processing_class)
         self.given, self.args, self.stages = list(models), args, len(models) - 1
         self.data = {
@@ -89,8 +87,8 @@ class PyramidTrainer:
             the last student.
 
         Raises:
-            ValueError: if output_dir holds stages that are not to be resumed or are of another chain, or is to be
-                resumed and does not exist.
+            ValueError: if output_dir holds stages that are not to be resumed or are of another chain or other options,
+                or is to be resumed and does not exist.
         """
         if self.model is not None:
             raise ValueError("the chain has been trained: make a new trainer for more")
@@ -120,19 +118,26 @@ class PyramidTrainer:
             raise ValueError(f"resume_from_checkpoint must be True or False, got {resume!r}: output_dir says how far")
         output_dir = Path(self.args.output_dir)
         begun = sorted(
-            str(each.parent) for name in (DONE, "checkpoint-*") for each in output_dir.glob(f"stage-*/{name}")
+            str(each.parent) for name in (runs.DONE, "checkpoint-*") for each in output_dir.glob(f"stage-*/{name}")
         )
         if begun and not resume:
             raise ValueError(f"{begun[-1]} has been trained in: resume it, or name another output_dir")
         if resume and not output_dir.is_dir():
             raise ValueError(f"nothing to resume: no folder {output_dir}")
+        for stage in range(1, self.stages + 1):
+            folder = self.folder(stage)
+            if runs.finished(folder) is not None or runs.last_checkpoint(folder) is not None:
+                runs.compare(folder, self.about(stage))
         done = []
-        while len(done) < self.stages and (about := finished(self.folder(len(done) + 1))) is not None:
+        while len(done) < self.stages and (about := runs.finished(self.folder(len(done) + 1))) is not None:
             done.append(about)
-        chains = [about["models"] for about in done if about["models"] != self.names]
-        if chains:
-            raise ValueError(f"the stages in {self.args.output_dir} are of {chains[0]}, not of {self.names}")
         return done
+
+    def about(self, stage):
+        """What decides the result of a stage, for `runs.begin`."""
+        adapters = [adapter and adapter.to_dict() for adapter in self.adapters]
+        chain = {"stage": stage, "models": places_of(self.names), "peft_config": adapters}
+        return chain | self.args.of_stage(stage).decisive()
 
     def obtain(self, place, done):
         """The model in this place of the chain, from 0, as the first `done` stages have left it."""
@@ -148,19 +153,20 @@ class PyramidTrainer:
 
     def run(self, stage, teacher, student, resume):
         """Train one stage and save it. Returns what it logged."""
-        args = copy.copy(self.args)
-        args.output_dir, args.num_train_epochs = str(self.folder(stage)), self.args.epochs_of(stage)
+        args = self.args.of_stage(stage)
+        args.output_dir = str(self.folder(stage))
         trainer = CoupledTrainer(
             {"teacher": teacher, "student": student},
             args,
-            partial(args.loss, stage=stage),
-            {"teacher": args.rate_of(stage - 1), "student": args.rate_of(stage)},
+            args.loss,
+            {"teacher": args.rate_of(0), "student": args.rate_of(1)},
             title=f"pyramid, stage {stage} of {self.stages}",
             marks={"stage": stage},
+            about=self.about(stage),
             callbacks=[*self.callbacks],
             **self.data,
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
-        trainer.finish(args.output_dir, stage=stage, models=self.names)
+        trainer.train(resume_from_checkpoint=runs.last_checkpoint(args.output_dir) if resume else None)
+        trainer.finish()
         trainer.accelerator.free_memory()
         return trainer.state.log_history

@@ -1,10 +1,8 @@
 """The ternary refinement as a Trainer."""
 
-from pathlib import Path
-
 from .config import TernaryConfig
 from .coupled import CoupledTrainer, save_model
-from .family import check_family, load_model, trainable
+from .family import adapters_of, check_family, load_model, names_of, places_of, trainable
 
 
 class TernaryTrainer(CoupledTrainer):
@@ -27,8 +25,10 @@ class TernaryTrainer(CoupledTrainer):
             processors that differ (both named); at the first batch, a head that is not what it seems.
         OSError: before any work: no model or processor under a name.
 
-    Checkpoints hold each model that learns in a folder of its role. save_model(folder) writes the student as an
-    ordinary Hugging Face folder, or a PEFT adapter with lora_r; in mutual form all three, each in a folder of its role.
+    Checkpoints hold each model that learns in a folder of its role; beside them run.json tells what the run is, and one
+    of another run is not resumed: ValueError, naming the first difference. That the data is the same is not checked.
+    save_model(folder) writes the student as an ordinary Hugging Face folder, or a PEFT adapter with lora_r; in mutual
+    form all three, each in a folder of its role.
 
     Logged beside the loss as by PyramidTrainer, e.g. student_divergence_teacher1.
     """
@@ -50,14 +50,12 @@ class TernaryTrainer(CoupledTrainer):
         roles = args.roles()
         if isinstance(models, str) or len(models) != len(roles):
             raise ValueError(f"form {args.form!r} couples {len(roles)} models ({', '.join(roles)}), got {models!r}")
-        adapters = list(peft_config) if isinstance(peft_config, (list, tuple)) else [peft_config] * len(roles)
-        if len(adapters) != len(roles):
-            raise ValueError(f"peft_config must be one or {len(roles)}, one per model, got {len(adapters)}")
-        names = [str(model) for model in models if isinstance(model, (str, Path))]
-        processing_class = check_family(names, processing_class)
+        adapters, names = adapters_of(peft_config, len(roles)), names_of(models)
+        processing_class = check_family([name for name in names if name], processing_class)
+        about = {"models": places_of(names), "peft_config": [adapter and adapter.to_dict() for adapter in adapters]}
         made = {}
-        for (role, learns), model, adapter in zip(roles.items(), models, adapters, strict=True):
-            model = load_model(str(model), args.dtype) if isinstance(model, (str, Path)) else model
+        for (role, learns), model, name, adapter in zip(roles.items(), models, names, adapters, strict=True):
+            model = load_model(name, args.dtype) if name else model
             made[role] = trainable(model, args, adapter) if learns else model
         super().__init__(
             made,
@@ -65,6 +63,7 @@ class TernaryTrainer(CoupledTrainer):
             args.loss,
             {role: args.rate_of(place) for place, role in enumerate(roles)},
             title="ternary refinement",
+            about=about | args.decisive(),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
