@@ -7,11 +7,11 @@ tables of it.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from hkd_bases import CHAINS, load
-from hkd_tune import BATCH, RATES, SPLITS, TEACH, Reader, Stage, Track, examine, fit
+from hkd_tune import BATCH, RATES, SPLITS, TEACH, Reader, Stage, Track, epochs, examine, fit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -50,6 +50,7 @@ STAGES = {
     "+ ternary": distilled(0, 1, 0),
     "medium": Stage("M", DIRECT),
     "augmented pyramid M": Stage("M", DIRECT, live=("L", None), rewrites=1),
+    "whole, longer": replace(distilled(1, 1, 1), epochs=30),
     "small, true rewrites": Stage("S", FIRST + SECOND, rewrites=1),
     "small, no shuffle": Stage("S", 24, shuffle=False),
 }
@@ -79,7 +80,8 @@ def grounds(name):
 
 def recipe(track, seed, name):
     """A digest of all that a stage came from: its settings, those before it, and the pretrained weights."""
-    told = [track, seed, asdict(STAGES[name]), SPLITS["train"], BATCH, RATES[track], TEACH]
+    stage = replace(STAGES[name], epochs=epochs(track, STAGES[name]))
+    told = [track, seed, asdict(stage), SPLITS["train"], BATCH, RATES[track], TEACH]
     for size, before in grounds(name):
         weights = CHAINS / f"seed{seed}" / size / "language.safetensors"
         told.append(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from hkd_study import STAGES, SYSTEMS, read_cell
-from hkd_tune import LAYOUTS, RATES, SPLITS, TEACH, truths
+from hkd_tune import LAYOUTS, LONGER, RATES, SPLITS, TEACH, truths
 
 FILE = Path(__file__).parent / "results" / "hkd.json"
 MODES = ("no shift", "shift")  # of a cell's answers
-RESAMPLES = 10_000
+RESAMPLES = 4000
 BLOCK = 500  # resamples at a time
 PARTS = ("augmentation", "pyramid", "ternary")
 
@@ -22,23 +22,31 @@ def settings():
         "stages": {name: asdict(stage) for name, stage in STAGES.items()},
         "distillation": TEACH,
         "rates": RATES,
+        "longer": {" ".join(key): epochs for key, epochs in LONGER.items()},
         "resamples": RESAMPLES,
     }
 
 
 def read_cells(cells, track, seeds):
-    """{system: (seeds, layouts, modes, questions) bool, whether each answer is right} of systems with every seed."""
+    """{system: {seed: (layouts, modes, questions) bool, whether each answer is right}} of the cells that are there."""
     truth, found = truths(track), {}
     for system in SYSTEMS:
-        answers = [read_cell(cells, track, seed, system) for seed in seeds]
-        if all(one is not None for one in answers):
-            found[system] = np.stack(answers) == truth
+        answers = {seed: read_cell(cells, track, seed, system) for seed in seeds}
+        right = {seed: one == truth for seed, one in answers.items() if one is not None}
+        if right:
+            found[system] = right
     return found
 
 
-def headline(right):
-    """(chains, questions): with the shift, in the challenge's own layout."""
-    return right[:, LAYOUTS.index("fixed"), MODES.index("shift")]
+HEADLINE = (LAYOUTS.index("fixed"), MODES.index("shift"))
+
+
+def gap(ours, theirs, mine=HEADLINE, yours=HEADLINE):
+    """`interval` of two systems on the chains that both have, None without one; each answers by its layout and mode."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    return interval(np.stack([ours[seed][mine] for seed in seeds]), np.stack([theirs[seed][yours] for seed in seeds]))
 
 
 def interval(ours, theirs, resamples=RESAMPLES, seed=0):
@@ -70,37 +78,32 @@ def report(cells, track, seeds):
     """What there is to say about a track.
 
     Returns:
-        {"systems": {name: {"f1": {layout: {mode: mean}}, "chains": [of each], "against small", "against large"}},
+        {"systems": {name: {"f1": {layout: {mode: mean}}, "chains": {seed: f1}, "against small", "against large"}},
         "parts": {part: {"added", "left out"}}}. Differences are [points, low, high]. Those and the f1 of each chain are
         of systems that answer with the shift, in the challenge's own layout, but for what the shift itself is worth.
     """
     right = read_cells(cells, track, seeds)
     rows = {}
-    for name, marks in right.items():
-        means = 100 * marks.mean((0, 3))
+    for name, chains in right.items():
+        means = 100 * np.mean([one.mean(-1) for one in chains.values()], 0)
         row = rows[name] = {
             "f1": {
                 layout: {mode: round(float(means[i, j]), 2) for j, mode in enumerate(MODES)}
                 for i, layout in enumerate(LAYOUTS)
             },
-            "chains": [round(100 * float(x), 2) for x in headline(marks).mean(1)],
+            "chains": {seed: round(100 * float(one[HEADLINE].mean()), 2) for seed, one in chains.items()},
         }
         for other in ("small", "large"):
-            if other in right and name != other:
-                row[f"against {other}"] = interval(headline(marks), headline(right[other]))
+            if name != other:
+                row[f"against {other}"] = gap(chains, right.get(other, {}))
     parts = {}
     for part in PARTS:
         pairs = {"added": (f"+ {part}", "distilled"), "left out": ("whole", f"whole - {part}")}
-        parts[part] = {
-            what: interval(headline(right[a]), headline(right[b]))
-            for what, (a, b) in pairs.items()
-            if a in right and b in right
-        }
+        parts[part] = {what: gap(right.get(a, {}), right.get(b, {})) for what, (a, b) in pairs.items()}
     for i, layout in enumerate(LAYOUTS):
+        systems = {"added": "distilled", "left out": "whole", "to small": "small"}
         parts[f"shift, {layout} layout"] = {
-            what: interval(right[name][:, i, 1], right[name][:, i, 0])
-            for what, name in (("added", "distilled"), ("left out", "whole"), ("to small", "small"))
-            if name in right
+            what: gap(right.get(name, {}), right.get(name, {}), (i, 1), (i, 0)) for what, name in systems.items()
         }
     return {"systems": rows, "parts": parts}
 
@@ -113,6 +116,7 @@ SHOWN = {  # rows of the README's table, by their names in the results
     "+ ternary": "+ ternary",
     "+ augmentation": "+ augmentation",
     "whole": "**whole system**",
+    "whole, longer": "whole system, last stage of 30 epochs",
     "whole - pyramid": "whole without pyramid",
     "whole - ternary": "whole without ternary",
     "whole - augmentation": "whole without augmentation",
@@ -138,8 +142,9 @@ def readme():
         cells = []
         for track in found["tracks"].values():
             row = track["systems"].get(name)
-            gap = told(row.get("against small")) if row else ""
-            cells.append(f"{row['f1']['fixed']['shift']:.1f}{f' ({gap})' if gap else ''}" if row else "")
+            gain = told(row.get("against small")) if row else ""
+            few = "" if not row or len(row["chains"]) == len(found["chains"]) else f", {len(row['chains'])} chains"
+            cells.append(f"{row['f1']['fixed']['shift']:.1f}{f' ({gain}{few})' if gain else ''}" if row else "")
         if any(cells):
             lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ RATES = {  # learning rates of tuning
     "hallucination": {"L": 1e-3, "M": 1e-3, "S": 4e-3},
     "factcheck": {"L": 1e-3, "M": 1e-3, "S": 2e-3},
 }
+LONGER = {("factcheck", "M"): 14}  # epochs of tuning the middle model where it needs more until it can do the task
 TEACH = {"weight": 4.0, "temperature": 2.0, "t_squared": True}
 LAYOUTS = ("fixed", "shuffled")  # the options as the challenge orders them, or in an order drawn once a question
 
@@ -35,7 +36,7 @@ class Stage:
 
     Args:
         size: of the model that is trained.
-        epochs: how often it sees the labelled questions.
+        epochs: how often it sees the labelled questions, unless LONGER says otherwise.
         start: stage whose model it goes on with; None: the pretrained one.
         live: size and start of a teacher that is trained along, or None. It is known as "stage/live" afterwards.
         teachers: (size, stage) of frozen teachers.
@@ -121,6 +122,11 @@ class Reader:
         return head
 
 
+def epochs(track, stage):
+    """How often a stage sees the labelled questions of a track."""
+    return LONGER.get((track, stage.size), stage.epochs)
+
+
 def lessons(reader, stage, steps, seed):
     """Batches of a stage: labelled questions, and beside each its rewrites, all about one image in one sequence."""
     track, rng, draw = reader.track, np.random.default_rng(seed), random.Random(seed)
@@ -159,7 +165,7 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
         teach: options of `pyramid.loss` and `ternary.loss`.
         live: model that teaches while it learns, or None.
     """
-    steps = stage.epochs * (len(reader.track.records) // BATCH)
+    steps = epochs(reader.track.name, stage) * (len(reader.track.records) // BATCH)
     rates = RATES[reader.track.name]
     learners = [(student, rates[stage.size])] + ([(live, rates[stage.live[0]])] if live else [])
     runs = []

@@ -174,8 +174,9 @@ def test_cells_become_a_table(small, monkeypatch):
     records = ask("hallucination", photos(40, 22)[1], 22)
     answers = np.load(hkd_study.cell_file(small, "hallucination", 1, "small"))["answers"][0, 1]
     expected = score(records, [LETTERS[place] for place in answers])["micro_f1"]
-    assert found["systems"]["small"]["chains"] == [pytest.approx(100 * expected, abs=0.01)]
-    assert right.shape == (1, 2, 2, 40)
+    assert found["systems"]["small"]["chains"] == {1: pytest.approx(100 * expected, abs=0.01)}
+    assert right[1].shape == (2, 2, 40)
+    assert found["parts"]["pyramid"] == {"added": None, "left out": None}
     assert "| small |" in hkd_table.markdown(found)
 
 
