@@ -7,10 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks/speed"), str(ROOT / "benchmarks/quality")]
 
+import hkd_table  # noqa: E402
 import seed_table  # noqa: E402
 import speed_table  # noqa: E402
 
-SECTIONS = {"speed": speed_table.readme, "seed": seed_table.readme}
+SECTIONS = {"speed": speed_table.readme, "seed": seed_table.readme, "hkd": hkd_table.readme}
 
 
 def with_tables(text):
