@@ -29,9 +29,8 @@ from hkdfast.evaluate.choices import choice
 
 CHAINS = Path(__file__).parent / "chains"
 TOWER = "tower.safetensors"
-WORDS = ("user assistant : ? a b c d and in sight yes no true false partially not verifiable hallucination").split() + [
-    *FACTS
-]
+SENTENCES = "user assistant : ? a b c d and in sight yes no true false partially not verifiable hallucination"
+WORDS = [*SENTENCES.split(), *FACTS]
 SIZES = {  # layers and width of the language model; images, steps and learning rate of its pretraining
     "L": {"layers": 4, "width": 96, "images": 12000, "steps": 2000, "lr": 3e-3},
     "M": {"layers": 3, "width": 64, "images": 4000, "steps": 1400, "lr": 3e-3},

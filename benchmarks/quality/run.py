@@ -149,8 +149,10 @@ def seed(options):
 
 def hkd(options):
     torch.set_num_threads(options.threads)
-    chains = sorted(int(folder.name.removeprefix("seed")) for folder in CHAINS.glob("seed*"))
-    chains = options.seeds or (chains if options.full else chains[:1])
+    known = sorted(int(folder.name.removeprefix("seed")) for folder in CHAINS.glob("seed*"))
+    chains = options.seeds or (known if options.full else known[:1])
+    if not set(chains) <= set(known):
+        raise SystemExit(f"there are chains {known} in {CHAINS}, asked for {chains}: train more by hkd_bases.py")
     tracks = options.tracks or (TRACKS if options.full else TRACKS[:1])
     systems = hkd_study.SYSTEMS if options.full else ["large", "small", "whole"]
     systems = options.systems or systems
