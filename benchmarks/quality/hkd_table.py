@@ -11,7 +11,7 @@ from hkd_tune import LAYOUTS, LONGER, RATES, SPLITS, TEACH, truths
 FILE = Path(__file__).parent / "results" / "hkd.json"
 MODES = ("no shift", "shift")  # of a cell's answers
 HEADLINE = (LAYOUTS.index("fixed"), MODES.index("shift"))  # how systems answer where nothing else is said
-RESAMPLES = 4000
+RESAMPLES = 2000
 BLOCK = 500  # resamples at a time
 PARTS = ("augmentation", "pyramid", "ternary")
 
@@ -156,11 +156,14 @@ def told(gap):
 def markdown(found):
     """The tables of one track's report: systems, and what each part is worth."""
     columns = [f"{layout}, {mode}" for layout in LAYOUTS for mode in MODES]
-    lines = [f"| | {' | '.join(columns)} | against small | against large |", "|" + " --- |" * (len(columns) + 3)]
+    lines = [
+        f"| | chains | {' | '.join(columns)} | against small | against large |",
+        "|" + " --- |" * (len(columns) + 4),
+    ]
     for name, row in found["systems"].items():
         numbers = [f"{row['f1'][layout][mode]:.1f}" for layout in LAYOUTS for mode in MODES]
         gaps = [told(row.get(f"against {other}")) for other in ("small", "large")]
-        lines.append(f"| {name} | {' | '.join([*numbers, *gaps])} |")
+        lines.append(f"| {name} | {' | '.join([str(len(row['chains'])), *numbers, *gaps])} |")
     lines += ["", "| part | added to distillation | left out of the whole |", "| --- | --- | --- |"]
     for part, gaps in found["parts"].items():
         lines.append(f"| {part} | {told(gaps.get('added'))} | {told(gaps.get('left out'))} |")
