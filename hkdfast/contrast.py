@@ -16,8 +16,9 @@ from .checks import (
     check_weights,
     check_word,
 )
+from .coupling import seat
 from .objective import Law, Objective
-from .sources import Purified, device_of, disturbed, parts, transform_of
+from .sources import Purified, device_of
 
 WORDS = {
     "weight": ("constant", "linear", "gate"),
@@ -139,17 +140,20 @@ def contrast(
     lead, device = purified.shape[:-1], device_of(purified.clean)
     check_labels(labels, lead, device)
     check_target(law, labels)
-    noisy, draws = disturbed(purified.noisy)
-    clean = transform_of(purified.clean)
-    # the student, which contrast does not read, too: torch.compile cannot follow a default that is an object
-    objective = Objective(temperature=float(temperature), law=law, student=clean, teacher=clean, noisy=noisy)
-    n, alpha = math.prod(lead), purified.alpha
-    tensors = [tuple(t if t is None else t.detach() for t in parts(branch, n)) for branch in branches]
+    n, tensors, parties, alphas = math.prod(lead), [], [], []
+    taken = seat(purified, n, False, tensors, parties, alphas)
+    objective = Objective(
+        temperature=float(temperature),
+        law=law,
+        student=taken.transform,  # not read, but torch.compile cannot follow a default that is an object
+        teacher=taken.transform,
+        noisy=taken.disturbed,
+    )
     call = loop.Call(
-        parties=(loop.Party((0,)), loop.Party(tuple(range(1, len(branches))), draws)),
-        lessons=(loop.Lesson(0, 0, 1, objective, None if alpha is None else 0),),
+        parties=tuple(parties),
+        lessons=(loop.Lesson(taken.party, taken.party, taken.noisy, objective, taken.alpha),),
         labels=labels if labels is None else labels.reshape(n).contiguous(),
-        alphas=[] if alpha is None else [alpha.reshape(n).contiguous()],
+        alphas=[alpha.reshape(n).contiguous() for alpha in alphas],
         vocab=words,
         compute=loop.autocast_dtype(device),
         tiles=tiles,

@@ -124,6 +124,13 @@ class Call:
     backend: str | None
 
 
+def sides_of(call, tensors, trained):
+    """The sides of a call's parties, and the bytes for their tiles; trained: whether a head gets a gradient."""
+    averaged = any(party.draws for party in call.parties)
+    memory = room(call.memory, tensors[0][0].device, [head for _, head, _ in tensors], averaged, trained)
+    return [side_of(party, tensors, call.vocab, call.compute, call.tiles, memory) for party in call.parties], memory
+
+
 def read_by_others(place, lessons):
     """Whether a party's tile is still read when a lesson has written its gradient."""
     as_student = sum(lesson.student == place for lesson in lessons)
@@ -150,9 +157,7 @@ def run(call, tensors, weight, wants, metrics):
     ignore_index = lessons[0].objective.ignore_index
     check_labels(labels, ignore_index, call.vocab)
     n, device = len(tensors[0][0]), tensors[0][0].device
-    averaged = any(party.draws for party in call.parties)
-    memory = room(call.memory, device, [head for _, head, _ in tensors], averaged, any(w for _, w, _ in wants))
-    sides = [side_of(party, tensors, call.vocab, call.compute, call.tiles, memory) for party in call.parties]
+    sides, memory = sides_of(call, tensors, any(weight for _, weight, _ in wants))
     if lessons[0].objective.difference:
         main = sides[lessons[0].student]
         for other in sides:
@@ -226,9 +231,7 @@ def contrast(call, tensors):
     (lesson,), labels, alphas = call.lessons, call.labels, call.alphas
     check_labels(labels, lesson.objective.ignore_index, call.vocab)
     n, device = len(tensors[0][0]), tensors[0][0].device
-    averaged = any(party.draws for party in call.parties)
-    memory = room(call.memory, device, [head for _, head, _ in tensors], averaged, False)
-    sides = [side_of(party, tensors, call.vocab, call.compute, call.tiles, memory) for party in call.parties]
+    sides, memory = sides_of(call, tensors, False)
     clean, noisy = sides[lesson.teacher], sides[lesson.noisy]
     dtype = torch.promote_types(clean.dtype, torch.float32)
     alpha = None if lesson.alpha is None else alphas[lesson.alpha].to(dtype)
