@@ -4,7 +4,7 @@ The losses and the inference are hkdfast's own: `pyramid.loss`, `ternary.loss`, 
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -205,7 +205,7 @@ def examine(model, reader):
             draw = random.Random(5)
             orders = [draw.sample(range(4), 4) for _ in track.choices]
             questions = [
-                type(one)(one.text, [one.options[i] for i in order], one.about)
+                replace(one, options=[one.options[i] for i in order])
                 for one, order in zip(track.choices, orders, strict=True)
             ]
         found = answer(reader.rows(model), reader, questions, batch_size=64, tokens=reader.letters)

@@ -48,13 +48,7 @@ def entries(path):
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     found = [] if data.lstrip()[:1] == b"[" else jsonl.read(path)
     if not found:
-        try:
-            values = json.loads(data.decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
-        found = [(f"entry {number}", value) for number, value in enumerate(values, 1)]
+        found = [(f"entry {number}", value) for number, value in enumerate(jsonl.parse(path, data), 1)]
     return [(number, unwrapped(value)) for number, value in found]
 
 

@@ -19,12 +19,7 @@ def read(path):
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
+        record = parse(path, line, number)
         kind = type(record).__name__
         if kind != "dict":
             raise ValueError(f"{path}:{number}: expected one JSON object per line, found a {kind}")
@@ -32,6 +27,17 @@ def read(path):
     if not found:
         raise ValueError(f"{path}: the file has no lines")
     return found
+
+
+def parse(path, data, number=None):
+    """The value of JSON bytes, those of line `number` of a file or of all of it; ValueError names file and line."""
+    try:
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        where = path if number is None else f"{path}:{number}"
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number or error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
 
 
 def field(path, number, record, name, kinds=(str,)):
