@@ -318,7 +318,7 @@ def test_where_nothing_can_be_made_wrong_nothing_is():
 def test_rewritten_statements_lose_their_answer():
     seen = set()
     for index in range(200):
-        made = Augment([Reword(["a hen", "three cows", "two dogs"])])(given(CAPTION), index)
+        made = Augment([Reword(["a hen", "three cows", "two dogs"])])(given(CAPTION, answer=None), index)
         assert made["answer"] is None and made["options"][3] == NONE
         (place,) = (i for i in range(3) if made["options"][i] != CAPTION.options[i])
         new = made["options"][place]
@@ -327,18 +327,23 @@ def test_rewritten_statements_lose_their_answer():
         assert made["text"] == question(record_of(made))
         seen.add(new)
     assert seen == {"A hen", "a hen", "three cows", "Three cows"}
-    two = Augment([Reword(["a hen", "three cows"], changes=2)])(given(CAPTION), 0)
+    two = Augment([Reword(["a hen", "three cows"], changes=2)])(given(CAPTION, answer=None), 0)
     assert sum(a != b for a, b in zip(two["options"], CAPTION.options, strict=True)) == 2
     claim = Augment([Reword(swaps={"cat": ["dog"], "true": ["wrong"]})])(given(CLAIM), 0)
     assert claim["statement"] == "The dog is black." and claim["options"] == list(CLAIM.options)
     assert claim["answer"] is None
     # an option that is a part of another stays whole
     trees = replace(CAPTION, statement="A cat tree. A cat.", options=("a cat", "a cat tree", *CAPTION.options[2:]))
-    made = Augment([Reword(["a hen"])])(given(trees), 3)
+    made = Augment([Reword(["a hen"])])(given(trees, answer=None), 3)
     assert (made["statement"], made["options"][:2]) in (
         ("A cat tree. A hen.", ["a hen", "a cat tree"]),
         ("A hen. A cat.", ["a cat", "a hen"]),
     )
+    # what is known to be wrong goes first, and where nothing is, anything
+    for letters, places in (("C", {2}), ("AC", {0, 2}), ("D", {0, 1, 2})):
+        told = [Augment([Reword(["a hen"])])(given(CAPTION, answer=letters), index) for index in range(40)]
+        changed = {i for one in told for i in range(3) if one["options"][i] != CAPTION.options[i]}
+        assert changed == places and not any(one["answer"] for one in told)
     # nothing to replace: the example and its answer stay
     assert Augment([Reword(swaps={"tree": ["bush"]})])(given(CLAIM), 0) == given(CLAIM)
     assert Augment([Reword(["two dogs"])])(given(replace(CAPTION, statement="Nothing.")), 0)["answer"] == "C"

@@ -220,6 +220,18 @@ def test_no_phrase_of_a_rewrite_says_that_there_is_none(home, tmp_path, monkeypa
     assert offered == [["a cat", "a word", "no cat", "one dog", "the cow", "the dog"]]
 
 
+def test_claims_are_rewritten_by_the_swaps_of_a_file(home, tmp_path):
+    (tmp_path / "swaps.json").write_text('{"cat": ["dog", "horse"], "cow": ["bull"]}')
+    paths = ["--data", home / "claims.json", "--images", home / "images", "--models", "a", "b", "--output", "c"]
+    words = ["hkd", *map(str, paths), "--task", "factcheck", "--rewrites", "2", "--swaps", str(tmp_path / "swaps.json")]
+    args = cli.make_parser(["hkd"]).parse_args(words)
+    data = examples(args, questions(args))
+    made = [data[i] for i in range(18)]
+    assert {one["statement"] for one in made[:6]} == {"a red cat"} and {one["answer"] for one in made[6:]} == {None}
+    assert {one["statement"] for one in made[6:]} == {"a red dog", "a red horse"}
+    assert {one["context"] for one in made} == {"one cow"}  # claims change, what is known of the image does not
+
+
 def test_help_explains_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["hkd", "--help"])
@@ -255,6 +267,7 @@ def test_bad_input_is_told_before_anything_is_written(home, tmp_path, capsys):
     lines = json.loads((home / "captions.json").read_text())
     del lines[3]["correct_choice"]
     (tmp_path / "bare.json").write_text(json.dumps(lines))
+    (tmp_path / "odd.json").write_text('{"dog": ["cow"], "cat": "dog"}')
     shutil.copytree(home / "images", tmp_path / "corrupt")
     (tmp_path / "corrupt/3.png").write_bytes((home / "images/3.png").read_bytes()[:200])
     (tmp_path / "full").mkdir()
@@ -274,7 +287,11 @@ def test_bad_input_is_told_before_anything_is_written(home, tmp_path, capsys):
         ({}, ("--source-weights", "1", "1", "1"), "teacher1, teacher2"),
         ({}, ("--temperature", "0"), "temperature"),
         ({}, ("--rewrites", "-1"), "--rewrites"),
-        (dict(data="claims.json", task="factcheck"), ("--rewrites", "1"), "--rewrites"),
+        (dict(data="claims.json", task="factcheck"), ("--rewrites", "1"), "--swaps"),
+        ({}, ("--rewrites", "1", "--swaps", tmp_path / "none.json"), "none.json"),
+        ({}, ("--rewrites", "1", "--swaps", tmp_path / "bare.json"), "expected an object"),
+        ({}, ("--rewrites", "1", "--swaps", tmp_path / "odd.json"), "alternatives of 'cat' are 'dog'"),
+        ({}, ("--swaps", tmp_path / "odd.json"), "--rewrites is 0"),
         ({}, ("--template", "9"), "template 9"),
         ({}, ("--dev", home / "captions.json", "--shifts", "99"), "shifts is 99"),
     ]

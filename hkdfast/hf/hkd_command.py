@@ -8,7 +8,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import ConcatDataset
 
 from ..choices import LETTERS
-from ..evaluate import choices, choices_command
+from ..evaluate import choices, choices_command, jsonl
 from ..evaluate.tasks import TASKS, Inference, choice, example, is_none
 from ..words import choose_tokens
 from . import answer, runs
@@ -59,7 +59,13 @@ def add_arguments(parser):
         choices=tuple(AUGMENT),
         help="what changes the examples, anew in each epoch",
     )
-    add("--rewrites", type=int, default=0, help="rewritten captions per example, for teachers to answer; hallucination")
+    add("--rewrites", type=int, default=0, help="rewritten captions or claims per example, for teachers to answer")
+    add(
+        "--swaps",
+        metavar="FILE",
+        help='JSON of what rewrites put in the place of phrases, {"cat": ["dog", "cow"]}; without it captions get each '
+        "other's options",
+    )
     add("--refine-epochs", type=float, help="--num-train-epochs of the ternary refinement, where they differ")
     add("--resume", action="store_true", help="go on where --output stands; finished stages are kept")
     add_options(parser, "distillation", CoupledConfig, SHARED)
@@ -139,7 +145,7 @@ def product(names, folder, place):
 def decisive(args, pyramid, ternary):
     """What decides the result of a run, for `runs.begin`."""
     about = options(args, "task", "augment", "rewrites", "template") | {"models": places_of(args.models)}
-    for name in ("data", "unlabelled"):
+    for name in ("data", "unlabelled", "swaps"):
         file = getattr(args, name)
         about[name] = file and "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
     stages = range(1, len(args.models))
@@ -174,12 +180,38 @@ def examples(args, records):
     parts = [Augmented(told + asked, Augment(changes, seed=args.seed))]
     if args.rewrites < 0:
         raise ValueError(f"--rewrites is {args.rewrites}, expected 0 or more")
+    if args.swaps is not None and not args.rewrites:
+        raise ValueError("--swaps says how to rewrite, and --rewrites is 0")
     if args.rewrites:
-        if args.task != "hallucination":
-            raise ValueError("--rewrites puts phrases of options into captions: there are none in --task factcheck")
-        phrases = sorted({option for one in records["data"] for option in one.options if not is_none(option)})
-        parts.append(Augmented(told, Augment([Reword(phrases), *changes], seed=args.seed + 1), args.rewrites))
+        reword = Augment([rewriter(args, records["data"]), *changes], seed=args.seed + 1)
+        parts.append(Augmented(told, reword, args.rewrites))
     return Together(parts)
+
+
+def rewriter(args, records):
+    """What puts other phrases into captions and claims."""
+    if args.swaps is not None:
+        return Reword(swaps=read_swaps(args.swaps))
+    if args.task != "hallucination":
+        raise ValueError("--rewrites of claims need --swaps: no options tell which phrases there are")
+    return Reword(sorted({option for one in records for option in one.options if not is_none(option)}))
+
+
+def read_swaps(path):
+    """{phrase: alternatives} of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or another shape; names the phrase.
+    """
+    path = Path(path).expanduser()
+    found = jsonl.parse(path, path.read_bytes())
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path}: expected an object of phrases and their alternatives, found {str(found)[:80]}")
+    for phrase, others in found.items():
+        if not isinstance(others, list) or not others or not all(isinstance(one, str) and one for one in others):
+            raise ValueError(f"{path}: the alternatives of {phrase!r} are {others!r}, expected a list of texts")
+    return found
 
 
 class Together(ConcatDataset):

@@ -216,8 +216,9 @@ class Claim:
 class Reword:
     """Another statement about the same image whose truth nobody knows: the answer is None, for the teacher to give.
 
-    Phrases of the statement are replaced, in the options too. An example in which there is nothing to replace stays as
-    it is, with its answer.
+    Phrases of the statement are replaced, in the options too: of a caption those that its answer says are wrong, if it
+    names any, so that no more become wrong than were. An example in which there is nothing to replace stays as it is,
+    with its answer.
 
     Args:
         phrases: what may stand in the place of an option that the statement contains: a list, for any of them.
@@ -243,6 +244,9 @@ class Reword:
         statement, options = record.statement, list(record.options)
         able = {option: self.phrases for option in options if self.phrases and not is_none(option)} | dict(self.swaps)
         able = {old: new for old, new in able.items() if found(old, statement)}
+        if record.task == "hallucination" and record.answer is not None:
+            wrong = {options[LETTERS.index(letter)] for letter in record.answer}
+            able = {old: able[old] for old in able.keys() & wrong} or able
         changed = False
         for old in rng.sample(sorted(able), min(self.changes, len(able))):
             new = [one for one in able[old] if not found(one, statement) and one not in options]
