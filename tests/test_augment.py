@@ -22,6 +22,7 @@ from hkdfast.hf.augment import (  # noqa: E402
     Color,
     Crop,
     Flip,
+    Noise,
     Paraphrase,
     ShuffleOptions,
     Sometimes,
@@ -158,6 +159,15 @@ def test_colours_change_within_bounds(picture):
     assert Augment([Color(0, 0, 0)])({"image": picture, "text": "?"}, 3)["image"] == picture
 
 
+def test_noise_is_of_every_strength_up_to_the_most():
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    spread = [np.asarray(Augment([Noise(0.1)])({"image": grey, "text": "?"}, i)["image"]).std() for i in range(100)]
+    assert min(spread) < 3 and 23 < max(spread) < 26.5  # of 25.5
+    assert Augment([Noise(0)])({"image": grey, "text": "?"}, 3)["image"] == grey
+    black = np.asarray(Augment([Noise(1)])({"image": Image.new("RGB", (64, 64)), "text": "?"}, 3)["image"])
+    assert 0.4 < (black == 0).mean() < 0.6  # what would be below black is black
+
+
 def test_an_image_may_be_a_path(tmp_path, picture):
     picture.save(tmp_path / "1.png")
     made = Augment([Flip()])(example(CAPTION, tmp_path), 0)
@@ -169,6 +179,7 @@ EVERYTHING = [
     Sometimes(Flip("swap")),
     Crop(0.8),
     Color(),
+    Noise(),
     Paraphrase(),
     ShuffleOptions(),
 ]
@@ -365,6 +376,7 @@ def test_everything_together(picture):
         (lambda: Sometimes(Flip(), 1.5), "probability must be between 0 and 1, got 1.5"),
         (lambda: Flip("drop"), "unknown words 'drop', expected refuse or swap"),
         (lambda: Crop(0), "least must be above 0 and at most 1, got 0"),
+        (lambda: Noise(1.5), "most must be between 0 and 1, got 1.5"),
         (lambda: Color(contrast=1), "contrast must be at least 0 and below 1, got 1"),
         (lambda: Paraphrase([]), "templates is empty"),
         (lambda: Augment([Paraphrase([9])])(given(), 0), "template 9 of hallucination does not exist, expected 0 to 3"),

@@ -11,12 +11,14 @@ from dataclasses import asdict, replace
 
 import numpy as np
 from hkd_bases import CHAINS, load
-from hkd_tune import BATCH, RATES, SPLITS, TEACH, Reader, Stage, Track, epochs, examine, fit
+from hkd_tune import BATCH, RATES, RETOUCH, SPLITS, TEACH, Reader, Stage, Track, epochs, examine, fit, rate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tracks import REWRITE
 
-DIRECT, FIRST, SECOND = 6, 12, 6  # epochs of tuning L and M, and of the small model's two stages of distillation
+FIRST, SECOND = 12, 30  # epochs of the small model's two stages of distillation
 LARGE, MEDIUM = ("L", "large"), ("M", "medium")
+AUGMENTED = {"rewrites": 1, "views": 16}
 
 
 def distilled(pyramid, ternary, augmented):
@@ -29,18 +31,20 @@ def distilled(pyramid, ternary, augmented):
     before = f"{'augmented ' * augmented}{'pyramid' if pyramid else 'first'}"
     medium = ("M", f"{before}/live") if pyramid else MEDIUM
     one = medium if pyramid else LARGE
-    return Stage("S", SECOND, before, teachers=(LARGE, medium) if ternary else (one,), rewrites=int(augmented))
+    teachers = (LARGE, medium) if ternary else (one,)
+    return Stage("S", SECOND, before, teachers=teachers, **(AUGMENTED if augmented else {}))
 
 
 STAGES = {
-    "large": Stage("L", DIRECT),
-    "small": Stage("S", 24),
-    "augmented pyramid": Stage("S", FIRST, live=("M", "augmented pyramid M"), rewrites=1),
+    "large": Stage("L"),
+    "small": Stage("S"),
+    "augmented pyramid M": Stage("M", live=("L", None), **AUGMENTED),
+    "augmented pyramid": Stage("S", FIRST, live=("M", "augmented pyramid M"), **AUGMENTED),
     "whole": distilled(1, 1, 1),
     "whole - ternary": distilled(1, 0, 1),
-    "augmented first": Stage("S", FIRST, teachers=(LARGE,), rewrites=1),
+    "augmented first": Stage("S", FIRST, teachers=(LARGE,), **AUGMENTED),
     "whole - pyramid": distilled(0, 1, 1),
-    "pyramid M": Stage("M", DIRECT, live=("L", None)),
+    "pyramid M": Stage("M", live=("L", None)),
     "pyramid": Stage("S", FIRST, live=("M", "pyramid M")),
     "whole - augmentation": distilled(1, 1, 0),
     "first": Stage("S", FIRST, teachers=(LARGE,)),
@@ -48,11 +52,11 @@ STAGES = {
     "+ augmentation": distilled(0, 0, 1),
     "+ pyramid": distilled(1, 0, 0),
     "+ ternary": distilled(0, 1, 0),
-    "medium": Stage("M", DIRECT),
-    "augmented pyramid M": Stage("M", DIRECT, live=("L", None), rewrites=1),
-    "whole, longer": replace(distilled(1, 1, 1), epochs=30),
-    "small, true rewrites": Stage("S", FIRST + SECOND, rewrites=1),
-    "small, no shuffle": Stage("S", 24, shuffle=False),
+    "medium": Stage("M"),
+    "small, true rewrites": Stage("S", FIRST + SECOND, **AUGMENTED),
+    "small, no shuffle": Stage("S", shuffle=False),
+    "+ rewrites": replace(distilled(0, 0, 0), rewrites=AUGMENTED["rewrites"]),
+    "+ views": replace(distilled(0, 0, 0), views=AUGMENTED["views"]),
 }
 FIRSTS = ("augmented pyramid", "augmented first", "pyramid M", "pyramid", "first")  # only gone on from
 SYSTEMS = [name for name in STAGES if name not in FIRSTS]  # in the order in which cells are made
@@ -81,7 +85,9 @@ def grounds(name):
 def recipe(track, seed, name):
     """A digest of all that a stage came from: its settings, those before it, and the pretrained weights."""
     stage = replace(STAGES[name], epochs=epochs(track, STAGES[name]))
-    told = [track, seed, asdict(stage), SPLITS["train"], BATCH, RATES[track], TEACH]
+    rates = [rate(track, stage), *([RATES[track][stage.live[0]]] if stage.live else [])]
+    told = [track, seed, asdict(stage), SPLITS["train"], BATCH, rates, TEACH]
+    told += [repr(REWRITE)] * bool(stage.rewrites) + [repr(RETOUCH)] * (stage.views > 1)
     for size, before in grounds(name):
         weights = CHAINS / f"seed{seed}" / size / "language.safetensors"
         told.append(
@@ -117,7 +123,7 @@ def train(track, seed, name, work):
     student, tokenizer = tuned(track, seed, stage.size, stage.start, work)
     live = tuned(track, seed, *stage.live, work)[0] if stage.live else None
     teachers = [tuned(track, seed, *teacher, work)[0] for teacher in stage.teachers]
-    reader = Reader(tokenizer, Track(track, "train"))
+    reader = Reader(tokenizer, Track(track, "train", stage.views))
     fit(stage, student, teachers, reader, seed, live=live)
     for model, ending in ((live, "/live"), (student, "")):  # the student last: it says that the stage is done
         if model is not None:

@@ -11,22 +11,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hkd_bases import asking, load, packed
+from PIL import Image
 from tinyllava import normalised, read, see
-from tracks import TEMPLATES, ask, number, photos, rewritten
+from tracks import REWRITE, TEMPLATES, ask, number, photos, right_answer
 
 from hkdfast import Head, pyramid, ternary
 from hkdfast.choices import LETTERS, answer, shuffled
-from hkdfast.evaluate.choices import choice
+from hkdfast.evaluate.choices import choice, example
+from hkdfast.evaluate.tasks import record_of
+from hkdfast.hf.augment import Augment, Color, Crop, Flip, Noise, Sometimes
 from hkdfast.seed import IGNORE, answer_rows
 
-SPLITS = {"train": (2800, 8101), "dev": (1500, 8202), "test": (2400, 8303)}  # images and seed of each
+SPLITS = {"train": (2800, 8101), "dev": (1500, 8202), "test": (2400, 8404)}  # images and seed of each
 BATCH = 64  # labelled questions of a step
-RATES = {  # learning rates of tuning
+RATES = {  # learning rates of tuning directly
     "hallucination": {"L": 1e-3, "M": 1e-3, "S": 4e-3},
     "factcheck": {"L": 1e-3, "M": 1e-3, "S": 2e-3},
 }
-LONGER = {("factcheck", "M"): 14}  # epochs of tuning the middle model where it needs more until it can do the task
+TAUGHT = {"S": 4e-3}  # where others teach
+EPOCHS = {  # of tuning directly: where each has its plateau on the dev questions
+    "hallucination": {"L": 6, "M": 6, "S": 16},
+    "factcheck": {"L": 6, "M": 14, "S": 30},
+}
 TEACH = {"weight": 4.0, "temperature": 2.0, "t_squared": True}
+RETOUCH = (Sometimes(Flip()), Sometimes(Crop()), Sometimes(Color()), Noise(0.25))
 LAYOUTS = ("fixed", "shuffled")  # the options as the challenge orders them, or in an order drawn once a question
 
 
@@ -36,29 +44,41 @@ class Stage:
 
     Args:
         size: of the model that is trained.
-        epochs: how often it sees the labelled questions, unless LONGER says otherwise.
+        epochs: how often it sees the labelled questions; None: EPOCHS.
         start: stage whose model it goes on with; None: the pretrained one.
         live: size and start of a teacher that is trained along, or None. It is known as "stage/live" afterwards.
         teachers: (size, stage) of frozen teachers.
-        rewrites: how many rewritten questions go with each labelled one: labelled by the teachers, or truly where there
+        rewrites: how many rewritten questions go with each labelled one: answered by the teachers, or truly where there
             are none.
+        views: how many versions of each image there are: itself, and others by RETOUCH.
         shuffle: whether options change their letters.
     """
 
     size: str
-    epochs: int
+    epochs: int | None = None
     start: str | None = None
     live: tuple | None = None
     teachers: tuple = ()
     rewrites: int = 0
+    views: int = 1
     shuffle: bool = True
 
 
 @cache
-def views(split):
-    """A split's images as the tower of all chains sees them, and what they show."""
-    images, contents, _ = photos(*SPLITS[split])
-    return see(load(1, "S")[0], normalised(images)).half(), contents
+def pictures(split):
+    """A split's images, and what they show."""
+    return photos(*SPLITS[split])[:2]
+
+
+@cache
+def seen(split, view=0):
+    """(images, patches, width): what the tower of all chains makes of a split's images, or of another view of them."""
+    images, _ = pictures(split)
+    if view:
+        augment = Augment(RETOUCH, seed=view)
+        made = ({"image": Image.fromarray(image), "text": ""} for image in images)
+        images = np.stack([np.asarray(augment(one, index)["image"]) for index, one in enumerate(made)])
+    return see(load(1, "S")[0], normalised(images)).half()
 
 
 def truths(track):
@@ -69,11 +89,18 @@ def truths(track):
 
 
 class Track:
-    """A track's questions on one split of SPLITS."""
+    """A track's questions on one split of SPLITS, and their images as the tower sees them.
 
-    def __init__(self, track, split):
+    Args:
+        track: one of TRACKS.
+        split: one of SPLITS.
+        views: versions of each image, see Stage.
+    """
+
+    def __init__(self, track, split, views=1):
         self.name = track
-        self.seen, self.contents = views(split)
+        self.contents = pictures(split)[1]
+        self.seen = torch.stack([seen(split, view) for view in range(views)])
         self.records = ask(track, self.contents, SPLITS[split][1])
         self.choices = [choice(record, TEMPLATES[track]) for record in self.records]
         self.answers = [LETTERS.index(record.answer) for record in self.records]
@@ -95,13 +122,14 @@ class Reader:
         """A batch of prompts about images named as records name them; `encode` of `hkdfast.choices.answer`."""
         return self.batch([[asking(prompt)] for prompt in prompts], [number(name) for name in abouts])
 
-    def batch(self, lines, images):
+    def batch(self, lines, images, views=0):
         ids, turn, places, last = packed(self.tokenizer, lines)
-        return {"input_ids": ids, "turn": turn, "places": places, "last": last, "seen": self.track.seen[images].float()}
+        seen = self.track.seen[views, images].float()
+        return {"input_ids": ids, "turn": turn, "places": places, "last": last, "seen": seen}
 
-    def taught(self, lines, answers, images):
+    def taught(self, lines, answers, images, views):
         """A batch with the letters' tokens as labels; None is a question without a label."""
-        batch = self.batch(lines, images)
+        batch = self.batch(lines, images, views)
         labels = torch.full_like(batch["input_ids"], IGNORE)
         unknown = torch.zeros_like(labels, dtype=torch.bool)
         letters = [[IGNORE if place is None else self.letters[place] for place in row] for row in answers]
@@ -124,16 +152,24 @@ class Reader:
 
 def epochs(track, stage):
     """How often a stage sees the labelled questions of a track."""
-    return LONGER.get((track, stage.size), stage.epochs)
+    return stage.epochs or EPOCHS[track][stage.size]
+
+
+def rate(track, stage):
+    """The largest learning rate of the model that a stage trains."""
+    taught = TAUGHT if stage.teachers or stage.live else {}
+    return taught.get(stage.size, RATES[track][stage.size])
 
 
 def lessons(reader, stage, steps, seed):
     """Batches of a stage: labelled questions, and beside each its rewrites, all about one image in one sequence."""
     track, rng, draw = reader.track, np.random.default_rng(seed), random.Random(seed)
-    # rewrites draw from a generator of their own: the labelled questions are the same with and without them
-    writer = np.random.default_rng([seed, 1])
+    # views draw from a generator of their own: the labelled questions are the same with and without augmentation
+    looks = np.random.default_rng([seed, 1])
+    rewrite = Augment(REWRITE, seed)
+    taught = bool(stage.teachers or stage.live)
     order = np.empty(0, np.int64)
-    for _ in range(steps):
+    for step in range(steps):
         if len(order) < BATCH:
             order = rng.permutation(len(track.records))
         picked, order = order[:BATCH], order[BATCH:]
@@ -143,15 +179,17 @@ def lessons(reader, stage, steps, seed):
             if stage.shuffle:
                 asked, place = shuffled(asked, place, draw)
             text, right = [asked.prompt()], [place]
-            for _ in range(stage.rewrites):
-                record = rewritten(track.records[i], track.contents[i], writer)
-                asked, place = choice(record, TEMPLATES[record.task]), LETTERS.index(record.answer)
-                asked, place = shuffled(asked, place, random.Random(int(writer.integers(2**32))))
-                text.append(asked.prompt())
-                right.append(None if stage.teachers or stage.live else place)
+            told = example(track.records[i], template=TEMPLATES[track.name])
+            for copy in range(stage.rewrites):
+                made = rewrite.at(step)(told, i * stage.rewrites + copy)
+                text.append(made["text"])
+                letter = made["answer"]  # None where the words have changed
+                if letter is None and not taught:
+                    letter = right_answer(record_of(made), track.contents[i])
+                right.append(None if letter is None else LETTERS.index(letter))
             texts.append([asking(line) for line in text])
             answers.append(right)
-        yield reader.taught(texts, answers, picked)
+        yield reader.taught(texts, answers, picked, looks.integers(stage.views, size=BATCH))
 
 
 def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
@@ -165,14 +203,14 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
         teach: options of `pyramid.loss` and `ternary.loss`.
         live: model that teaches while it learns, or None.
     """
-    steps = epochs(reader.track.name, stage) * (len(reader.track.records) // BATCH)
-    rates = RATES[reader.track.name]
-    learners = [(student, rates[stage.size])] + ([(live, rates[stage.live[0]])] if live else [])
+    name, questions = reader.track.name, len(reader.track.records)
+    steps = epochs(name, stage) * (questions // BATCH)
+    learners = [(student, rate(name, stage))] + ([(live, RATES[name][stage.live[0]])] if live else [])
     runs = []
-    for model, rate in learners:
+    for model, peak in learners:
         weights = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.02, betas=(0.9, 0.98))
-        runs.append((weights, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)))
+        optimizer = torch.optim.AdamW(weights, peak, weight_decay=0.02, betas=(0.9, 0.98))
+        runs.append((weights, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)))
     sources = [reader.rows(model) for model in (*teachers, *([live] if live else []), student)]
     for batch in lessons(reader, stage, steps, seed):
         if len(sources) == 1:

@@ -11,14 +11,17 @@ true, partially true or false as two, one or none of its parts are right.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from world import OBJECTS, PER_SCENE, SCENE_OF, render, sample
+from world import OBJECTS, PER_SCENE, SCENE_OF, SCENES, render, sample
 
 from hkdfast.choices import LETTERS, MARK
 from hkdfast.evaluate.choices import NONE, TASKS, Record, write
+from hkdfast.hf.augment import ShuffleOptions
+from hkdfast.hf.synthetic import Reword
 
 TRACKS = ("hallucination", "factcheck")
 VERDICTS = TASKS["factcheck"].options
@@ -27,6 +30,10 @@ TEMPLATES = {  # of the prompts: few words, all of this world
     "hallucination": f"{{statement}}?\n{MARK}",
     "factcheck": f"{{context}}. {{statement}}?\n{MARK}",
 }
+SWAPS = {  # what a rewrite may put in a phrase's place: another object of its scene, the other fact
+    name: [other for other in names if other != name] for names in SCENES.values() for name in names
+} | {fact: [FACTS[place ^ 1]] for place, fact in enumerate(FACTS)}
+REWRITE = (Reword(swaps=SWAPS), ShuffleOptions(fixed=()))  # without a look at the image
 NOISE = 0.7  # largest standard deviation of the pixel noise, in normalised pixels
 NEAR = 0.7  # share of wrong objects that belong to the scene
 
@@ -86,10 +93,14 @@ def captioned(image, phrases, wrong):
     )
 
 
+def letter_of(right, claimed, told):
+    """The verdict on a claim: whether its object is in sight, the fact it claims, the fact that the context tells."""
+    verdict = ("False", "Partially True", "True")[right + (claimed == told)]
+    return LETTERS[VERDICTS.index(verdict if claimed // 2 == told // 2 else "Not Verifiable")]
+
+
 def checked(image, seen, right, claimed, told):
     """The record of a claim; `right` says whether the object claimed to be in sight is."""
-    verdict = ("False", "Partially True", "True")[right + (claimed == told)]
-    verdict = verdict if claimed // 2 == told // 2 else "Not Verifiable"
     return Record(
         "factcheck",
         file_name(image),
@@ -97,7 +108,7 @@ def checked(image, seen, right, claimed, told):
         FACTS[told],
         TASKS["factcheck"].asked,
         VERDICTS,
-        LETTERS[VERDICTS.index(verdict)],
+        letter_of(right, claimed, told),
         image,
     )
 
@@ -148,32 +159,14 @@ def ask(track, contents, seed, near=NEAR):
     return [ASK[track](image, objects, rng, near) for image, objects in enumerate(contents)]
 
 
-def rewritten(record, objects, rng):
-    """Another caption or claim about the same image, made without a look at it.
-
-    A caption is shuffled, and in three cases of four a phrase is replaced: the one that is known to be wrong, or any.
-    A claim names another object in sight half the time and has its second part and its context drawn anew.
-
-    Args:
-        record: what is rewritten.
-        objects: what the image shows. Decides the answer of the result and nothing else.
-        rng: numpy generator.
-    """
-    image = number(record.image)
+def right_answer(record, objects):
+    """The letter that an image of these objects and the record's texts demand."""
+    seen = {OBJECTS[index] for index in objects}
     if record.task == "hallucination":
-        phrases, wrong = [OBJECTS.index(name) for name in record.options[:3]], LETTERS.index(record.answer)
-        if rng.random() < 0.75:
-            scene = SCENE_OF[phrases[(wrong + 1) % 3]]
-            wrong = wrong if wrong < 3 else int(rng.integers(3))
-            phrases[wrong] = foreign(rng, NEAR, scene, phrases)
-        order = [int(place) for place in rng.permutation(3)]
-        wrong = 3 if wrong == 3 or phrases[wrong] in objects else order.index(wrong)
-        return captioned(image, [phrases[place] for place in order], wrong)
-    seen = OBJECTS.index(record.statement.split()[0])
-    if rng.random() < 0.5:
-        seen = foreign(rng, NEAR, SCENE_OF[seen], (seen,))
-    same, covered = bool(rng.integers(2)), rng.random() < 0.75
-    return told(image, seen, seen in objects, same, covered, rng)
+        wrong = [place for place, name in enumerate(record.options) if name not in seen and name != NONE]
+        return LETTERS[wrong[0] if wrong else record.options.index(NONE)]
+    name, claimed = record.statement.split(" in sight and ")
+    return letter_of(name in seen, FACTS.index(claimed), FACTS.index(record.context))
 
 
 if __name__ == "__main__":
@@ -188,3 +181,4 @@ if __name__ == "__main__":
     for image, pixels in enumerate(images):
         Image.fromarray(pixels).save(options.folder / file_name(image))
     write(options.folder / "questions.json", ask(options.track, contents, options.seed))
+    (options.folder / "swaps.json").write_text(json.dumps(SWAPS, indent=1) + "\n")  # for hkdfast hkd --swaps

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageEnhance
 
 from ..choices import LETTERS, drawn
@@ -254,3 +255,27 @@ class Color:
         for enhance, amount in (*kinds, (ImageEnhance.Color, self.saturation)):
             image = enhance(image).enhance(rng.uniform(1 - amount, 1 + amount))
         return example | {"image": image}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise on every pixel, as of a photo in poor light; how much is drawn for each image.
+
+    Args:
+        most: its largest standard deviation, as a fraction of the range of a pixel.
+
+    Raises:
+        ValueError: a fraction outside 0 to 1.
+    """
+
+    most: float = 0.1
+
+    def __post_init__(self):
+        if not 0 <= self.most <= 1:
+            raise ValueError(f"most must be between 0 and 1, got {self.most}")
+
+    def __call__(self, example, rng):
+        pixels = np.asarray(rgb(example["image"]), np.float32)
+        normal = np.random.default_rng(rng.getrandbits(64)).standard_normal(pixels.shape, np.float32)
+        noisy = pixels + 255 * rng.uniform(0, self.most) * normal
+        return example | {"image": Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))}

@@ -12,7 +12,7 @@ from ..evaluate import choices, choices_command, jsonl
 from ..evaluate.tasks import TASKS, Inference, choice, example, is_none
 from ..words import choose_tokens
 from . import answer, runs
-from .augment import Augment, Augmented, Color, Crop, Flip, Paraphrase, ShuffleOptions, Sometimes
+from .augment import Augment, Augmented, Color, Crop, Flip, Noise, Paraphrase, ShuffleOptions, Sometimes
 from .choices import encoder
 from .config import CoupledConfig, PyramidConfig, TernaryConfig, nth
 from .family import base_of, is_adapter, places_of
@@ -27,6 +27,7 @@ AUGMENT = {
     "flip": Sometimes(Flip()),
     "crop": Sometimes(Crop()),
     "color": Sometimes(Color()),
+    "noise": Sometimes(Noise()),
 }
 FILES = {"data": True, "unlabelled": False, "dev": None}  # options of files of questions: whether answers are read
 SHARED = tuple(name for name in own(CoupledConfig) if name != "vocab")
