@@ -53,6 +53,7 @@ class RowLoop {
   // Distances from any origin are exact where logits are bfloat16, but a moment about it is not one about the peak.
   HKDFAST_HD float slack() const { return KIND == Kind::narrow && !measured() ? 16.f / (scale_.by > 1.f ? scale_.by : 1.f) : 0.f; }
   HKDFAST_HD bool hard() const { return KIND != Kind::narrow && task_.labels && (task_.hard_weight != 0 || measured()); }
+  HKDFAST_HD bool labelled() const { return hard() && task_.labels[row_] >= 0; }
   HKDFAST_HD bool apart() const { return hard() && scale_.by != 1.f; }
   HKDFAST_HD bool floored() const { return !FAST && task_.floor > -INFINITY; }
   HKDFAST_HD bool mean_known() const { return mean != Mean::none && !floored(); }
@@ -387,7 +388,7 @@ class RowLoop {
     const bool by_label = leader() && task_.labels;
     float student_label = 0, clean_label = 0;
     if constexpr (distils)
-      if (by_label && hard()) student_label = label_logit(task_.student, task_.student_logits, false);
+      if (by_label && labelled()) student_label = label_logit(task_.student, task_.student_logits, false);
     if (PURIFIED && by_label && task_.law.confidence == Confidence::target)
       clean_label = label_logit(task_.teacher, task_.teacher_logits, task_.difference);
     Record branches;
@@ -568,7 +569,7 @@ class RowLoop {
     // a NaN among the logits is one in these, whatever a divergence selects; they are 0 if every word is masked
     if (!(q.sum > 0) || !(p.sum > 0)) value = NAN;
     const double sum_at_1 = apart() ? q.sum_at_1 : q.sum;
-    const double target = hard() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
+    const double target = labelled() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
     const float loss = static_cast<float>(task_.soft_weight * value - (task_.hard_weight != 0 ? task_.hard_weight * target : 0));
     if (writer()) {
       task_.loss[row_] = loss;
@@ -594,7 +595,7 @@ class RowLoop {
     f.slope = static_cast<float>(slope), f.slope_low = static_cast<float>(slope - f.slope);
     f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
     if constexpr (keeps) f.soft_by *= static_cast<float>(Tilt<Divergence>(divergence_).slope_unit() / tilt_scale);
-    f.hard_by = hard() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
+    f.hard_by = labelled() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
     f.peak_1 = finite(q.peak), f.share_1 = static_cast<float>(1 / sum_at_1);
   }
 
@@ -602,7 +603,7 @@ class RowLoop {
     const Compare words = compare();
     const Facts f = facts();
     const Stored out = stored();
-    const int label = hard() && f.hard_by != 0.f ? static_cast<int>(task_.labels[row_] < 0 ? 0 : task_.labels[row_]) : -1;
+    const int label = hard() && f.hard_by != 0.f ? static_cast<int>(task_.labels[row_]) : -1;
     sweep<false, true>([&](int at, int begin, int word) {
       if (f.blank) {
         if (!task_.accumulate) out.store(begin + word, W());

@@ -70,6 +70,8 @@ struct Distillation {
 
   Distillation(Row r, Divergence divergence) : r(r), divergence(divergence) {}
 
+  bool labelled() const { return hard && rows.labels[r.row] >= 0; }
+
   void run() {
     if (rows.labels && rows.labels[r.row] == o.ignore_index) {
       write(rows, r.row, 0, {});
@@ -150,7 +152,7 @@ struct Distillation {
   void report() {
     // a divergence is never negative; near 0 the sum of its rounded terms can be
     const double soft = total.value < 0 ? 0 : total.value;
-    const double cross = hard ? q_at_1.lse(1) - r.label_logit(r.student) : 0;
+    const double cross = labelled() ? q_at_1.lse(1) - r.label_logit(r.student) : 0;
     const double confidence = o.purified ? r.confidence : 1 / p.sum;
     write(rows, r.row, o.soft_weight * soft + (o.hard_weight != 0 ? o.hard_weight * cross : 0),
           {soft, cross, q.entropy(scale), p.entropy(scale), confidence, r.a, q.top == p.top ? 1. : 0.});
@@ -175,7 +177,7 @@ struct Distillation {
     }
     const float mean_high = static_cast<float>(mean_slope), mean_low = static_cast<float>(mean_slope - mean_high);
     const float soft_by = static_cast<float>(o.soft_weight * weight * scale);
-    const float hard_by = hard ? static_cast<float>(o.hard_weight * weight) : 0.f;
+    const float hard_by = labelled() ? static_cast<float>(o.hard_weight * weight) : 0.f;
     // softmax Jacobian: d loss / d z = (slope - q * mean slope) / T
     const auto jacobian = [=](Lanes slope, Lanes share) {
       return fused(share, -mean_low, fused(share, -mean_high, slope)) * soft_by;

@@ -4,12 +4,14 @@ from .backends import backends
 from .contrast import contrast, purify
 from .distill import Edge, coupled_loss, distill_loss
 from .noise import diffuse
+from .objective import UNLABELLED
 from .reference import DIVERGENCES
 from .sources import Head
 
 __version__ = "0.1.0"
 __all__ = [
     "DIVERGENCES",
+    "UNLABELLED",
     "Edge",
     "Head",
     "backends",

@@ -47,8 +47,9 @@ def distill_loss(
         temperature: positive and finite, divides the logits of both sides.
         t_squared: multiply the divergence (value and gradient) by temperature ** 2, as Hinton et al. do.
         labels: (...) int64, the next word of each row, or None. Shift them rather than logits, whose view [:, :-1] has
-            to be copied. Rows labelled ignore_index cost 0 and, with heads, no products. On CUDA with heads the host
-            waits once, for their number.
+            to be copied. Rows labelled ignore_index cost 0 and, with heads, no products; rows labelled
+            hkdfast.UNLABELLED (-1) have no cross entropy, but their divergence. On CUDA with heads the host waits once,
+            for the number of the first.
         hard_weight: the cross entropy of the student against labels, at temperature 1, is added this many times.
         weight: (...) factors of the rows' losses, not negative, any float dtype; they do not change the denominator of
             the mean. No gradient.

@@ -6,6 +6,8 @@ The C++ and Triton launchers read these fields by name; a name here is the name 
 from ast import literal_eval
 from dataclasses import dataclass, fields
 
+UNLABELLED = -1  # label of a row that has none: its divergence counts, and no cross entropy
+
 # Rows of the metrics tensor, in this order. All are float32, one number per row of the vocabulary.
 METRICS = (
     "divergence",  # nats at the temperature, before any weight

@@ -5,7 +5,6 @@ A model is any function of a batch that returns logits (N, V) or a `Head` at the
 never by cross entropy.
 """
 
-import dataclasses
 import math
 from contextlib import nullcontext
 
@@ -13,8 +12,8 @@ import torch
 
 from .checks import check_word
 from .distill import coupled_loss
+from .objective import UNLABELLED
 from .seed import IGNORE, answer_rows
-from .sources import Head
 
 REDUCTIONS = ("mean", "sum")  # the loss of several models is one number
 
@@ -80,49 +79,35 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelle
         with nullcontext() if live else torch.no_grad():
             found.append(model(batch))
 
-    def part(rows, labels, hard):
-        """Loss and metrics of some rows, by the places that have a part in it."""
-        used = [i for i in range(len(coupling)) if hard[i] or any(coupling[i]) or any(row[i] for row in coupling)]
-        if not used:
+    known = weight = None
+    if batch.get("distil_only") is not None:
+        known = labels != IGNORE
+        labels = labels.where(known, UNLABELLED)
+        if unlabelled_weight != 1:
+            weight = torch.ones(len(labels), device=labels.device).where(known, unlabelled_weight)
+        if not any(map(any, coupling)) and not known.all():
             raise ValueError("nothing to learn for rows without a label: every weight of the coupling is 0")
-        # one object for a model in two places, which coupled_loss then multiplies once
-        sources = [source if rows is None else of(source, rows) for source in found]
-        heads = [sources[places[i]] for i in used]
-        edges = [[coupling[i][j] for j in used] for i in used]
-        loss, metrics = coupled_loss(
-            heads, edges, labels=labels, hard_weight=[hard[i] for i in used], metrics=True, **options
-        )
-        return loss, named(metrics, edges, [roles[places[i]] for i in used], labels is not None)
-
-    if batch.get("distil_only") is None:
-        return part(None, labels, hard_weight)
-    if options.get("reduction", "mean") == "mean" and options.get("num_items") is None:
-        options["num_items"] = len(labels)
-    known, unknown = (labels != IGNORE).nonzero()[:, 0], (labels == IGNORE).nonzero()[:, 0]
-    if not len(unknown):
-        return part(None, labels, hard_weight)
-    loss, metrics = part(unknown, None, [0.0] * len(hard_weight))
-    loss = unlabelled_weight * loss
-    if len(known):
-        more, others = part(known, labels[known], hard_weight)
-        loss, metrics = (
-            loss + more,
-            {name: torch.cat([rows, metrics[name]]) if name in metrics else rows for name, rows in others.items()},
-        )
-    return loss, metrics
+    used = [i for i in range(len(coupling)) if hard_weight[i] or any(coupling[i]) or any(row[i] for row in coupling)]
+    loss, metrics = coupled_loss(
+        [found[places[i]] for i in used],  # one object for a model in two places, which is multiplied once
+        [[coupling[i][j] for j in used] for i in used],
+        labels=labels,
+        hard_weight=[hard_weight[i] for i in used],
+        weight=weight,
+        metrics=True,
+        **options,
+    )
+    names = [roles[place] for place in places]
+    return loss, named({(used[i], used[j]): rows for (i, j), rows in metrics.items()}, coupling, names, labels, known)
 
 
-def of(source, rows):
-    """Some rows (n,) of logits or of a head."""
-    return dataclasses.replace(source, hidden=source.hidden[rows]) if isinstance(source, Head) else source[rows]
-
-
-def named(metrics, coupling, names, labelled):
-    """coupled_loss's metrics of edges, by the names of the models."""
+def named(metrics, coupling, names, labels, known):
+    """coupled_loss's metrics of edges, by the names of the models; known: which rows have a label, None for all."""
     found = {}
     for (i, j), rows in metrics.items():
-        if labelled:
-            found.setdefault(f"{names[i]}_cross_entropy", rows["cross_entropy"])
+        if labels is not None:
+            cross = rows["cross_entropy"]
+            found.setdefault(f"{names[i]}_cross_entropy", cross if known is None else cross[known])
         found.setdefault(f"{names[i]}_entropy", rows["student_entropy"])
         if i != j:
             sources = [k for k, edge in enumerate(coupling[i]) if edge]
@@ -130,4 +115,4 @@ def named(metrics, coupling, names, labelled):
             if len({names[k] for k in sources}) < len(sources):
                 ending = f"_{coupling[i][j].divergence}"
             found |= {f"{names[i]}_{name}{ending}": rows[name] for name in ("divergence", "agreement")}
-    return found
+    return {name: rows for name, rows in found.items() if rows.numel()}

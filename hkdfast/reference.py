@@ -157,7 +157,8 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
         teacher: (N, V) tile, likewise; the clean branch if there is a law. Its dtype may differ from the student's.
         noisy: (N, V) tile, or None without a law.
         alpha: (N,) float32 purification weights if law.weight == "rows", else None.
-        labels: (N,) int64 or None. A row whose label is ignore_index costs 0: its outputs are zeros.
+        labels: (N,) int64 or None. A row whose label is ignore_index costs 0: its outputs are zeros. One labelled
+            UNLABELLED has no cross entropy.
         weight: (N,) float32 factor of each row's gradient, or None for 1. The loss is not multiplied by it.
         loss: (N,) float32 output: soft_weight * divergence + hard_weight * cross entropy.
         grad: (N, V) output in the student tile's numbers (before scale and softcap), any float dtype, or None when no
@@ -184,7 +185,7 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
         hard = torch.zeros_like(divergence)
         if labels is not None:
             target = labels.clamp(min=0).unsqueeze(-1)
-            hard = -z.log_softmax(-1).gather(-1, target).squeeze(-1)
+            hard = (-z.log_softmax(-1).gather(-1, target).squeeze(-1)).where(labels >= 0, 0)
         # a label that the student masks has an infinite cross entropy, which must not count where it is not asked for
         hard_part = objective.hard_weight * hard if objective.hard_weight else torch.zeros_like(hard)
         total = objective.soft_weight * divergence + hard_part

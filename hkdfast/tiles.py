@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .backends import find, visible
-from .objective import METRICS, Objective, Transform
+from .objective import METRICS, UNLABELLED, Objective, Transform
 from .sources import Average, Logits, Projection, same
 
 logger = logging.getLogger("hkdfast")
@@ -97,16 +97,20 @@ def counted(labels, ignore_index, sides):
     return (labels != ignore_index).nonzero().squeeze(-1)
 
 
-def check_labels(labels, ignore_index, vocab):
+def check_labels(call):
     """Looked at for nothing on the CPU; on CUDA a bad label is an assertion of the device."""
+    labels, vocab, ignore_index = call.labels, call.vocab, call.lessons[0].objective.ignore_index
     if labels is None or not labels.numel():
         return
-    known = (labels == ignore_index) | ((labels >= 0) & (labels < vocab))
+    laws = [lesson.objective.law for lesson in call.lessons]
+    told = any(law and law.confidence == "target" for law in laws)  # what the confidence is of, has to be there
+    known = (labels == ignore_index) | ((labels >= (0 if told else UNLABELLED)) & (labels < vocab))
     if labels.is_cuda:
         torch._assert_async(known.all(), "a label is neither a word of the vocabulary nor ignore_index")
     elif visible(labels) and not known.all():
         wrong = labels[~known][0].item()
-        raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor ignore_index {ignore_index}")
+        others = "" if told else f"UNLABELLED ({UNLABELLED}) nor "
+        raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor {others}ignore_index {ignore_index}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +158,7 @@ def run(call, tensors, weight, wants, metrics):
         float32). float64 stays float64.
     """
     lessons, labels, alphas = call.lessons, call.labels, call.alphas
-    ignore_index = lessons[0].objective.ignore_index
-    check_labels(labels, ignore_index, call.vocab)
+    check_labels(call)
     n, device = len(tensors[0][0]), tensors[0][0].device
     sides, memory = sides_of(call, tensors, any(weight for _, weight, _ in wants))
     if lessons[0].objective.difference:
@@ -163,7 +166,7 @@ def run(call, tensors, weight, wants, metrics):
         for other in sides:
             if other is not main:
                 other.subtract(main)
-    index = counted(labels, ignore_index, sides)
+    index = counted(labels, lessons[0].objective.ignore_index, sides)
     if index is not None:
         for one in sides:
             one.select(index)
@@ -229,7 +232,7 @@ def run(call, tensors, weight, wants, metrics):
 def contrast(call, tensors):
     """Purified log-probabilities (N, vocab) of the one lesson's teacher, float32 or better."""
     (lesson,), labels, alphas = call.lessons, call.labels, call.alphas
-    check_labels(labels, lesson.objective.ignore_index, call.vocab)
+    check_labels(call)
     n, device = len(tensors[0][0]), tensors[0][0].device
     sides, memory = sides_of(call, tensors, False)
     clean, noisy = sides[lesson.teacher], sides[lesson.noisy]

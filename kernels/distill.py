@@ -265,6 +265,7 @@ def rows_kernel(
     STRAIGHT: tl.constexpr = DIFFERENCE and not LAW and student_cap is None and teacher_cap is None
 
     label = 0
+    labelled = True
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         if label == ignore_index:
@@ -275,6 +276,7 @@ def rows_kernel(
             if grad_ptr is not None and not ACCUMULATE:
                 blank(grad_ptr + row * grad_stride, vocab, BLOCK)
             return
+        labelled = label >= 0
         label = tl.maximum(label, 0)
 
     noisy_tile = None
@@ -354,7 +356,7 @@ def rows_kernel(
         branches = Branches(branches.clean, branches.noisy, a, kept, None, 0.0)
     hard = 0.0
     if HARD:
-        hard = found.hard_sum - (target - student.peak)
+        hard = tl.where(labelled, found.hard_sum - (target - student.peak), 0.0)
 
     side = facing(student, teacher, mate, rate, beta, floor, STRAIGHT)
     peak_tilt = 0.0
@@ -390,7 +392,7 @@ def rows_kernel(
             end = tl.where(sound, vocab, 0)
         hard_factor = None
         if hard_weight is not None:
-            hard_factor = hard_weight * factor
+            hard_factor = tl.where(labelled, hard_weight * factor, 0.0)
         gradient = Gradient(
             grad_ptr + row * grad_stride, total, soft_weight * rate * factor, hard_factor, found.hard_sum, label, end
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hkdfast.backends import MODULES
-from hkdfast.objective import METRICS, Law, Objective, Transform
+from hkdfast.objective import METRICS, UNLABELLED, Law, Objective, Transform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,6 +27,7 @@ class Case:
     masked: tuple = ((), (), ())  # words of student, teacher, noisy that are -inf
     labels: bool = False
     ignored: tuple = ()  # rows
+    unlabelled: tuple = ()  # rows
     weighted: bool = False
     options: dict = field(default_factory=dict)  # of Objective
 
@@ -60,11 +61,15 @@ CASES = {
     "skewed": Case(options={"beta": 0.1}),
     "accumulated": Case(options={"accumulate": True}),
     "accumulated bf16": Case(
-        (24, 1031), torch.bfloat16, labels=True, ignored=(1,), options={"accumulate": True, "hard_weight": 0.7}
+        (24, 1031), torch.bfloat16, labels=True, ignored=(1,), unlabelled=(0, 2),
+        options={"accumulate": True, "hard_weight": 0.7},
     ),
     "scaled": Case(options={"student": Transform(0.5), "teacher": Transform(2.0)}),
     "softcap": Case(options={"student": Transform(1.0, 8.0), "teacher": Transform(0.5, 5.0)}),
-    "softcap and labels": Case(labels=True, options={"student": Transform(2.0, 8.0), "hard_weight": 0.3}),
+    "some labels": Case((24, 1000), labels=True, ignored=(2,), unlabelled=(0, 1, 7), options={"hard_weight": 0.7}),
+    "softcap and labels": Case(
+        labels=True, unlabelled=(3,), options={"student": Transform(2.0, 8.0), "hard_weight": 0.3}
+    ),
     "difference": Case(apart=None, spread=1.0, options={"difference": True}),
     "constant law": Case(options=law(), apart=0.5),
     "linear law": Case((24, 1000), options=law(weight="linear", alpha=8.0), spread=2.0),
@@ -101,6 +106,7 @@ def inputs(case):
     labels = torch.randint(vocab, (n,), generator=generator) if case.labels else None
     if labels is not None:
         labels[list(case.ignored)] = -100
+        labels[list(case.unlabelled)] = UNLABELLED
     weight = torch.linspace(0.5, 2, n) if case.weighted else None
     return student, teacher, noisy, alpha, labels, weight
 

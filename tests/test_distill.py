@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from truth import FAST, USABLE, as_leaves, exactly, leaves, loss, off, row_losses, with_gradients
 
-from hkdfast import DIVERGENCES, Head, backends, distill_loss, purify, reference
+from hkdfast import DIVERGENCES, UNLABELLED, Head, backends, distill_loss, purify, reference
 from hkdfast.backends import load
 from hkdfast.objective import METRICS, Objective
 
@@ -68,6 +68,32 @@ def test_value_and_gradients(backend, kind, divergence, setting):
 def test_value_and_gradients_with_every_option(backend, kind, divergence):
     options = SETTINGS["hard"] | SETTINGS["weights"] | SETTINGS["num items"] | SETTINGS["fewer words"] | {"beta": 0.3}
     check(*pair(kind), divergence, backend=backend, **options | {"labels": LABELS.where(LABELS < 77, 7)})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["logits", "heads"])
+@pytest.mark.parametrize("backend", USABLE)
+def test_a_row_without_a_label_has_no_cross_entropy(backend, kind, temperature):
+    labels = LABELS.clone()
+    labels[[0, 4]] = UNLABELLED
+    unknown = labels == UNLABELLED
+    parts = [dict(labels=labels.where(~unknown, -100), hard_weight=0.7), dict(labels=LABELS.where(unknown, -100))]
+    options = dict(temperature=temperature, reduction="sum")
+
+    def told(of, loss=()):
+        found = [of(*loss, *pair(kind), "reverse_kl", **options, **part) for part in parts]
+        return [sum(each) for each in zip(*found, strict=True)]
+
+    got = with_gradients(
+        distill_loss, *pair(kind), "reverse_kl", backend=backend, labels=labels, hard_weight=0.7, **options
+    )
+    for ours, theirs, exact in zip(got, told(with_gradients, [loss]), told(exactly), strict=True):
+        assert_as_close_as_torch(ours, theirs, exact, roundings=16)
+    mean, metrics = distill_loss(*pair(kind), labels=labels, hard_weight=0.7, metrics=True, backend=backend)
+    rows = distill_loss(*pair(kind), labels=labels, hard_weight=0.7, reduction="none", backend=backend)
+    torch.testing.assert_close(mean, rows.sum() / 4)  # rows that are not ignored
+    assert metrics["cross_entropy"].eq(0).tolist() == [True, False, True, False, True, True]
+    assert metrics["divergence"].eq(0).tolist() == [False, False, True, False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -658,8 +684,16 @@ BAD = {
     r"labels \(5,\) must be one number per row, \(6,\)": {"labels": LABELS[:5]},
     "labels must be a tensor .*, got list": {"labels": [1, 2]},
     "labels must be int64, got torch.int32": {"labels": LABELS.int()},
-    "label 101 is neither in 0..100 nor ignore_index -100": {"labels": LABELS + 1, "ignore_index": -100},
-    "label 90 is neither in 0..59 nor ignore_index": {"labels": torch.full((ROWS,), 90), "vocab": 60},
+    r"label 101 is neither in 0..100 nor UNLABELLED \(-1\) nor ignore_index -100": {
+        "labels": LABELS + 1,
+        "ignore_index": -100,
+    },
+    "label -2 is neither": {"labels": torch.full((ROWS,), -2)},
+    "label -1 is neither in 0..100 nor ignore_index": {
+        "teacher": purify(TEACHER, STUDENT, weight="linear", confidence="target"),
+        "labels": torch.full((ROWS,), UNLABELLED),
+    },
+    "label 90 is neither in 0..59 nor UNLABELLED": {"labels": torch.full((ROWS,), 90), "vocab": 60},
     r"weight \(1,\) must be one number per row, \(6,\)": {"weight": torch.ones(1)},
     "weight must be a tensor .*, got float": {"weight": 0.5},
     "weight must be floating point, got torch.int64": {"weight": torch.ones(ROWS, dtype=torch.int64)},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from eager import Speaker, assert_same, batch, coupled, logits_of
 
-from hkdfast import Edge, pyramid
+from hkdfast import Edge, pyramid, tiles
 from hkdfast.seed import answer_rows
 
 
@@ -64,6 +64,14 @@ def test_without_labels_only_the_divergence_is_left():
     ours, metrics = pyramid.loss(models, found, "frozen", hard_weight=0.0, vocab="common")
     assert_same(models[1:], ours, truth(models, found, [(1, 0, 1.0, "forward_kl", 0.5, True)], (0.0, 0.0)))
     assert "student_cross_entropy" not in metrics
+
+
+def test_rows_with_and_without_labels_share_one_loop(monkeypatch):
+    """The gradient of a head of 4 V H bytes is made once."""
+    calls, plain = [], tiles.run
+    monkeypatch.setattr(tiles, "run", lambda *args: calls.append(len(args[1][0][0])) or plain(*args))
+    pyramid.loss(pair(heads=True), batch(unlabelled=(0, 3)), vocab="common")[0].backward()
+    assert calls == [11]
 
 
 def test_metrics_are_named_by_role_and_told_per_row():
