@@ -95,7 +95,7 @@ def check_weights(name, weights, lead, device):
 
 
 def check_target(law, labels):
-    if law and law.confidence == "target" and law.weight in ("linear", "gate") and labels is None:
+    if law and law.reads_labels and labels is None:
         raise ValueError('confidence "target" needs labels')
 
 

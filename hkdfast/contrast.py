@@ -58,7 +58,7 @@ def purify(
             under "linear" and "gate". A tensor (...) gives each row its own weight; `weight` must then be "constant".
         weight: "constant": a = alpha. "linear": a = alpha * (1 - c). "gate": a = alpha where c < threshold, else 0.
         confidence: c of a row, from the clean branch at temperature 1. "max_prob": its largest probability. "entropy":
-            1 - H / log V. "target": the probability of the label; the loss then needs labels.
+            1 - H / log V. "target": the probability of the label; the loss then needs a label for every row.
         threshold: where the gate closes, 0 to 1.
         mode: see above.
         plausibility: beta in 0..1 of VCD's plausibility set, the words with p_clean >= beta * max p_clean; 0 for none.

@@ -48,8 +48,8 @@ def distill_loss(
         t_squared: multiply the divergence (value and gradient) by temperature ** 2, as Hinton et al. do.
         labels: (...) int64, the next word of each row, or None. Shift them rather than logits, whose view [:, :-1] has
             to be copied. Rows labelled ignore_index cost 0 and, with heads, no products; rows labelled
-            hkdfast.UNLABELLED (-1) have no cross entropy, but their divergence. On CUDA with heads the host waits once,
-            for the number of the first.
+            hkdfast.UNLABELLED (-101) have no cross entropy, but their divergence, unless the teacher's purification
+            reads labels. On CUDA with heads the host waits once, for the number of rows that cost something.
         hard_weight: the cross entropy of the student against labels, at temperature 1, is added this many times.
         weight: (...) factors of the rows' losses, not negative, any float dtype; they do not change the denominator of
             the mean. No gradient.

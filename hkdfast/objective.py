@@ -6,7 +6,7 @@ The C++ and Triton launchers read these fields by name; a name here is the name 
 from ast import literal_eval
 from dataclasses import dataclass, fields
 
-UNLABELLED = -1  # label of a row that has none: its divergence counts, and no cross entropy
+UNLABELLED = -101  # label of a row that has none: its divergence counts, and no cross entropy
 
 # Rows of the metrics tensor, in this order. All are float32, one number per row of the vocabulary.
 METRICS = (
@@ -39,6 +39,10 @@ class Law:
     mode: str = "extrapolate"  # extrapolate | subtract
     plausibility: float = 0.0  # beta of the plausibility set; 0: no set
     outside: str = "clean"  # clean | drop
+
+    @property
+    def reads_labels(self):
+        return self.confidence == "target" and self.weight in ("linear", "gate")
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,13 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelle
         roles: one name per model, for the metrics.
         places: index of the model that stands at each place of the table; None: place i is model i.
         unlabelled_weight: times the loss of the rows that are "distil_only".
-        options: of `coupled_loss`; not labels, weight or metrics.
+        options: of `coupled_loss`; not labels, ignore_index, weight or metrics.
 
     Returns:
         scalar loss, a mean over all answer rows unless options say otherwise, and {name: (n,) float tensor}, no
-        gradient: for each model that learns, ROLE_cross_entropy (labelled rows alone), ROLE_entropy, ROLE_divergence
-        and ROLE_agreement; where it learns from several, _SOURCE (or _DIVERGENCE, if they are one model) follows.
+        gradient: for each model that learns, ROLE_cross_entropy (of labelled rows, if there are any), ROLE_entropy,
+        ROLE_divergence and ROLE_agreement; where it learns from several, _SOURCE (or _DIVERGENCE, if they are one
+        model) follows.
 
     Raises:
         ValueError: if unlabelled_weight is negative, labels are needed and missing, or `coupled_loss` refuses.
@@ -81,17 +82,17 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelle
 
     known = weight = None
     if batch.get("distil_only") is not None:
-        known = labels != IGNORE
-        labels = labels.where(known, UNLABELLED)
+        known = (labels != UNLABELLED).nonzero()[:, 0]
         if unlabelled_weight != 1:
-            weight = torch.ones(len(labels), device=labels.device).where(known, unlabelled_weight)
-        if not any(map(any, coupling)) and not known.all():
+            weight = torch.full_like(labels, unlabelled_weight, dtype=torch.float64).index_fill(0, known, 1.0)
+        if not any(map(any, coupling)) and len(known) < len(labels):
             raise ValueError("nothing to learn for rows without a label: every weight of the coupling is 0")
     used = [i for i in range(len(coupling)) if hard_weight[i] or any(coupling[i]) or any(row[i] for row in coupling)]
     loss, metrics = coupled_loss(
         [found[places[i]] for i in used],  # one object for a model in two places, which is multiplied once
         [[coupling[i][j] for j in used] for i in used],
         labels=labels,
+        ignore_index=IGNORE,
         hard_weight=[hard_weight[i] for i in used],
         weight=weight,
         metrics=True,
@@ -102,12 +103,12 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelle
 
 
 def named(metrics, coupling, names, labels, known):
-    """coupled_loss's metrics of edges, by the names of the models; known: which rows have a label, None for all."""
+    """coupled_loss's metrics of edges, by the names of the models; known: indices of labelled rows, None for all."""
     found = {}
     for (i, j), rows in metrics.items():
-        if labels is not None:
-            cross = rows["cross_entropy"]
-            found.setdefault(f"{names[i]}_cross_entropy", cross if known is None else cross[known])
+        cross = f"{names[i]}_cross_entropy"
+        if labels is not None and cross not in found and (known is None or len(known)):
+            found[cross] = rows["cross_entropy"] if known is None else rows["cross_entropy"][known]
         found.setdefault(f"{names[i]}_entropy", rows["student_entropy"])
         if i != j:
             sources = [k for k, edge in enumerate(coupling[i]) if edge]
@@ -115,4 +116,4 @@ def named(metrics, coupling, names, labels, known):
             if len({names[k] for k in sources}) < len(sources):
                 ending = f"_{coupling[i][j].divergence}"
             found |= {f"{names[i]}_{name}{ending}": rows[name] for name in ("divergence", "agreement")}
-    return {name: rows for name, rows in found.items() if rows.numel()}
+    return found

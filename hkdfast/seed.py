@@ -17,6 +17,7 @@ import torch
 from .contrast import purify
 from .distill import distill_loss
 from .noise import diffuse
+from .objective import UNLABELLED
 
 __all__ = ["answer_rows", "distil", "identify", "isolate", "noised", "purify"]
 
@@ -35,7 +36,8 @@ def answer_rows(batch):
         batch: dict with "input_ids" (B, T) and, where there are some, the above, all (B, T) int64; distil_only bool.
 
     Returns:
-        rows (B, T) bool, and the next labels (N,) int64 of those rows, -100 where it is not known; None without labels.
+        rows (B, T) bool, and the next labels (N,) int64 of those rows, `hkdfast.UNLABELLED` where it is not known; None
+        without labels.
     """
     if batch.get("shift_labels") is not None:
         labels = batch["shift_labels"]
@@ -47,7 +49,8 @@ def answer_rows(batch):
         return last_tokens(batch), None
     rows = labels != IGNORE
     if batch.get("distil_only") is not None:
-        rows = rows | batch["distil_only"]
+        unknown = batch["distil_only"] & ~rows
+        rows, labels = rows | unknown, labels.masked_fill(unknown, UNLABELLED)
     return rows, labels[rows]
 
 
@@ -129,8 +132,8 @@ def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=Non
     if confidence not in CONFIDENCES:
         raise ValueError(f"unknown confidence {confidence!r}, expected one of {', '.join(CONFIDENCES)}")
     labels = answer_rows(batch)[1]
-    if confidence == "target" and labels is None:
-        raise ValueError('confidence "target" needs labels in the batch')
+    if confidence == "target" and (labels is None or batch.get("distil_only") is not None):
+        raise ValueError('confidence "target" needs labels in the batch, of every answer row')
     with torch.no_grad():
         clean = model(batch)
         _, metrics = distill_loss(

@@ -103,14 +103,17 @@ def check_labels(call):
     if labels is None or not labels.numel():
         return
     laws = [lesson.objective.law for lesson in call.lessons]
-    told = any(law and law.confidence == "target" for law in laws)  # what the confidence is of, has to be there
-    known = (labels == ignore_index) | ((labels >= (0 if told else UNLABELLED)) & (labels < vocab))
+    others = {"ignore_index": ignore_index}
+    if not any(law and law.reads_labels for law in laws):
+        others["UNLABELLED"] = UNLABELLED
+    known = (labels >= 0) & (labels < vocab)
+    for other in others.values():
+        known |= labels == other
     if labels.is_cuda:
-        torch._assert_async(known.all(), "a label is neither a word of the vocabulary nor ignore_index")
+        torch._assert_async(known.all(), f"a label is neither a word of the vocabulary nor {' nor '.join(others)}")
     elif visible(labels) and not known.all():
-        wrong = labels[~known][0].item()
-        others = "" if told else f"UNLABELLED ({UNLABELLED}) nor "
-        raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor {others}ignore_index {ignore_index}")
+        wrong, names = labels[~known][0].item(), " nor ".join(f"{name} {label}" for name, label in others.items())
+        raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor {names}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,6 +67,9 @@ CASES = {
     "scaled": Case(options={"student": Transform(0.5), "teacher": Transform(2.0)}),
     "softcap": Case(options={"student": Transform(1.0, 8.0), "teacher": Transform(0.5, 5.0)}),
     "some labels": Case((24, 1000), labels=True, ignored=(2,), unlabelled=(0, 1, 7), options={"hard_weight": 0.7}),
+    "no labels, first word masked": Case(
+        labels=True, unlabelled=(0, 3), masked=((0,), (0,), ()), options={"hard_weight": 0.7}
+    ),
     "softcap and labels": Case(
         labels=True, unlabelled=(3,), options={"student": Transform(2.0, 8.0), "hard_weight": 0.3}
     ),

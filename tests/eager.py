@@ -42,7 +42,7 @@ def logits_of(model, batch):
 
 
 def coupled(logits, edges, labels, hard, *, temperature=1.0, unlabelled_weight=1.0, num_items=None, vocab=None):
-    """The loss of models coupled by edges: mean over the rows, those labelled -100 without cross entropy.
+    """The loss of models coupled by edges: mean over the rows, those with a negative label without cross entropy.
 
     Args:
         logits: list of (N, V_i).
@@ -56,7 +56,7 @@ def coupled(logits, edges, labels, hard, *, temperature=1.0, unlabelled_weight=1
         log_p, log_q = ((logits[k] / temperature).log_softmax(-1) for k in (j, i))
         rows = rows + weight * DIVERGENCES[divergence](log_p.detach() if detach else log_p, log_q, beta).sum(-1)
     if labels is not None:
-        known = labels != -100
+        known = labels >= 0
         rows = rows * torch.where(known, 1.0, unlabelled_weight)
         for z, weight in zip(logits, hard, strict=True):
             found = -z.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]

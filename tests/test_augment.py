@@ -355,6 +355,17 @@ def test_rewritten_statements_lose_their_answer():
         told = [Augment([Reword(["a hen"])])(given(CAPTION, answer=letters), index) for index in range(40)]
         changed = {i for one in told for i in range(3) if one["options"][i] != CAPTION.options[i]}
         assert changed == places and not any(one["answer"] for one in told)
+    # the words of a swap are found in options, and nowhere within the words of a longer one
+    swaps = {"cat": ["fox"], "dogs": ["pigs"], "red": ["blue"], "red ball": ["kite"]}
+    for letters, told in (("A", {"A fox"}), ("C", {"a kite"}), ("AB", {"A fox", "two pigs"}), (None, None)):
+        made = [Augment([Reword(swaps=swaps)])(given(CAPTION, answer=letters), index) for index in range(40)]
+        new = {one for each in made for one in each["options"]} - set(CAPTION.options)
+        assert new == (told or {"A fox", "two pigs", "a kite"}) and not any(each["answer"] for each in made)
+        assert all(option in each["statement"] for each in made for option in each["options"][:3])
+    # a caption whose wrong phrase cannot be replaced stays: another would be a second one
+    assert Augment([Reword(swaps={"cat": ["fox"]})])(given(CAPTION), 0) == given(CAPTION)
+    twice = replace(CAPTION, answer="A", options=("A cat", "two dogs", "A FOX", NONE))
+    assert Augment([Reword(swaps={"cat": ["fox"]})])(given(twice), 0)["answer"] == "A"
     # nothing to replace: the example and its answer stay
     assert Augment([Reword(swaps={"tree": ["bush"]})])(given(CLAIM), 0) == given(CLAIM)
     assert Augment([Reword(["two dogs"])])(given(replace(CAPTION, statement="Nothing.")), 0)["answer"] == "C"
@@ -390,6 +401,9 @@ def test_everything_together(picture):
         (lambda: Claim(Facts(), claim="x"), "claim is 'x', expected {} in it"),
         (lambda: Augment([Hallucinate(Facts())])(given(), 0), "the example has no annotated 'objects', only task"),
         (lambda: Reword(), "give phrases or swaps"),
+        (lambda: Reword(["x", " "]), "phrases are texts that are not empty, got ' '"),
+        (lambda: Reword(swaps={"": ["x"]}), "got ''"),
+        (lambda: Reword(swaps={"x": [3]}), "got 3"),
         (lambda: Reword(["x"], changes=0), "changes must be at least 1, got 0"),
     ],
 )

@@ -684,16 +684,16 @@ BAD = {
     r"labels \(5,\) must be one number per row, \(6,\)": {"labels": LABELS[:5]},
     "labels must be a tensor .*, got list": {"labels": [1, 2]},
     "labels must be int64, got torch.int32": {"labels": LABELS.int()},
-    r"label 101 is neither in 0..100 nor UNLABELLED \(-1\) nor ignore_index -100": {
+    r"label 101 is neither in 0..100 nor ignore_index -100 nor UNLABELLED -101": {
         "labels": LABELS + 1,
         "ignore_index": -100,
     },
-    "label -2 is neither": {"labels": torch.full((ROWS,), -2)},
-    "label -1 is neither in 0..100 nor ignore_index": {
+    "label -1 is neither": {"labels": torch.full((ROWS,), -1)},
+    "label -101 is neither in 0..100 nor ignore_index -100$": {
         "teacher": purify(TEACHER, STUDENT, weight="linear", confidence="target"),
         "labels": torch.full((ROWS,), UNLABELLED),
     },
-    "label 90 is neither in 0..59 nor UNLABELLED": {"labels": torch.full((ROWS,), 90), "vocab": 60},
+    "label 90 is neither in 0..59 nor ignore_index": {"labels": torch.full((ROWS,), 90), "vocab": 60},
     r"weight \(1,\) must be one number per row, \(6,\)": {"weight": torch.ones(1)},
     "weight must be a tensor .*, got float": {"weight": 0.5},
     "weight must be floating point, got torch.int64": {"weight": torch.ones(ROWS, dtype=torch.int64)},

@@ -16,6 +16,7 @@ from test_hf import Gradients, Widest, assert_same
 from transformers import HfArgumentParser, LlavaForConditionalGeneration
 from zoo import Rows, one_thread  # noqa: F401
 
+from hkdfast import UNLABELLED
 from hkdfast.hf import PyramidConfig, PyramidTrainer, QuestionCollator, TernaryConfig, TernaryTrainer, family
 from hkdfast.hf.coupled import CoupledTrainer
 from hkdfast.seed import answer_rows
@@ -576,7 +577,7 @@ def test_pictures_with_and_without_answers(tmp_path):
     words = [processor.tokenizer.decode(row[row != -100]) for row in found["labels"]]
     assert words == ["yes </s>", "", "no </s>", ""]
     rows, labels = answer_rows(found)
-    assert rows.sum(1).tolist() == [2, 1, 2, 1] and (labels == -100).sum() == 2
+    assert rows.sum(1).tolist() == [2, 1, 2, 1] and (labels == UNLABELLED).sum() == 2
     # the row without an answer sees what the first answer token follows
     said = [found["input_ids"][i][rows[i]][0] for i in range(4)]
     assert len(set(map(int, said))) == 1

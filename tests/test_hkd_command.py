@@ -198,6 +198,16 @@ def test_another_run_is_not_resumed(home, whole, tmp_path, capsys):
     assert {each: each.stat().st_mtime_ns for each in part.rglob("*")} == before
 
 
+def test_other_swaps_are_another_run(home, whole, tmp_path, capsys):
+    (whole, options), part = whole, tmp_path / "part"
+    shutil.copytree(whole, part)
+    about = json.loads((part / "run.json").read_text())
+    assert about["swaps"] is None
+    (part / "run.json").write_text(json.dumps(about | {"swaps": "sha256 0"}))
+    assert hkd(home, part, *options, "--resume") == 2
+    assert "swaps was 'sha256 0' and is None now" in capsys.readouterr().err
+
+
 def test_letters_that_a_tokenizer_does_not_know_are_told_before_training(home, tmp_path, capsys, monkeypatch):
     models = ("large", "medium", "small")
     monkeypatch.setattr(zoo, "WORDS", zoo.WORDS + tuple(word for word in WORDS if word not in "cd"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from eager import Speaker, assert_same, batch, coupled, logits_of
 
-from hkdfast import Edge, pyramid, tiles
+from hkdfast import UNLABELLED, Edge, pyramid, tiles
 from hkdfast.seed import answer_rows
 
 
@@ -80,7 +80,7 @@ def test_metrics_are_named_by_role_and_told_per_row():
     labels = answer_rows(found)[1]
     for model, role in zip(models, ("teacher", "student"), strict=True):
         log_q = logits_of(model, found)[:, :31].double().log_softmax(-1)
-        known = labels != -100
+        known = labels != UNLABELLED
         found_entropy = metrics[f"{role}_cross_entropy"].double().sort().values
         expected = -log_q[known].gather(-1, labels[known, None])[:, 0]
         assert torch.allclose(found_entropy, expected.sort().values, rtol=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax, one_hot
 
-from hkdfast import Head, diffuse, purify
+from hkdfast import UNLABELLED, Head, diffuse, purify
 from hkdfast.seed import answer_rows, distil, identify, isolate, noised
 
 VOCAB, WIDTH = 23, 8
@@ -109,6 +109,17 @@ def test_a_batch_without_images_is_refused():
         noised({"input_ids": torch.ones(1, 2, dtype=torch.long)})
 
 
+def test_a_row_to_be_distilled_without_a_label_is_distilled():
+    found = batch(labels=True)
+    found["distil_only"] = torch.zeros_like(found["labels"]).bool()
+    found["distil_only"][0, -1] = True
+    rows, targets = answer_rows(found)
+    assert rows[0].tolist() == [False] * 5 + [True] and targets.tolist().count(UNLABELLED) == 1 == (targets[0] < 0)
+    loss, metrics = distil(make(True, 2), found, make(True, 1)(found), hard_weight=0.5)
+    assert metrics["divergence"].gt(0).all() and metrics["cross_entropy"].eq(0).tolist() == (targets < 0).tolist()
+    torch.testing.assert_close(loss, (metrics["divergence"] + 0.5 * metrics["cross_entropy"]).mean())
+
+
 @pytest.mark.parametrize("heads", [False, True], ids=["logits", "heads"])
 @pytest.mark.parametrize("measure", ["max_prob", "entropy", "target"])
 def test_identify(heads, measure):
@@ -126,6 +137,9 @@ def test_identify(heads, measure):
 def test_identify_says_what_it_takes():
     with pytest.raises(ValueError, match="needs labels"):
         identify(make(False, 1), batch(), confidence="target")
+    some = batch(labels=True)
+    with pytest.raises(ValueError, match="of every answer row"):
+        identify(make(False, 1), some | {"distil_only": torch.zeros_like(some["labels"]).bool()}, confidence="target")
     with pytest.raises(ValueError, match="max_prob, entropy, target"):
         identify(make(False, 1), batch(), confidence="trust")
 

@@ -53,12 +53,13 @@ STAGES = {
     "+ pyramid": distilled(1, 0, 0),
     "+ ternary": distilled(0, 1, 0),
     "medium": Stage("M"),
-    "small, true rewrites": Stage("S", FIRST + SECOND, **AUGMENTED),
+    "true first": Stage("S", FIRST, **AUGMENTED),
+    "small, true rewrites": Stage("S", SECOND, "true first", **AUGMENTED),
     "small, no shuffle": Stage("S", shuffle=False),
     "+ rewrites": replace(distilled(0, 0, 0), rewrites=AUGMENTED["rewrites"]),
     "+ views": replace(distilled(0, 0, 0), views=AUGMENTED["views"]),
 }
-FIRSTS = ("augmented pyramid", "augmented first", "pyramid M", "pyramid", "first")  # only gone on from
+FIRSTS = ("augmented pyramid", "augmented first", "pyramid M", "pyramid", "first", "true first")  # only gone on from
 SYSTEMS = [name for name in STAGES if name not in FIRSTS]  # in the order in which cells are made
 
 

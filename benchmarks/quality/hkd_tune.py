@@ -28,7 +28,7 @@ RATES = {  # learning rates of tuning directly
     "hallucination": {"L": 1e-3, "M": 1e-3, "S": 4e-3},
     "factcheck": {"L": 1e-3, "M": 1e-3, "S": 2e-3},
 }
-TAUGHT = {"S": 4e-3}  # where others teach
+TAUGHT = {"S": 4e-3}  # where it learns from more than labelled questions
 EPOCHS = {  # of tuning directly: where each has its plateau on the dev questions
     "hallucination": {"L": 6, "M": 6, "S": 16},
     "factcheck": {"L": 6, "M": 14, "S": 30},
@@ -157,7 +157,7 @@ def epochs(track, stage):
 
 def rate(track, stage):
     """The largest learning rate of the model that a stage trains."""
-    taught = TAUGHT if stage.teachers or stage.live else {}
+    taught = TAUGHT if stage.teachers or stage.live or stage.rewrites else {}
     return taught.get(stage.size, RATES[track][stage.size])
 
 

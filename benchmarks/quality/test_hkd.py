@@ -33,6 +33,7 @@ from tracks import (  # noqa: E402
 from transformers import AutoProcessor  # noqa: E402
 from world import OBJECTS  # noqa: E402
 
+from hkdfast import UNLABELLED  # noqa: E402
 from hkdfast.choices import LETTERS  # noqa: E402
 from hkdfast.evaluate.choices import NONE, choice, example, read, score, write  # noqa: E402
 from hkdfast.evaluate.tasks import record_of  # noqa: E402
@@ -158,7 +159,7 @@ def test_rewrites_change_no_labelled_question(small):
     open_ = next(lessons(reader, Stage("S", 1, teachers=(("L", None),), rewrites=2), 1, 7))
     assert torch.equal(answer_rows(plain)[1], answer_rows(true)[1][::3])
     assert torch.equal(answer_rows(plain)[1], answer_rows(open_)[1][::3])
-    assert (answer_rows(open_)[1] == -100).view(-1, 3).tolist() == [[False, True, True]] * 64
+    assert (answer_rows(open_)[1] == UNLABELLED).view(-1, 3).tolist() == [[False, True, True]] * 64
     with torch.no_grad():
         alone, beside = reader.rows(model)(plain), reader.rows(model)(open_)
     torch.testing.assert_close(beside.hidden[::3], alone.hidden, atol=1e-5, rtol=1e-4)
@@ -205,6 +206,15 @@ def test_cells_become_a_table(small, monkeypatch):
     assert right[1].shape == (2, 2, 40)
     assert found["parts"]["pyramid"] == {"added": None, "left out": None}
     assert "| small |" in hkd_table.markdown(found)
+
+
+def test_the_shift_left_out_is_the_same_model_asked_once(monkeypatch):
+    right = {name: {1: np.random.default_rng(i).random((2, 2, 40)) < 0.8} for i, name in enumerate(("whole", "small"))}
+    monkeypatch.setattr(hkd_table, "read_cells", lambda *where: dict(right))
+    found = hkd_table.report(None, "hallucination", [1])
+    once = found["systems"]["whole - shift"]["f1"]["fixed"]
+    assert once["shift"] == once["no shift"] == found["systems"]["whole"]["f1"]["fixed"]["no shift"]
+    assert "distilled - shift" not in found["systems"] and set(right) == {"whole", "small"}
 
 
 def test_an_interval_knows_of_questions_and_of_chains():

@@ -216,9 +216,9 @@ class Claim:
 class Reword:
     """Another statement about the same image whose truth nobody knows: the answer is None, for the teacher to give.
 
-    Phrases of the statement are replaced, in the options too: of a caption those that its answer says are wrong, if it
-    names any, so that no more become wrong than were. An example in which there is nothing to replace stays as it is,
-    with its answer.
+    Phrases of the statement are replaced, in the options too: of a caption those in the options that its answer says
+    are wrong, if it names any, so that no more become wrong than were. A phrase within a longer one that may be
+    replaced itself stays whole. An example in which there is nothing to replace stays as it is, with its answer.
 
     Args:
         phrases: what may stand in the place of an option that the statement contains: a list, for any of them.
@@ -226,7 +226,7 @@ class Reword:
         changes: most phrases that are replaced.
 
     Raises:
-        ValueError: neither phrases nor swaps, or changes below 1.
+        ValueError: neither phrases nor swaps, one that is not a text or is empty, or changes below 1.
     """
 
     phrases: Sequence[str] = ()
@@ -236,6 +236,9 @@ class Reword:
     def __post_init__(self):
         if not self.phrases and not self.swaps:
             raise ValueError("there is nothing to put into a statement: give phrases or swaps")
+        for text in (*self.phrases, *self.swaps, *(one for others in self.swaps.values() for one in others)):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"phrases are texts that are not empty, got {text!r}")
         if self.changes < 1:
             raise ValueError(f"changes must be at least 1, got {self.changes}")
 
@@ -243,24 +246,30 @@ class Reword:
         record = record_of(example)
         statement, options = record.statement, list(record.options)
         able = {option: self.phrases for option in options if self.phrases and not is_none(option)} | dict(self.swaps)
-        able = {old: new for old, new in able.items() if found(old, statement)}
+        able = {old: new for old, new in able.items() if self.stands(old, statement, options)}
         if record.task == "hallucination" and record.answer is not None:
-            wrong = {options[LETTERS.index(letter)] for letter in record.answer}
-            able = {old: able[old] for old in able.keys() & wrong} or able
-        changed = False
+            named = [options[LETTERS.index(letter)] for letter in record.answer]
+            if not all(map(is_none, named)):
+                able = {old: new for old, new in able.items() if any(found(old, option) for option in named)}
         for old in rng.sample(sorted(able), min(self.changes, len(able))):
-            new = [one for one in able[old] if not found(one, statement) and one not in options]
-            if new and found(old, statement):
-                one = rng.choice(new)
-                # "a cat" is not the cat of "a cat tree", if that is an option too
-                longer = [option for option in options if option != old and found(old, option)]
+            new = [one for one in able[old] if not found(one, statement) and not is_none(one) and one not in options]
+            if new and self.stands(old, statement, options):
+                one, longer = rng.choice(new), self.longer(old, options)
                 statement = replaced(old, one, statement, longer)
                 if record.task == "hallucination":
                     options = [o if is_none(o) else replaced(old, one, o, longer) for o in options]
-                changed = True
-        if not changed or len(set(options)) < len(options):
+        if statement == record.statement or len({option.casefold() for option in options}) < len(options):
             return example
         return example | {"statement": statement, "options": options, "answer": None}
+
+    def longer(self, old, options):
+        """Phrases that hold another: "a cat" is not the cat of "a cat tree", if that may be replaced too."""
+        others = [*self.swaps, *(options if old in options else ())]
+        return [other for other in others if len(other) > len(old) and found(old, other)]
+
+    def stands(self, old, statement, options):
+        """Whether a phrase is in a statement, and not as a part of a longer one alone."""
+        return found(old, statement) and replaced(old, "_", statement, self.longer(old, options)) != statement
 
 
 def whole(*texts):
