@@ -11,9 +11,9 @@ from .sources import Head
 __version__ = "0.1.0"
 __all__ = [
     "DIVERGENCES",
-    "UNLABELLED",
     "Edge",
     "Head",
+    "UNLABELLED",
     "backends",
     "contrast",
     "coupled_loss",
