@@ -256,7 +256,7 @@ def config(folder, **options):
 
 
 WORKER = """
-import sys
+import os, sys
 sys.path[:0] = {path!r}
 import torch, zoo
 torch.set_num_threads(1)
@@ -265,6 +265,9 @@ FOLDER = {folder!r}
 # in order: a process whose peer is gone while its own group still lives is aborted by gloo
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+# what still holds the group (DDP) would end it with the interpreter, where gloo's threads may abort: pytorch#190489
+sys.stdout.flush()
+os._exit(0)
 """
 
 
