@@ -23,7 +23,6 @@ from tracks import (  # noqa: E402
     SWAPS,
     TEMPLATES,
     TRACKS,
-    VERDICTS,
     ask,
     file_name,
     number,
@@ -37,7 +36,7 @@ from hkdfast import UNLABELLED  # noqa: E402
 from hkdfast.choices import LETTERS  # noqa: E402
 from hkdfast.evaluate.choices import NONE, choice, example, read, score, write  # noqa: E402
 from hkdfast.evaluate.tasks import record_of  # noqa: E402
-from hkdfast.hf.augment import Augment  # noqa: E402
+from hkdfast.hf.augment import Augment, ShuffleOptions  # noqa: E402
 from hkdfast.hf.synthetic import Reword  # noqa: E402
 from hkdfast.seed import answer_rows  # noqa: E402
 
@@ -70,8 +69,9 @@ def demanded(record, objects):
     name, claimed = record.statement.split(" in sight and ")
     pair = FACTS.index(record.context) // 2
     if FACTS.index(claimed) // 2 != pair:
-        return LETTERS[VERDICTS.index("Not Verifiable")]
-    return "BCA"[(name in seen) + (claimed == record.context)]
+        return LETTERS[record.options.index("Not Verifiable")]
+    told = ["False", "Partially True", "True"][(name in seen) + (claimed == record.context)]
+    return LETTERS[record.options.index(told)]
 
 
 @pytest.mark.parametrize("track", TRACKS)
@@ -88,7 +88,7 @@ def test_answers_are_those_that_image_and_context_demand(world, track):
 @pytest.mark.parametrize("track", TRACKS)
 def test_rewrites_have_one_right_answer_that_they_do_not_tell(world, track):
     _, contents, _ = world
-    rewrite, answers = Augment([Reword(swaps=SWAPS)], seed=5), []
+    rewrite, answers = Augment([Reword(swaps=SWAPS), ShuffleOptions(fixed=())], seed=5), []
     for index, record in enumerate(ask(track, contents, 3)):
         made = rewrite(example(record, template=TEMPLATES[track]), index)
         again, objects = record_of(made), contents[number(record.image)]

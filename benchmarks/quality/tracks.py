@@ -93,10 +93,11 @@ def captioned(image, phrases, wrong):
     )
 
 
-def letter_of(right, claimed, told):
-    """The verdict on a claim: whether its object is in sight, the fact it claims, the fact that the context tells."""
-    verdict = ("False", "Partially True", "True")[right + (claimed == told)]
-    return LETTERS[VERDICTS.index(verdict if claimed // 2 == told // 2 else "Not Verifiable")]
+def verdict(right, claimed, told):
+    """On a claim: whether its object is in sight, the fact it claims, the fact that the context tells."""
+    if claimed // 2 != told // 2:
+        return "Not Verifiable"
+    return ("False", "Partially True", "True")[right + (claimed == told)]
 
 
 def checked(image, seen, right, claimed, told):
@@ -108,7 +109,7 @@ def checked(image, seen, right, claimed, told):
         FACTS[told],
         TASKS["factcheck"].asked,
         VERDICTS,
-        letter_of(right, claimed, told),
+        LETTERS[VERDICTS.index(verdict(right, claimed, told))],
         image,
     )
 
@@ -163,10 +164,11 @@ def right_answer(record, objects):
     """The letter that an image of these objects and the record's texts demand."""
     seen = {OBJECTS[index] for index in objects}
     if record.task == "hallucination":
-        wrong = [place for place, name in enumerate(record.options) if name not in seen and name != NONE]
-        return LETTERS[wrong[0] if wrong else record.options.index(NONE)]
-    name, claimed = record.statement.split(" in sight and ")
-    return letter_of(name in seen, FACTS.index(claimed), FACTS.index(record.context))
+        right = next((name for name in record.options if name not in seen and name != NONE), NONE)
+    else:
+        name, claimed = record.statement.split(" in sight and ")
+        right = verdict(name in seen, FACTS.index(claimed), FACTS.index(record.context))
+    return LETTERS[record.options.index(right)]
 
 
 if __name__ == "__main__":
