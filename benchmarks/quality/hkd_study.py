@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 from hkd_bases import CHAINS, load
-from hkd_tune import BATCH, RATES, RETOUCH, SPLITS, TEACH, Reader, Stage, Track, epochs, examine, fit, rate
+from hkd_tune import BATCH, RETOUCH, SPLITS, TEACH, Reader, Stage, Track, epochs, examine, fit, rates
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tracks import REWRITE
@@ -56,8 +56,6 @@ STAGES = {
     "true first": Stage("S", FIRST, **AUGMENTED),
     "small, true rewrites": Stage("S", SECOND, "true first", **AUGMENTED),
     "small, no shuffle": Stage("S", shuffle=False),
-    "+ rewrites": replace(distilled(0, 0, 0), rewrites=AUGMENTED["rewrites"]),
-    "+ views": replace(distilled(0, 0, 0), views=AUGMENTED["views"]),
 }
 FIRSTS = ("augmented pyramid", "augmented first", "pyramid M", "pyramid", "first", "true first")  # only gone on from
 SYSTEMS = [name for name in STAGES if name not in FIRSTS]  # in the order in which cells are made
@@ -86,8 +84,7 @@ def grounds(name):
 def recipe(track, seed, name):
     """A digest of all that a stage came from: its settings, those before it, and the pretrained weights."""
     stage = replace(STAGES[name], epochs=epochs(track, STAGES[name]))
-    rates = [rate(track, stage), *([RATES[track][stage.live[0]]] if stage.live else [])]
-    told = [track, seed, asdict(stage), SPLITS["train"], BATCH, rates, TEACH]
+    told = [track, seed, asdict(stage), SPLITS["train"], BATCH, rates(track, stage), TEACH]
     told += [repr(REWRITE)] * bool(stage.rewrites) + [repr(RETOUCH)] * (stage.views > 1)
     for size, before in grounds(name):
         weights = CHAINS / f"seed{seed}" / size / "language.safetensors"

@@ -127,8 +127,6 @@ SHOWN = {  # rows of the README's table, by their names in the results
     "whole - ternary": "whole without ternary",
     "whole - augmentation": "whole without augmentation",
     "whole - shift": "whole without mapping shift",
-    "+ rewrites": "+ augmentation of texts alone",
-    "+ views": "+ augmentation of images alone",
     "small, true rewrites": "small, tuned with augmentation, truly labelled",
 }
 

@@ -83,8 +83,7 @@ def seen(split, view=0):
 
 def truths(track):
     """(questions,) option numbers of the right answers of a track's test set."""
-    count, seed = SPLITS["test"]
-    records = ask(track, photos(count, seed)[1], seed)
+    records = ask(track, pictures("test")[1], SPLITS["test"][1])
     return np.array([LETTERS.index(record.answer) for record in records])
 
 
@@ -155,10 +154,11 @@ def epochs(track, stage):
     return stage.epochs or EPOCHS[track][stage.size]
 
 
-def rate(track, stage):
-    """The largest learning rate of the model that a stage trains."""
+def rates(track, stage):
+    """The largest learning rates of the model that a stage trains, and of its live teacher."""
     taught = TAUGHT if stage.teachers or stage.live or stage.rewrites else {}
-    return taught.get(stage.size, RATES[track][stage.size])
+    own = taught.get(stage.size, RATES[track][stage.size])
+    return [own, RATES[track][stage.live[0]]] if stage.live else [own]
 
 
 def lessons(reader, stage, steps, seed):
@@ -166,22 +166,21 @@ def lessons(reader, stage, steps, seed):
     track, rng, draw = reader.track, np.random.default_rng(seed), random.Random(seed)
     # views draw from a generator of their own: the labelled questions are the same with and without augmentation
     looks = np.random.default_rng([seed, 1])
-    rewrite = Augment(REWRITE, seed)
     taught = bool(stage.teachers or stage.live)
     order = np.empty(0, np.int64)
     for step in range(steps):
         if len(order) < BATCH:
             order = rng.permutation(len(track.records))
         picked, order = order[:BATCH], order[BATCH:]
-        texts, answers = [], []
+        rewrite, texts, answers = Augment(REWRITE, seed, step), [], []
         for i in picked:
             asked, place = track.choices[i], track.answers[i]
             if stage.shuffle:
                 asked, place = shuffled(asked, place, draw)
             text, right = [asked.prompt()], [place]
-            told = example(track.records[i], template=TEMPLATES[track.name])
             for copy in range(stage.rewrites):
-                made = rewrite.at(step)(told, i * stage.rewrites + copy)
+                told = example(track.records[i], template=TEMPLATES[track.name])
+                made = rewrite(told, i * stage.rewrites + copy)
                 text.append(made["text"])
                 letter = made["answer"]  # None where the words have changed
                 if letter is None and not taught:
@@ -205,9 +204,8 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
     """
     name, questions = reader.track.name, len(reader.track.records)
     steps = epochs(name, stage) * (questions // BATCH)
-    learners = [(student, rate(name, stage))] + ([(live, RATES[name][stage.live[0]])] if live else [])
     runs = []
-    for model, peak in learners:
+    for model, peak in zip([student, *([live] if live else [])], rates(name, stage), strict=True):
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, peak, weight_decay=0.02, betas=(0.9, 0.98))
         runs.append((weights, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)))
