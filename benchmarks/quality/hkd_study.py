@@ -84,8 +84,10 @@ def grounds(name):
 def recipe(track, seed, name):
     """A digest of all that a stage came from: its settings, those before it, and the pretrained weights."""
     stage = replace(STAGES[name], epochs=epochs(track, STAGES[name]))
-    told = [track, seed, asdict(stage), SPLITS["train"], BATCH, rates(track, stage), TEACH]
-    told += [repr(REWRITE)] * bool(stage.rewrites) + [repr(RETOUCH)] * (stage.views > 1)
+    given = asdict(stage)
+    more = [SPLITS["unlabelled"]] * given.pop("unlabelled")
+    told = [track, seed, given, SPLITS["train"], BATCH, rates(track, stage), TEACH]
+    told += [repr(REWRITE)] * bool(stage.rewrites) + [repr(RETOUCH)] * (stage.views > 1) + more
     for size, before in grounds(name):
         weights = CHAINS / f"seed{seed}" / size / "language.safetensors"
         told.append(
@@ -122,7 +124,8 @@ def train(track, seed, name, work):
     live = tuned(track, seed, *stage.live, work)[0] if stage.live else None
     teachers = [tuned(track, seed, *teacher, work)[0] for teacher in stage.teachers]
     reader = Reader(tokenizer, Track(track, "train", stage.views))
-    fit(stage, student, teachers, reader, seed, live=live)
+    unlabelled = Track(track, "unlabelled") if stage.unlabelled else None
+    fit(stage, student, teachers, reader, seed, live=live, unlabelled=unlabelled)
     for model, ending in ((live, "/live"), (student, "")):  # the student last: it says that the stage is done
         if model is not None:
             keep(model, stage_file(work, track, seed, name + ending), recipe(track, seed, name))

@@ -22,8 +22,13 @@ from hkdfast.evaluate.tasks import record_of
 from hkdfast.hf.augment import Augment, Color, Crop, Flip, Noise, Sometimes
 from hkdfast.seed import IGNORE, answer_rows
 
-SPLITS = {"train": (2800, 8101), "dev": (1500, 8202), "test": (2400, 8404)}  # images and seed of each
-BATCH = 64  # labelled questions of a step
+SPLITS = {  # images and seed of each
+    "train": (2800, 8101),
+    "unlabelled": (16800, 8505),
+    "dev": (1500, 8202),
+    "test": (2400, 8606),
+}
+BATCH = 64  # labelled questions of a step, and unlabelled ones beside them
 RATES = {  # learning rates of tuning directly
     "hallucination": {"L": 1e-3, "M": 1e-3, "S": 4e-3},
     "factcheck": {"L": 1e-3, "M": 1e-3, "S": 2e-3},
@@ -50,8 +55,10 @@ class Stage:
         teachers: (size, stage) of frozen teachers.
         rewrites: how many rewritten questions go with each labelled one: answered by the teachers, or truly where there
             are none.
-        views: how many versions of each image there are: itself, and others by RETOUCH.
+        views: how many versions of each labelled image there are: itself, and others by RETOUCH.
         shuffle: whether options change their letters.
+        unlabelled: whether as many other questions go with the labelled ones, about images of their own, which the
+            teachers alone answer.
     """
 
     size: str
@@ -62,6 +69,7 @@ class Stage:
     rewrites: int = 0
     views: int = 1
     shuffle: bool = True
+    unlabelled: bool = False
 
 
 @cache
@@ -87,12 +95,17 @@ def truths(track):
     return np.array([LETTERS.index(record.answer) for record in records])
 
 
+def place(letter):
+    """Of the option that a letter names; None for no letter."""
+    return None if letter is None else LETTERS.index(letter)
+
+
 class Track:
     """A track's questions on one split of SPLITS, and their images as the tower sees them.
 
     Args:
         track: one of TRACKS.
-        split: one of SPLITS.
+        split: one of SPLITS. The answers of "unlabelled" are None.
         views: versions of each image, see Stage.
     """
 
@@ -101,8 +114,10 @@ class Track:
         self.contents = pictures(split)[1]
         self.seen = torch.stack([seen(split, view) for view in range(views)])
         self.records = ask(track, self.contents, SPLITS[split][1])
+        if split == "unlabelled":
+            self.records = [replace(record, answer=None) for record in self.records]
         self.choices = [choice(record, TEMPLATES[track]) for record in self.records]
-        self.answers = [LETTERS.index(record.answer) for record in self.records]
+        self.answers = [place(record.answer) for record in self.records]
 
 
 class Reader:
@@ -119,16 +134,15 @@ class Reader:
 
     def __call__(self, prompts, abouts, answers=None):
         """A batch of prompts about images named as records name them; `encode` of `hkdfast.choices.answer`."""
-        return self.batch([[asking(prompt)] for prompt in prompts], [number(name) for name in abouts])
+        return self.batch([[asking(prompt)] for prompt in prompts], self.track.seen[0, [*map(number, abouts)]])
 
-    def batch(self, lines, images, views=0):
+    def batch(self, lines, seen):
         ids, turn, places, last = packed(self.tokenizer, lines)
-        seen = self.track.seen[views, images].float()
-        return {"input_ids": ids, "turn": turn, "places": places, "last": last, "seen": seen}
+        return {"input_ids": ids, "turn": turn, "places": places, "last": last, "seen": seen.float()}
 
-    def taught(self, lines, answers, images, views):
+    def taught(self, lines, answers, seen):
         """A batch with the letters' tokens as labels; None is a question without a label."""
-        batch = self.batch(lines, images, views)
+        batch = self.batch(lines, seen)
         labels = torch.full_like(batch["input_ids"], IGNORE)
         unknown = torch.zeros_like(labels, dtype=torch.bool)
         letters = [[IGNORE if place is None else self.letters[place] for place in row] for row in answers]
@@ -161,9 +175,9 @@ def rates(track, stage):
     return [own, RATES[track][stage.live[0]]] if stage.live else [own]
 
 
-def lessons(reader, stage, steps, seed):
-    """Batches of a stage: labelled questions, and beside each its rewrites, all about one image in one sequence."""
-    track, rng, draw = reader.track, np.random.default_rng(seed), random.Random(seed)
+def drawn(track, stage, steps, seed, views=1):
+    """For each step, BATCH questions: texts (each question and its rewrites), places of their answers, images seen."""
+    rng, draw = np.random.default_rng(seed), random.Random(seed)
     # views draw from a generator of their own: the labelled questions are the same with and without augmentation
     looks = np.random.default_rng([seed, 1])
     taught = bool(stage.teachers or stage.live)
@@ -174,10 +188,10 @@ def lessons(reader, stage, steps, seed):
         picked, order = order[:BATCH], order[BATCH:]
         rewrite, texts, answers = Augment(REWRITE, seed, step), [], []
         for i in picked:
-            asked, place = track.choices[i], track.answers[i]
+            asked, right = track.choices[i], track.answers[i]
             if stage.shuffle:
-                asked, place = shuffled(asked, place, draw)
-            text, right = [asked.prompt()], [place]
+                asked, right = shuffled(asked, right, draw)
+            text, rights = [asked.prompt()], [right]
             for copy in range(stage.rewrites):
                 told = example(track.records[i], template=TEMPLATES[track.name])
                 made = rewrite(told, i * stage.rewrites + copy)
@@ -185,13 +199,27 @@ def lessons(reader, stage, steps, seed):
                 letter = made["answer"]  # None where the words have changed
                 if letter is None and not taught:
                     letter = right_answer(record_of(made), track.contents[i])
-                right.append(None if letter is None else LETTERS.index(letter))
+                rights.append(place(letter))
             texts.append([asking(line) for line in text])
-            answers.append(right)
-        yield reader.taught(texts, answers, picked, looks.integers(stage.views, size=BATCH))
+            answers.append(rights)
+        yield texts, answers, track.seen[looks.integers(views, size=BATCH), picked]
 
 
-def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
+def lessons(reader, stage, steps, seed, unlabelled=None):
+    """Batches of a stage: a question and its rewrites are one sequence about their image.
+
+    Args:
+        unlabelled: Track of questions that go with the labelled ones, or None.
+    """
+    pools = [drawn(reader.track, stage, steps, seed, stage.views)]
+    if unlabelled:
+        pools.append(drawn(unlabelled, stage, steps, seed + 100))
+    for parts in zip(*pools, strict=True):
+        texts, answers, seen = zip(*parts, strict=True)
+        yield reader.taught(sum(texts, []), sum(answers, []), torch.cat(seen))
+
+
+def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None, unlabelled=None):
     """Train a stage's student, and its live teacher, in place.
 
     Args:
@@ -201,6 +229,7 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
         seed: of batches, layouts and rewrites.
         teach: options of `pyramid.loss` and `ternary.loss`.
         live: model that teaches while it learns, or None.
+        unlabelled: as in `lessons`.
     """
     name, questions = reader.track.name, len(reader.track.records)
     steps = epochs(name, stage) * (questions // BATCH)
@@ -210,7 +239,7 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None):
         optimizer = torch.optim.AdamW(weights, peak, weight_decay=0.02, betas=(0.9, 0.98))
         runs.append((weights, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)))
     sources = [reader.rows(model) for model in (*teachers, *([live] if live else []), student)]
-    for batch in lessons(reader, stage, steps, seed):
+    for batch in lessons(reader, stage, steps, seed, unlabelled):
         if len(sources) == 1:
             head = sources[0](batch)
             loss = F.cross_entropy(F.linear(head.hidden, head.weight), answer_rows(batch)[1])

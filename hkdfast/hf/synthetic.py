@@ -8,6 +8,7 @@ some of them made wrong: another object, another attribute, another number.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ..choices import LETTERS
 from ..evaluate.tasks import NONE, TASKS, is_none, record_of
@@ -272,6 +273,7 @@ class Reword:
         return found(old, statement) and replaced(old, "_", statement, self.longer(old, options)) != statement
 
 
+@lru_cache(2**14)  # every example is searched for every phrase that may be swapped
 def whole(*texts):
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, texts))})(?!\w)", re.IGNORECASE)
 
