@@ -70,7 +70,7 @@ def distill_loss(
             what is free.
         metrics: also return a dict of (...) tensors, no gradient: divergence, cross_entropy, student_entropy,
             teacher_entropy, confidence, purification, agreement (hkdfast.objective.METRICS says what each is).
-        backend: "cpu", "triton" or "reference"; None picks the fastest that is built for the device.
+        backend: "cpu", "cuda", "triton" or "reference"; None picks the fastest that is built for the device.
 
     Returns:
         Scalar loss, or (...) with reduction "none", in nats: float32 (float64 for float64 inputs); (loss, dict) with
