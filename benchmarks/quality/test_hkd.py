@@ -50,6 +50,7 @@ def world():
 def small(monkeypatch, tmp_path):
     """The study on few images, and where it may write."""
     monkeypatch.setitem(SPLITS, "train", (128, 21))
+    monkeypatch.setitem(SPLITS, "unlabelled", (150, 23))
     monkeypatch.setitem(SPLITS, "test", (40, 22))
     for made in (pictures, seen):
         made.cache_clear()
@@ -163,6 +164,19 @@ def test_rewrites_change_no_labelled_question(small):
     with torch.no_grad():
         alone, beside = reader.rows(model)(plain), reader.rows(model)(open_)
     torch.testing.assert_close(beside.hidden[::3], alone.hidden, atol=1e-5, rtol=1e-4)
+
+
+def test_unlabelled_questions_go_beside_the_labelled_ones_and_tell_no_answer(small):
+    more = Track("hallucination", "unlabelled")
+    assert {record.answer for record in more.records} == {None} == set(more.answers)
+    reader = Reader(load(1, "S")[1], Track("hallucination", "train"))
+    stage = Stage("S", 1, teachers=(("L", None),), rewrites=1)
+    for plain, both in zip(lessons(reader, stage, 3, 7), lessons(reader, stage, 3, 7, more), strict=True):
+        for name in ("input_ids", "seen", "shift_labels", "distil_only"):
+            assert len(both[name]) == 128 and torch.equal(both[name][:64], plain[name])
+        labels = answer_rows(both)[1].view(128, 2)
+        assert (labels[64:] == UNLABELLED).all() and (labels[:64, 0] >= 0).all()
+        assert not torch.equal(both["seen"][64:], plain["seen"])
 
 
 def test_views_are_of_the_same_images(small):
