@@ -156,7 +156,7 @@ def coupled_loss(
     Args:
         heads: K sources of the same rows: logits (..., V) or `Head` of any hidden size, with its own scale and softcap.
             Those that learn (from another, from labels, or through an edge with detach=False) get a gradient, if they
-            ask for one. What `purify` returns can teach, not learn.
+            ask for one. What `purify` returns can teach, not learn. One alone learns from labels.
         coupling: K rows of K entries. coupling[i][j] says how model i learns from model j: None or 0 for not at all, a
             number for so many times the forward KL, or an `Edge`. The diagonal is empty.
         labels: (...) int64, the next word of each row for all models, or None.
@@ -170,8 +170,8 @@ def coupled_loss(
         As `distill_loss`: scalar loss, or (...) with reduction "none"; (loss, dict of dicts) with metrics.
 
     Raises:
-        ValueError: as `distill_loss`; on fewer than two heads, a table that is not K x K, a diagonal that is not empty,
-            negative weights, a model that neither learns nor teaches.
+        ValueError: as `distill_loss`; on no heads, a table that is not K x K, a diagonal that is not empty,
+            negative weights, a model that neither learns nor teaches, a floor with detach=False.
 
     Sources: deep mutual learning, Zhang et al., 2018 (arXiv:1706.00384). The couplings of `hkdfast.pyramid` and
     `hkdfast.ternary`, for which this is made, are a reconstruction of HKD4VLM (arXiv:2506.13038).
@@ -189,6 +189,8 @@ def coupled_loss(
             teachings.append(Teaching(i, j, edge.divergence, edge.beta, edge.weight, 0.0 if n else own))
     for (i, j), edge in edges.items():
         if not edge.detach and not isinstance(heads[j], Purified):
+            if floor is not None:  # what it would bound here is the learner, not the teacher
+                raise ValueError(f"floor={floor} takes constant teachers, coupling[{i}][{j}] has detach=False")
             mirrored = Teaching(j, i, MIRROR[edge.divergence], 1 - edge.beta, edge.weight, counts=False)
             teachings.append(mirrored)
     if not teachings:
@@ -207,8 +209,8 @@ def coupled_loss(
 def table_of(heads, coupling):
     """{(student, teacher): Edge} of a coupling table, without its empty entries."""
     size = len(heads)
-    if size < 2:
-        raise ValueError(f"coupled_loss takes at least two heads, got {size}")
+    if not size:
+        raise ValueError("coupled_loss takes at least one head, got none")
     lists = (list, tuple)
     if not isinstance(coupling, lists) or not all(isinstance(row, lists) for row in coupling):
         raise ValueError(f"coupling must be a list of {size} lists of {size} entries, got {coupling!r}")

@@ -49,7 +49,7 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelle
     """The loss of models coupled on one batch. Models that learn nothing are run without gradients.
 
     Args:
-        models: functions of a batch, see the head of this module. Each is run once.
+        models: functions of a batch, see the head of this module. Each is run once, if it learns or teaches.
         batch: dict of tensors.
         coupling: table of Edge or None, [i][j]: how place i learns from place j; see `hkdfast.coupled_loss`.
         hard_weight: one number per place: times its cross entropy at the labelled rows.
@@ -73,12 +73,14 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelle
     if labels is None and any(hard_weight):
         raise ValueError(f"hard_weight {hard_weight} needs labels in the batch, which has {', '.join(batch)}")
     places = range(len(models)) if places is None else places
-    learning = learners(coupling, hard_weight)
-    found = []
-    for i, model in enumerate(models):
-        live = any(learns for place, learns in zip(places, learning, strict=True) if place == i)
-        with nullcontext() if live else torch.no_grad():
-            found.append(model(batch))
+    used = [i for i in range(len(coupling)) if hard_weight[i] or any(coupling[i]) or any(row[i] for row in coupling)]
+    if not used:
+        raise ValueError("nothing to learn: every weight of the coupling is 0, and hard_weight is 0")
+    live = {places[i] for i, learns in enumerate(learners(coupling, hard_weight)) if learns}
+    found = {}
+    for i in dict.fromkeys(places[place] for place in used):
+        with nullcontext() if i in live else torch.no_grad():
+            found[i] = models[i](batch)
 
     known = weight = None
     if batch.get("distil_only") is not None:
@@ -87,7 +89,6 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabelle
             weight = torch.full_like(labels, unlabelled_weight, dtype=torch.float64).index_fill(0, known, 1.0)
         if not any(map(any, coupling)) and len(known) < len(labels):
             raise ValueError("nothing to learn for rows without a label: every weight of the coupling is 0")
-    used = [i for i in range(len(coupling)) if hard_weight[i] or any(coupling[i]) or any(row[i] for row in coupling)]
     loss, metrics = coupled_loss(
         [found[places[i]] for i in used],  # one object for a model in two places, which is multiplied once
         [[coupling[i][j] for j in used] for i in used],

@@ -344,6 +344,12 @@ def test_a_step_compiles_as_one_graph(kind, coupling):
         assert (ours is None and eagerly is None) or off(ours, eagerly.double()) < 1e-6
 
 
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("kind", ["logits", "heads"])
+def test_one_alone_learns_from_labels(kind, backend):
+    check(three(kind)[:1], [[None]], (0.5,), backend=backend, labels=LABELS)
+
+
 def test_difference_tiles_of_one_student():
     weight = draw(V, 32, seed=1).bfloat16()
     hidden = [draw(N, 32, seed=2).bfloat16()]
@@ -360,7 +366,11 @@ def test_difference_tiles_of_one_student():
 
 
 BAD = {
-    "coupled_loss takes at least two heads, got 1": {"heads": three()[:1], "coupling": [[0]]},
+    "coupled_loss takes at least one head, got none": {"heads": [], "coupling": []},
+    r"floor=-3.0 takes constant teachers, coupling\[0\]\[1\] has detach=False": {
+        "coupling": [[0, Edge(detach=False), 1], [0] * 3, [0] * 3],
+        "floor": -3.0,
+    },
     r"coupling must have 3 rows of 3 entries for 3 heads, got rows of \[3, 3\]": {"coupling": MUTUAL[:2]},
     r"coupling must be a list of 3 lists of 3 entries, got \[None, None, None\]": {"coupling": [None] * 3},
     r"coupling must be a list of 3 lists of 3 entries, got 1.0": {"coupling": 1.0},
