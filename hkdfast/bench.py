@@ -25,6 +25,6 @@ def run(args):
             raise ModuleNotFoundError(f"the benchmarks need {module}", name=module)
     command = [sys.executable, "-m", "pytest", str(FOLDER), "--benchmark-group-by=param:shape"]
     command += ["-k", args.select] if args.select else []
-    command += ["--benchmark-json", args.json] if args.json else []
+    command += ["--benchmark-json", str(Path(args.json).expanduser().resolve())] if args.json else []
     command += ["--collect-only", "-q"] if args.list else []
     return subprocess.run(command, cwd=FOLDER.parents[1], check=False).returncode

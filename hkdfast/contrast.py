@@ -117,7 +117,7 @@ def contrast(
     Args:
         purified: what `purify` returned.
         temperature: positive and finite, divides the contrasted log-probabilities.
-        labels: (...) int64 if the law's confidence is "target", else not read.
+        labels: (...) int64, needed if the law's confidence is "target"; else looked over only.
         vocab, tiles, memory, backend: as in `distill_loss`.
 
     Returns:

@@ -184,9 +184,13 @@ def test_resume_gives_the_answers_of_an_uninterrupted_run(loaded, questions, hom
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert ask(loaded, questions, home, path, sample=True, resume=True) == whole
     assert asked == [2, 3]
-    # other settings are another run
+    # other settings are another run, and resumed as well: what is whole there does not hide what is partial
+    monkeypatch.setattr(answer, "reply", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        ask(loaded, questions, home, path, sample=True, temperature=0.5, resume=True)
+    monkeypatch.setattr(answer, "reply", counting)
     ask(loaded, questions, home, path, sample=True, temperature=0.5, resume=True)
-    assert asked == [2, 3, 0, 1, 2, 3]
+    assert asked == [2, 3, 2, 3]
 
 
 def test_without_a_chat_template_the_image_token_comes_first(loaded, home):

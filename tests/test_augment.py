@@ -396,6 +396,7 @@ def test_everything_together(picture):
         (lambda: Augmented([], Augment([]), copies=0), "copies must be at least 1, got 0"),
         (lambda: Facts(kinds=["colour"]), r"kinds are \['colour'\], expected some of object, attribute, count"),
         (lambda: Hallucinate(Facts(), phrases=0), "phrases is 0"),
+        (lambda: Hallucinate(Facts(), phrases=26), "phrases is 26 .* expected 1 to 25"),
         (lambda: Hallucinate(Facts(), caption="An image."), "caption is 'An image.', expected {} in it"),
         (lambda: Claim(Facts(), parts=1), "parts is 1"),
         (lambda: Claim(Facts(), claim="x"), "claim is 'x', expected {} in it"),

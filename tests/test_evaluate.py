@@ -401,6 +401,16 @@ def test_mme_refuses(tmp_path, text, message):
         mme.score_folder(tmp_path)
 
 
+def test_mme_reads_lines_as_they_were_written(tmp_path):
+    text = "\ufeff1.png\tq\tYes\tyes\u2028and more\x0c\r\n1.png\tq\tNo\tno"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    rows = mme.read(tmp_path / "a.txt")
+    assert rows == [("1.png", "q", "yes", "yes\u2028and more\x0c"), ("1.png", "q", "no", "no")]
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"\n2.png\tq\tYes\t\xff")
+    with pytest.raises(ValueError, match="a.txt:3: not UTF-8"):
+        mme.read(tmp_path / "a.txt")
+
+
 def test_mme_needs_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no .txt file"):
         mme.score_folder(tmp_path)

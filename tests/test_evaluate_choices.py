@@ -67,9 +67,9 @@ def test_other_spellings_and_what_may_be_left_out(tmp_path):
     (record,) = read(saved(tmp_path / "q.json", [{"image": "1.png", "claim": "A cat.", "answer": "D"}]), "factcheck")
     assert record.options == ("True", "False", "Partially True", "Not Verifiable") and record.answer == "D"
     entry.pop("answer")
-    path = saved(tmp_path / "q.json", [entry, entry | {"id": 3, "answer": "A"}])
-    assert [one.answer for one in read(path, "hallucination", labels=None)] == [None, "A"]
-    assert [one.answer for one in read(path, "hallucination", labels=False)] == [None, None]
+    path = saved(tmp_path / "q.json", [entry, entry | {"id": 3, "answer": "A"}, entry | {"id": 4, "answer": ""}])
+    assert [one.answer for one in read(path, "hallucination", labels=None)] == [None, "A", None]
+    assert [one.answer for one in read(path, "hallucination", labels=False)] == [None] * 3
 
 
 @pytest.mark.parametrize("text", ["AC", "CA", "A, C", "a;c", "(A) (C)", ["C", "A"], "A. C."])
@@ -378,6 +378,14 @@ def test_the_command_scores_answers_that_exist(tmp_path, command):
         (
             ["--model", "m", "--images", ".", "--output", "done.json"],
             "holds the answers of an earlier run: --resume it",
+        ),
+        (
+            ["--model", "m", "--images", ".", "--output", "x.answers"],
+            "--output x.answers is the name of the folder of the answers, expected a file beside it",
+        ),
+        (
+            ["--model", "m", "--images", ".", "--output", "x.answers"],
+            "--output x.answers is the name of the folder of the answers",
         ),
     ],
 )

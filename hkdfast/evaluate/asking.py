@@ -47,6 +47,8 @@ def check_options(args):
     if args.output and Path(args.output).is_dir():
         raise ValueError(f"--output {args.output} is a folder, expected a file")
     folder = answer_folder(args) if args.model else None
+    if folder == Path(args.output or "").expanduser():
+        raise ValueError(f"--output {args.output} is the name of the folder of the answers, expected a file beside it")
     if folder and not args.resume and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds the answers of an earlier run: --resume it, or name another --output")
 

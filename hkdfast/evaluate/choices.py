@@ -64,7 +64,7 @@ def read(path, task, images=None, labels=True):
         path: the file, as the head of this module tells.
         task: a key of TASKS.
         images: folder in which every image must exist, or None for no look.
-        labels: whether every question must have its answer. None reads those that are there, False none.
+        labels: whether every question must have its answer. None reads those that are there and not empty, False none.
 
     Raises:
         FileNotFoundError: no such file, folder or image.
@@ -103,7 +103,7 @@ def parse(path, number, entry, task, index, labels):
     answer, name = None, "correct_choice"
     if name not in entry and "answer" in entry:
         name = "answer"
-    if labels or labels is None and entry.get(name) is not None:
+    if labels or labels is None and entry.get(name) not in (None, "", []):
         value = jsonl.field(path, number, entry, name, (str, list))
         answer = parse_letters(f"{path}:{number}: {name}", value, len(options))
         if answer is None:

@@ -11,12 +11,18 @@ def read(path):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: "file:line: ..." for a line without four fields, a truth other than yes or no, a pair on two images.
+        ValueError: "file:line: ..." for a line that is not UTF-8 or without four fields, a truth other than yes or no,
+            a pair on two images.
     """
     path = Path(path).expanduser()
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        fields = line.split("\t")
+    # bytes: an answer may hold what str.splitlines takes for the end of a line
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+        try:
+            fields = line.removesuffix(b"\r").decode().split("\t")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
         if len(fields) != 4:
             raise ValueError(
                 f"{path}:{number}: {len(fields)} fields between tabs, expected image, question, truth, answer"

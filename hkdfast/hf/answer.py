@@ -141,7 +141,7 @@ def reply(model, processor, texts, images, decoding, number=0):
     name = f"{decoding.seed} {decoding.draw} {number}".encode()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), plain_generation(model, processor.tokenizer):
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest()))
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big"))
         output = model.generate(**inputs, max_new_tokens=decoding.max_new_tokens, **how)
     prompt = inputs["input_ids"]
     # some families return the prompt in front of the reply, some the reply alone
@@ -202,7 +202,7 @@ def filling(path, lines, blanks, size, *, resume=False, progress=True):
     path = Path(path).expanduser()
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = kept_lines(path if path.is_file() else partial, lines, blanks) if resume else []
+    kept = max((kept_lines(file, lines, blanks) for file in (path, partial)), key=len) if resume else []
     if len(kept) < len(lines):
         kept = kept[: len(kept) // size * size]
     with jsonl.replacing(partial) as file:  # what is kept is never missing, whenever this run is stopped

@@ -128,8 +128,8 @@ class Hallucinate:
         caption: the caption, with the phrases in the place of {}.
 
     Raises:
-        ValueError: phrases below 1, none outside 0 to 1, a caption without {}; when called, an example without
-            "objects".
+        ValueError: phrases outside 1 to 25, none outside 0 to 1, a caption without {}; when called, an example
+            without "objects".
     """
 
     facts: Facts
@@ -138,8 +138,9 @@ class Hallucinate:
     caption: str = "The image shows {}."
 
     def __post_init__(self):
-        if self.phrases < 1 or not 0 <= self.none <= 1:
-            raise ValueError(f"phrases is {self.phrases} and none is {self.none}, expected at least 1 and 0 to 1")
+        most = len(LETTERS) - 1  # a letter is left for none
+        if not 1 <= self.phrases <= most or not 0 <= self.none <= 1:
+            raise ValueError(f"phrases is {self.phrases} and none is {self.none}, expected 1 to {most} and 0 to 1")
         if "{}" not in self.caption:
             raise ValueError(f"caption is {self.caption!r}, expected {{}} in it")
 
