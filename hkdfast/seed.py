@@ -14,7 +14,8 @@ import math
 
 import torch
 
-from .contrast import purify
+from .checks import check_word
+from .contrast import WORDS, purify
 from .distill import distill_loss
 from .noise import diffuse
 from .objective import UNLABELLED
@@ -22,7 +23,6 @@ from .objective import UNLABELLED
 __all__ = ["answer_rows", "distil", "identify", "isolate", "noised", "purify"]
 
 IGNORE = -100  # the label of a position that is not an answer
-CONFIDENCES = ("max_prob", "entropy", "target")
 
 
 def answer_rows(batch):
@@ -129,8 +129,7 @@ def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=Non
     Raises:
         ValueError: on an unknown confidence, or "target" without labels.
     """
-    if confidence not in CONFIDENCES:
-        raise ValueError(f"unknown confidence {confidence!r}, expected one of {', '.join(CONFIDENCES)}")
+    check_word("confidence", confidence, WORDS["confidence"])
     labels = answer_rows(batch)[1]
     if confidence == "target" and (labels is None or batch.get("distil_only") is not None):
         raise ValueError('confidence "target" needs labels in the batch, of every answer row')

@@ -463,6 +463,29 @@ def test_the_loss_of_an_evaluation_is_a_mean_over_answers_however_they_are_batch
         assert math.isclose(loss, divergence, rel_tol=1e-5)
 
 
+def test_an_evaluation_by_any_name_is_one_and_leaves_nothing_behind(tmp_path):
+    batch, few = zoo.batch(size=5, answers=2), zoo.batch(size=3, seed=2)
+    trainer = make_trainer(tmp_path, zoo.build("llava"), batch, per_device_eval_batch_size=2)
+    alone = [trainer.evaluate(Rows(one)) for one in (batch, few)]
+    both = trainer.evaluate({"x": Rows(batch), "y": Rows(few)})
+    for name, metrics in zip("xy", alone, strict=True):
+        for kind in ("loss", "divergence", "student_entropy"):
+            assert both[f"eval_{name}_{kind}"] == metrics[f"eval_{kind}"]
+    assert trainer.evaluate(Rows(few), metric_key_prefix="late")["late_divergence"] == alone[1]["eval_divergence"]
+    assert trainer.predict(Rows(few)).metrics["test_divergence"] == alone[1]["eval_divergence"]
+    assert trainer.evaluate(Rows(batch))["eval_loss"] == alone[0]["eval_loss"] and not trainer.sums["eval"]
+
+
+def test_the_noise_of_an_evaluation_does_not_depend_on_its_batches(tmp_path):
+    batch, found = zoo.batch(size=6), []
+    for size in (2, 4, 6):  # 4 leaves a last batch that is smaller
+        trainer = make_trainer(
+            tmp_path, zoo.build("llava"), batch, per_device_eval_batch_size=size, per_device_train_batch_size=2
+        )
+        found.append(trainer.evaluate(Rows(batch))["eval_loss"])
+    assert max(found) - min(found) < 1e-5 * found[0]
+
+
 @pytest.mark.parametrize(
     "name, options",
     [("llava", dict()), ("internvl", dict(weight="linear", alpha=2.0, divergence="jensen_shannon"))],

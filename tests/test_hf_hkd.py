@@ -380,6 +380,19 @@ def test_one_configuration_makes_adapters_of_all_models(tmp_path):
         assert family.base_of(tmp_path / "out" / folder) == name, folder
 
 
+def test_adapters_know_their_models_from_everywhere(tmp_path, monkeypatch):
+    saved(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    first = pyramid("first", ["model-0", "model-1"], batch(), lora_r=2).train()
+    second = pyramid("second", ["first/stage-1/teacher", "first/stage-1/student"], batch()).train()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name, trained in (("first", first), ("second", second)):
+        loaded = family.load_model(f"../{name}/stage-1/student")
+        for ours, theirs in zip(loaded.parameters(), trained.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_an_adapter_is_known_by_its_hub_name(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--zoo--adapter/snapshots/abc"
     peft.LoraConfig(base_model_name_or_path="zoo/base").save_pretrained(snapshot)
@@ -487,6 +500,8 @@ def test_a_refinement_resumes_bit_for_bit(tmp_path, form):
     other = ternary(tmp_path / "two", chain(count), batch(), **(options | dict(temperature=2.0)))
     with pytest.raises(ValueError, match="two is another run, temperature was 1.0 and is 2.0 now"):
         other.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-1"))
+    with pytest.raises(ValueError, match="two has been trained in: resume it, or name another output_dir"):
+        ternary(tmp_path / "two", chain(count), batch(), **options).train()  # its checkpoints would be taken for this
 
 
 def test_checkpoints_go_when_their_stage_is_finished(tmp_path):
@@ -632,6 +647,10 @@ def test_every_option_explains_itself_and_parses():
         (PyramidConfig, dict(backend="cudnn"), "unknown backend"),
         (PyramidConfig, dict(vocab="all"), "vocab must be None"),
         (PyramidConfig, dict(label_smoothing_factor=0.1), "label_smoothing_factor"),
+        (PyramidConfig, dict(learning_rates=-1.0), r"learning_rates must be numbers .* got \[-1.0\]"),
+        (PyramidConfig, dict(stage_epochs=-2), r"stage_epochs must be numbers .* got \[-2.0\]"),
+        (PyramidConfig, dict(mode="mutual", detach=False, floor=-5.0), "floor=-5.0 takes constant teachers"),
+        (PyramidConfig, dict(mode="frozen", stage_weights=[0.0], hard_weight=0.0), "every weight of the coupling is 0"),
         (TernaryConfig, dict(form="triple"), "two_teachers, mutual, one_pair"),
         (TernaryConfig, dict(teachers="dead"), "frozen, live"),
         (TernaryConfig, dict(source_weights=[1.0, 1.0, 1.0]), r"one number or 2 \(teacher1, teacher2\)"),
@@ -674,8 +693,8 @@ def test_wrong_models_are_told_before_any_work(tmp_path):
         ternary(out, names, batch())
     with pytest.raises(ValueError, match="must be different objects"):
         ternary(out, [model, model, sized(1)], batch())
-    with pytest.raises(ValueError, match="head of the student has 20 words, the tokenizer 25"):
-        PyramidTrainer([model, small], PyramidConfig(str(out), **QUIET), processing_class=zoo.processor()).train()
+    with pytest.raises(ValueError, match="head of model 2 has 20 words, the tokenizer 25"):
+        PyramidTrainer([model, small], PyramidConfig(str(out), **QUIET), processing_class=zoo.processor())
     with pytest.raises(ValueError, match="'nothing' is in the name of no weight"):
         pyramid(out, names, batch(), frozen=["nothing"]).train()
     with pytest.raises(ValueError, match="no language-model head"):
@@ -686,6 +705,34 @@ def test_wrong_models_are_told_before_any_work(tmp_path):
         pyramid(out, names, batch(), peft_config=[None] * 3)
     with pytest.raises(ValueError, match="learning_rates must be one number per model at most.*for 2 models"):
         pyramid(out, names, batch(), learning_rates=[1e-3] * 3)
+    with pytest.raises(ValueError, match="stage_epochs must be one number per stage at most.*for 1 stages"):
+        pyramid(out, names, batch(), stage_epochs=[1, 2])
+
+
+def test_later_models_of_a_chain_are_looked_at_before_the_first_is_trained(tmp_path):
+    names, out = saved(tmp_path, 3), tmp_path / "out"
+    sized(2, num_hidden_layers=1).save_pretrained(names[2])
+    with pytest.raises(ValueError, match="'language_model.layers.1.' is in the name of no weight"):
+        pyramid(out, names, batch(), frozen=["language_model.layers.1."])
+    zoo.llava(zoo.llama(vocab=20)).save_pretrained(names[2])
+    with pytest.raises(ValueError, match="head of model 3 has 20 words, the tokenizer 25"):
+        pyramid(out, names, batch())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_without_distillation_a_frozen_teacher_is_not_run(tmp_path, weight):
+    models, found = chain(2), batch()
+    trainer = stage(tmp_path, models, found, mode="frozen", stage_weights=[weight])
+    trainer.evaluate(Rows(found))  # the first batch of all has every head looked at
+    run = []
+    models[0].register_forward_hook(lambda *_: run.append(1))
+    metrics = trainer.evaluate(Rows(found))
+    assert bool(run) == bool(weight)
+    if not weight:
+        truth = models[1](**found).loss.item()
+        assert math.isclose(metrics["eval_loss"], metrics["eval_student_cross_entropy"], rel_tol=1e-6)
+        assert math.isclose(metrics["eval_loss"], truth, rel_tol=1e-4)
 
 
 def test_a_batch_without_labels_is_told(tmp_path):

@@ -86,6 +86,7 @@ def test_resuming_goes_on_to_the_same_losses_bit_for_bit(evolved, tmp_path, chec
     if checkpoint is True:  # the last one under output_dir
         shutil.copytree(folder / "round-1", tmp_path / "round-1")
         shutil.copytree(folder / "round-2/checkpoint-1", tmp_path / "round-2/checkpoint-1")
+        shutil.copy(folder / "run.json", tmp_path)
     else:
         where = str(folder / checkpoint)
     trainer = trainer_of(tmp_path, zoo.batch(size=8), lora_dropout=0.1, **EVOLVING)
@@ -104,6 +105,32 @@ def test_resuming_one_round_amid_an_accumulated_epoch(tmp_path):
     again = trainer_of(tmp_path / "again", batch, save_steps=9, lora_dropout=0.2, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert losses(again) == losses(whole)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_resuming_looks_at_what_it_finds(tmp_path, rounds):
+    options = dict(rounds=rounds, max_steps=2, save_strategy="steps", save_steps=1, lr_scheduler_type="constant")
+    batch = zoo.batch(size=8)
+    whole = trainer_of(tmp_path, batch, **options)
+    whole.train()
+    last = tmp_path / ("round-2" if rounds > 1 else "") / "checkpoint-2"
+    again = trainer_of(tmp_path, batch, **options)
+    assert again.train(resume_from_checkpoint=True) is None  # at the end there is nothing to train
+    for ours, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert losses(again) == losses(whole)
+    (last / "trainer_state.json").unlink()  # as a stop while it was written leaves it
+    again = trainer_of(tmp_path, batch, **options)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(whole) and last.is_dir()
+    with pytest.raises(ValueError, match="another run, max_steps was 2 and is 4 now"):
+        trainer_of(tmp_path, batch, **options | {"max_steps": 4}).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="another run, alpha was .1.5, 1.0. and is .2.0. now"):
+        trainer_of(tmp_path, batch, **options, alpha=2.0).train(resume_from_checkpoint=str(last))
+    with pytest.raises(ValueError, match="has been trained in: resume it, or name another output_dir"):
+        trainer_of(tmp_path, batch, **options).train()
+    with pytest.raises(ValueError, match="no whole checkpoint in .*nowhere"):
+        trainer_of(tmp_path / "nowhere", batch, **options).train(resume_from_checkpoint=True)
 
 
 def test_rounds_with_an_adapted_head(tmp_path):
@@ -297,6 +324,7 @@ def test_the_command_trains_an_adapter(home, tmp_path, capfd, labels):
 def test_the_command_resumes(home, tmp_path):
     assert seed(home, tmp_path / "whole", *FEW, "--rounds", "2", "--save-steps", "1") == 0
     shutil.copytree(tmp_path / "whole/round-1/checkpoint-1", tmp_path / "part/round-1/checkpoint-1")
+    shutil.copy(tmp_path / "whole/run.json", tmp_path / "part")
     assert seed(home, tmp_path / "part", *FEW, "--rounds", "2", "--save-steps", "1", "--resume") == 0
     whole, part = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "part"))
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)

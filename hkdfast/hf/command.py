@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from ..evaluate import pope
+from ..evaluate.asking import WIDTHS
 from ..evaluate.decoding import Decoding
-from . import answer
+from . import answer, runs
 from .collator import QuestionCollator, Questions
 from .config import SeedConfig
 from .options import TRAINING, add_options, check_output, own
@@ -23,12 +24,7 @@ def add_arguments(parser):
     add("--output", required=True, metavar="DIR", help="new folder for the adapter and the processor")
     add("--labels", action="store_true", help="learn at the tokens of the labels; without it no label is read")
     add("--instruction", default=Decoding.instruction, help="text that follows every question, '' for none")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: as the model is saved",
-    )
+    add("--dtype", default="auto", choices=WIDTHS, help="auto: as the model is saved")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     for title, names in (("SEED", OWN), ("training", TRAINING)):
         add_options(parser, title, SeedConfig, names, DEFAULTS)
@@ -42,7 +38,7 @@ def run(args):
         raise ValueError("--confidence target needs --labels")
     output = Path(args.output).expanduser()
     check_output(args.output, output, args.resume)
-    if args.resume and not list(output.glob("**/checkpoint-*")):
+    if args.resume and runs.last_checkpoint(output) is None:
         raise ValueError(f"--resume: no checkpoint in {args.output}")
     config = SeedConfig(str(output), **{name: getattr(args, name) for name in (*OWN, *TRAINING)})
     questions = pope.read_questions(args.questions, images=args.images, labels=args.labels)

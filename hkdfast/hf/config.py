@@ -12,6 +12,7 @@ from ..backends import MODULES
 from ..backends import check as check_backend
 from ..contrast import WORDS, purify
 from ..distill import distill_loss
+from ..evaluate.asking import WIDTHS
 from ..noise import diffuse
 from ..tiles import TILES
 from .options import own
@@ -20,8 +21,9 @@ from .options import own
 NUMBERS = ("hard_weight", "learning_rates", "stage_weights", "stage_epochs", "source_weights")
 LAW = ("weight", "confidence", "threshold", "mode", "plausibility", "outside")  # handed to purify as they are
 LOSS = ("divergence", "beta", "temperature", "hard_weight", "floor", "tiles", "memory", "backend")  # to distill_loss
-# of TrainingArguments: those that change what is learnt, beside the learning rate
+# of TrainingArguments: those that change what is learnt
 DECISIVE = (
+    "learning_rate",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
@@ -42,7 +44,7 @@ DECISIVE = (
     "fp16",
     "load_best_model_at_end",
 )
-NEUTRAL = ("memory", "backend", "keep_checkpoints")  # of our own: those that do not
+NEUTRAL = ("memory", "backend", "keep_checkpoints", "yes_rate")  # of our own: those that do not
 
 
 def option(default, text, choices=None):
@@ -77,6 +79,10 @@ class Shared:
 
     def of(self, names):
         return {name: getattr(self, name) for name in names}
+
+    def decisive(self):
+        """{name: value} of the options that change what is learnt, for `runs.enter`."""
+        return self.of(name for name in (*own(type(self)), *DECISIVE) if name not in NEUTRAL)
 
 
 @dataclass
@@ -164,9 +170,7 @@ class CoupledConfig(Shared, TrainingArguments):
     frozen: list[str] | None = option(
         None, "Weights that stay as they are: those with one of these texts in their name, e.g. vision_tower."
     )
-    dtype: str = option(
-        "auto", "Of the models that are loaded; auto: as they are saved.", ["auto", "float32", "bfloat16", "float16"]
-    )
+    dtype: str = option("auto", "Of the models that are loaded; auto: as they are saved.", WIDTHS)
     keep_checkpoints: bool = option(
         False, "Keep the checkpoints of a training that is finished; by default they go once its models are saved."
     )
@@ -177,8 +181,9 @@ class CoupledConfig(Shared, TrainingArguments):
         for name in NUMBERS:
             value = getattr(self, name, None)
             if isinstance(value, (int, float)):
-                setattr(self, name, [float(value)])
-            elif value is not None and (not value or not all(0 <= number < math.inf for number in value)):
+                value = [float(value)]
+                setattr(self, name, value)
+            if value is not None and (not value or not all(0 <= number < math.inf for number in value)):
                 raise ValueError(f"{name} must be numbers that are not negative, at least one, got {value}")
         if self.lora_r is not None and self.lora_r < 1:
             raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
@@ -200,17 +205,17 @@ class CoupledConfig(Shared, TrainingArguments):
         return nth(self.learning_rates, place) if self.learning_rates else self.learning_rate
 
     def check_places(self, count):
-        """Refuse more numbers than there are models."""
-        for name in ("hard_weight", "learning_rates"):
-            value = getattr(self, name)
-            if value is not None and len(value) > count:
-                raise ValueError(f"{name} must be one number per model at most, got {value} for {count} models")
+        """Refuse more numbers than there are models, or stages, of which there is one less."""
+        for name in NUMBERS:
+            what, most = ("stage", count - 1) if name.startswith("stage") else ("model", count)
+            value = getattr(self, name, None)
+            if value is not None and len(value) > most and name != "source_weights":
+                raise ValueError(f"{name} must be one number per {what} at most, got {value} for {most} {what}s")
 
     def decisive(self):
-        """{name: value} of the options that change what is learnt, for `runs.begin`."""
-        names = [name for name in (*own(type(self)), *DECISIVE) if name not in NEUTRAL]
         rates = [self.rate_of(place) for place in range(len(self.roles()))]
-        return self.of(names) | {"hard_weight": self.hard_weights(), "learning_rates": rates}
+        told = super().decisive() | {"hard_weight": self.hard_weights(), "learning_rates": rates}
+        return {name: value for name, value in told.items() if name != "learning_rate"}  # those of the models say it
 
     def rehearse(self):
         """Let the loss say what is wrong with its options, before any work."""

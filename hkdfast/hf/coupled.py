@@ -12,7 +12,6 @@ from . import runs
 from .collator import QuestionCollator
 from .family import check_heads
 from .head import LanguageHead, answers, plain
-from .rounds import is_finished
 from .trainer import AnswerTrainer
 
 
@@ -70,8 +69,7 @@ class CoupledTrainer(AnswerTrainer):
         rates: {role: learning rate}.
         title: of the progress bar.
         marks: dict that every entry of the log gets.
-        about: what decides the result, as `runs.begin` takes it: written into output_dir before the first step, and
-            compared where a checkpoint is resumed; None: neither.
+        about: what decides the result, for `runs.enter`; None: output_dir is entered without a look.
         data_collator: default: QuestionCollator(processing_class, answers=True), if that is a processor.
         others: as in Trainer.
 
@@ -108,25 +106,16 @@ class CoupledTrainer(AnswerTrainer):
 
     def train(self, resume_from_checkpoint=None, **others):
         """Trainer.train. True for resume_from_checkpoint takes the last checkpoint that is whole; one that stands at
-        the end is loaded, and nothing trained: then None is returned. ValueError if it is of another run."""
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = runs.last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        the end is loaded, and nothing trained: then None is returned. ValueError if it is of another run, or a
+        fresh one finds checkpoints of another in its output_dir."""
+        checkpoint = runs.found(self.args.output_dir, resume_from_checkpoint)
         if self.about is not None:
-            if checkpoint:
-                runs.compare(Path(checkpoint).parent, self.about)
-            if self.args.should_save:
-                runs.begin(self.args.output_dir, self.about)
-        if checkpoint and is_finished(checkpoint):
-            self._load_from_checkpoint(checkpoint)
-            self.state = type(self.state).load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-                self._load_best_model()
+            origin = Path(checkpoint).parent if checkpoint else None
+            runs.enter(self.args.output_dir, self.about, origin, self.args.should_save)
+        if checkpoint and self.stands_at_end(checkpoint):
             return None
         set_seed(self.args.seed)
-        return super().train(resume_from_checkpoint=checkpoint or None, **others)
+        return super().train(resume_from_checkpoint=checkpoint, **others)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.model.verify(inputs)

@@ -4,6 +4,7 @@ import copy
 import os
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -61,14 +62,25 @@ def load_model(name, dtype="auto"):
         OSError: no model under that name.
         ValueError: a model without a language-model head.
     """
+    (base,) = places_of([base_of(name)])  # it goes into the adapters that are saved
+    model = kind_of(base).from_pretrained(base, dtype=dtype)
+    if not is_adapter(name):
+        return model
+    model = PeftModel.from_pretrained(model, name, is_trainable=True)
+    model.active_peft_config.base_model_name_or_path = base
+    return model
+
+
+def outlined(name):
+    """The model under a name without its weights or its adapter, in no memory."""
     base = base_of(name)
-    kind = AutoModelForImageTextToText if is_visual(base) else AutoModelForCausalLM
-    model = kind.from_pretrained(base, dtype=dtype)
-    return PeftModel.from_pretrained(model, name, is_trainable=True) if is_adapter(name) else model
+    with torch.device("meta"):
+        return kind_of(base).from_config(AutoConfig.from_pretrained(base))
 
 
-def is_visual(name):
-    return type(AutoConfig.from_pretrained(name)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+def kind_of(name):
+    visual = type(AutoConfig.from_pretrained(name)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if visual else AutoModelForCausalLM
 
 
 def trainable(model, args, peft_config=None):
@@ -158,13 +170,11 @@ def check_pixels(first, second):
 
 
 def check_heads(models, processor):
-    """Every head of {role: model} has a word for each of the tokenizer's."""
+    """Every head of {name: model} has a word for each of the tokenizer's."""
     tokenizer = getattr(processor, "tokenizer", processor)
     if not hasattr(tokenizer, "get_vocab"):
         return
-    for role, model in models.items():
+    for name, model in models.items():
         words = len(LanguageHead(model).base().weight)
         if words < len(tokenizer):
-            raise ValueError(
-                f"the head of the {role} has {words} words, the tokenizer {len(tokenizer)}: another family"
-            )
+            raise ValueError(f"the head of {name} has {words} words, the tokenizer {len(tokenizer)}: another family")

@@ -6,7 +6,17 @@ from pathlib import Path
 from . import runs
 from .config import PyramidConfig
 from .coupled import CoupledTrainer, restore, save_model
-from .family import adapters_of, check_family, load_model, names_of, places_of, trainable
+from .family import (
+    adapters_of,
+    check_family,
+    check_heads,
+    is_adapter,
+    load_model,
+    names_of,
+    outlined,
+    places_of,
+    trainable,
+)
 
 
 class PyramidTrainer:
@@ -27,8 +37,9 @@ class PyramidTrainer:
 
     Raises:
         ValueError: before any work: a chain of one model, a model twice, tokenizers or image processors that differ
-            (both named), output_dir with stages of another run (the first difference named); at the first batch, a head
-            that is not what it seems.
+            (both named), a head with fewer words than the tokenizer, weights to freeze or layers to adapt that a model
+            does not have, output_dir with stages of another run (the first difference named); at the first batch, a
+            head that is not what it seems.
         OSError: before any work: no model or processor under a name.
 
     Each stage has a folder output_dir/stage-k: what it is (run.json), its checkpoints, and when it is finished in their
@@ -65,6 +76,11 @@ class PyramidTrainer:
         args.check_places(len(models))
         self.adapters, self.names = adapters_of(peft_config, len(models)), names_of(models)
         processing_class = check_family([name for name in self.names if name], processing_class)
+        for place, (model, name) in enumerate(zip(models, self.names, strict=True)):
+            outline = outlined(name) if name else model
+            check_heads({f"model {place + 1}": outline}, processing_class)
+            if name and self.learns(place, args):  # a model that is given would be changed
+                trainable(outline, args, None if is_adapter(name) else self.adapters[place])
         self.given, self.args, self.stages = list(models), args, len(models) - 1
         self.data = {
             "data_collator": data_collator,
@@ -139,13 +155,18 @@ class PyramidTrainer:
         chain = {"stage": stage, "models": places_of(self.names), "peft_config": adapters}
         return chain | self.args.of_stage(stage).decisive()
 
+    @staticmethod
+    def learns(place, args):
+        """Whether the model in this place of the chain, from 0, is trained in some stage."""
+        return bool(place) or args.roles()["teacher"]
+
     def obtain(self, place, done):
         """The model in this place of the chain, from 0, as the first `done` stages have left it."""
         if self.names[place]:
             model = load_model(self.names[place], self.args.dtype)
         else:
             model, self.given[place] = self.given[place], None  # so that nothing here outlives its stages
-        if place or self.args.roles()["teacher"]:
+        if self.learns(place, self.args):
             model = trainable(model, self.args, self.adapters[place])
         if place and place == done:
             restore(model, self.folder(done) / "student")

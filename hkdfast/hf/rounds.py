@@ -6,8 +6,8 @@ from pathlib import Path
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from . import runs
 from .adapter import absorb, save_adapter, state_of
 from .trainer import AnswerTrainer
 
@@ -34,21 +34,27 @@ class RoundsTrainer(AnswerTrainer):
         """Train all rounds, or from a checkpoint on those that are left.
 
         Args:
-            resume_from_checkpoint: folder of a checkpoint; True for the last one under output_dir.
+            resume_from_checkpoint: folder of a checkpoint; True for the last one under output_dir that is whole.
             others: as in Trainer.train.
 
         Returns:
             TrainOutput of the last round; None if the checkpoint stands at its end.
+
+        Raises:
+            ValueError: no whole checkpoint to resume, one of another run (the first difference is named), or a fresh
+                training where another has left checkpoints.
         """
-        if self.args.rounds == 1:
-            set_seed(self.args.seed)
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **others)
         if self.states:
             raise ValueError("the model has been through its rounds: make a new trainer for more")
         output_dir, result = self.args.output_dir, None
-        checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        resumed = round_of(checkpoint)
+        checkpoint = runs.found(output_dir, resume_from_checkpoint)
+        several = self.args.rounds > 1
+        origin = Path(checkpoint).absolute().parents[several] if checkpoint else None
+        runs.enter(output_dir, self.args.decisive(), origin, self.args.should_save)
         set_seed(self.args.seed)
+        if not several:
+            return self.train_round(checkpoint, others)
+        resumed = round_of(checkpoint)
         try:
             for number in range(1, self.args.rounds + 1):
                 self.round = number
@@ -56,6 +62,7 @@ class RoundsTrainer(AnswerTrainer):
                     self.load_round(checkpoint)
                 else:
                     self.args.output_dir = str(Path(output_dir) / f"round-{number}")
+                    self.optimizer = self.lr_scheduler = None
                     result = self.train_round(checkpoint if number == resumed else None, others)
                 if number < self.args.rounds:
                     self.evolve()
@@ -67,11 +74,8 @@ class RoundsTrainer(AnswerTrainer):
     def train_round(self, checkpoint, others):
         if checkpoint is not None:
             self.history = read_history(checkpoint)
-            if is_finished(checkpoint):
-                self._load_from_checkpoint(checkpoint)
-                self.state = type(self.state).load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if self.stands_at_end(checkpoint):
                 return None
-        self.optimizer = self.lr_scheduler = None
         return super().train(resume_from_checkpoint=checkpoint, **others)
 
     def evolve(self):
@@ -80,16 +84,6 @@ class RoundsTrainer(AnswerTrainer):
         self.history = self.history + self.state.log_history
         set_seed(self.args.seed + self.round)  # the adapter starts from the same numbers in every process and every run
         absorb(self.model)
-
-    def find_checkpoint(self, asked):
-        if not asked or asked is not True:
-            return asked or None
-        folders = sorted(Path(self.args.output_dir).glob("round-*"), key=lambda folder: int(folder.name[6:]))
-        found = [get_last_checkpoint(str(folder)) for folder in folders]
-        found = [checkpoint for checkpoint in found if checkpoint is not None]
-        if not found:
-            raise ValueError(f"no checkpoint in the round-* folders of {self.args.output_dir}")
-        return found[-1]
 
     def load_round(self, checkpoint):
         state = load_file(Path(checkpoint) / ROUNDS / f"{self.round}.safetensors")
@@ -124,9 +118,3 @@ def round_of(checkpoint):
 def read_history(checkpoint):
     file = Path(checkpoint) / ROUNDS / HISTORY
     return json.loads(file.read_text()) if file.exists() else []
-
-
-def is_finished(checkpoint):
-    """Whether a checkpoint stands at the end of its round: Trainer would train one more step from there."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return state["global_step"] >= state["max_steps"]

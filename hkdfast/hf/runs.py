@@ -6,6 +6,7 @@ from pathlib import Path
 
 RUN = "run.json"  # what decides the result, written before the first step
 DONE = "done.json"  # what a finished training logged, written last
+STATE = "trainer_state.json"  # of a checkpoint: Trainer's own, written last
 
 
 def begin(folder, about):
@@ -31,6 +32,27 @@ def compare(folder, about):
         raise ValueError(f"{folder} is another run, {name} was {old!r} and is {new!r} now: begin in another folder")
 
 
+def enter(folder, about, origin=None, save=True):
+    """Begin a training in a folder, or see that it goes on from a checkpoint of its own.
+
+    Args:
+        folder: of this training.
+        about: as in `begin`.
+        origin: folder in which the training of the checkpoint was begun; None for a fresh one.
+        save: whether this process writes.
+
+    Raises:
+        ValueError: a checkpoint of another training; or a fresh training where another has left what would be taken for
+            its own, checkpoints or a finished one.
+    """
+    if origin is not None:
+        compare(origin, about)
+    elif finished(folder) is not None or last_checkpoint(folder) is not None:
+        raise ValueError(f"{folder} has been trained in: resume it, or name another output_dir")
+    if save:
+        begin(folder, about)
+
+
 def differences(old, new, name=""):
     """(name, old, new) of all values that differ between two dicts of dicts."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -51,20 +73,40 @@ def finished(folder):
 
 
 def checkpoints(folder):
-    return list(Path(folder).glob("checkpoint-*"))
+    """Those of a training, or of its rounds, in the order in which they were made."""
+    folder, each = Path(folder), "checkpoint-[0-9]*"
+    found = [*folder.glob(each), *folder.glob(f"round-[0-9]*/{each}")]
+    return sorted(found, key=lambda one: [int(part.rpartition("-")[2]) for part in one.relative_to(folder).parts])
 
 
 def last_checkpoint(folder):
     """The last checkpoint in a folder that is whole: Trainer writes its state last. None if there is none."""
-    whole = [one for one in checkpoints(folder) if is_whole(one)]
-    return str(max(whole, key=lambda one: int(one.name.removeprefix("checkpoint-")))) if whole else None
+    return next((str(one) for one in reversed(checkpoints(folder)) if is_whole(one)), None)
+
+
+def found(folder, asked):
+    """The checkpoint to go on from: the one that is asked for, with True the last in the folder; None for neither.
+
+    Raises:
+        ValueError: with True, if none is whole.
+    """
+    checkpoint = last_checkpoint(folder) if asked is True else asked or None
+    if asked is True and checkpoint is None:
+        raise ValueError(f"no whole checkpoint in {folder}")
+    return checkpoint
 
 
 def is_whole(checkpoint):
     try:
-        return read(checkpoint / "trainer_state.json") is not None
+        return read(checkpoint / STATE) is not None
     except json.JSONDecodeError:
         return False
+
+
+def is_at_end(checkpoint):
+    """Whether a checkpoint stands at the end of its training: Trainer would train one more step from there."""
+    state = read(Path(checkpoint) / STATE)
+    return state["global_step"] >= state["max_steps"]
 
 
 def as_json(about):

@@ -39,6 +39,9 @@ class SeedTrainer(RoundsTrainer):
     save_model(folder), load it with PeftModel.from_pretrained(model, folder). Round n's product stands beside the
     others' in it, at n times the rank. Checkpoints are such adapters too, under output_dir/round-n when there are
     several rounds, and train(resume_from_checkpoint=...) goes on from any of them, to the same losses bit for bit.
+    run.json in output_dir tells what the run is: one of other options is not resumed (ValueError, naming the first
+    difference), nor is a fresh one begun where another has left checkpoints. That model and data are the same is not
+    checked.
 
     Logged beside the loss, as means over answer positions: divergence, confidence, purification, agreement,
     student_entropy, teacher_entropy; with labels cross_entropy; with SeedConfig.yes_rate yes_rate.
@@ -133,7 +136,7 @@ class SeedTrainer(RoundsTrainer):
         last = self.places[mode]
         batch = last[1] + 1 if last and last[0] == step else 0
         self.places[mode] = (step, batch)
-        size = max(self.args.per_device_train_batch_size, examples)
+        size = max(getattr(self.args, f"per_device_{mode}_batch_size"), examples)
         return {
             "seed": mixed(self.args.seed, mode, *step),
             "first": (batch * self.accelerator.num_processes + self.accelerator.process_index) * size,
@@ -157,9 +160,9 @@ class SeedTrainer(RoundsTrainer):
             logs["round"] = self.round
         super().log(logs, *rest)
 
-    def evaluate(self, *args, **others):
+    def evaluation_loop(self, *args, **others):
         self.places["eval"] = None  # each evaluation under the same noise
-        return super().evaluate(*args, **others)
+        return super().evaluation_loop(*args, **others)
 
 
 def default_adapter(model, args):

@@ -1,12 +1,14 @@
 """What the trainers share: a loss that is a mean over answer rows, and its metrics."""
 
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
 from ..seed import answer_rows
+from . import runs
 
 
 class AnswerTrainer(Trainer):
@@ -55,6 +57,13 @@ class AnswerTrainer(Trainer):
         self.add("loss", loss * count, count)
         return loss, None, None
 
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **others):
+        sums = self.sums["eval"]
+        sums.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **others)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self.means(sums).items()})
+        return output
+
     def note(self, metrics):
         """Add {name: (n,) tensor} of some rows to what is logged next."""
         for name, rows in metrics.items():
@@ -65,14 +74,28 @@ class AnswerTrainer(Trainer):
         sums = self.sums["train" if self.model.training else "eval"]
         sums[name] = sums[name] + torch.stack([total.float(), count.float()])
 
+    def means(self, sums):
+        """{name: mean} of what was added in all processes, and nothing added any more."""
+        found = {}
+        # a process may have met no row of some kind, but all have to add up the same names
+        for name in sorted(set(gather_object(list(sums)))):
+            total = sums.get(name, torch.zeros(2, device=self.args.device))
+            value, count = self.accelerator.reduce(total, "sum").tolist()
+            found[name] = value / count if count else float("nan")
+        sums.clear()
+        return found
+
     def log(self, logs, *rest):
-        mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
-        if f"{prefix}loss" in logs:
-            sums = self.sums[mode]
-            # a process may have met no row of some kind, but all have to add up the same names
-            for name in sorted(set(gather_object(list(sums)))):
-                total = sums.get(name, torch.zeros(2, device=self.args.device))
-                value, count = self.accelerator.reduce(total, "sum").tolist()
-                logs[prefix + name] = value / count if count else float("nan")
-            sums.clear()
+        if "loss" in logs:
+            logs |= self.means(self.sums["train"])
         super().log(logs, *rest)
+
+    def stands_at_end(self, checkpoint):
+        """Load a checkpoint that stands at the end of its training; False if it does not stand there."""
+        if not runs.is_at_end(checkpoint):
+            return False
+        self._load_from_checkpoint(checkpoint)
+        self.state = type(self.state).load_from_json(str(Path(checkpoint) / runs.STATE))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        return True
