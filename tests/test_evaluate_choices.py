@@ -10,6 +10,7 @@ import torch
 from hkdfast.cli import main
 from hkdfast.evaluate import bootstrap, choices
 from hkdfast.evaluate.choices import NONE, TASKS, Inference, Record, choice, question, read, read_answers, score, write
+from hkdfast.evaluate.tasks import named
 
 # as on the challenge's page, but for the texts
 CAPTION = {
@@ -306,12 +307,30 @@ def test_answers_refuse(tmp_path, entries, message):
         read_answers(saved(tmp_path / "a", entries), asked("ABCD"))
 
 
+@pytest.mark.parametrize(
+    ("chances", "letters"),
+    [
+        ([0.9, 0.2, 0.7, 0.1], "AC"),
+        ([0.9, 0.2, 0.7, 0.95], "AC"),  # D is "No hallucination"
+        ([0.1, 0.2, 0.3, 0.6], "D"),
+        ([0.1, 0.4, 0.3, 0.2], "B"),  # the best of those that are unlikely
+    ],
+)
+def test_several_letters_are_all_that_are_likely(chances, letters):
+    record = Record("hallucination", "0.png", "", "", "", ("a cat", "a dog", "a cow", NONE))
+    scores, best = [math.log(chance) for chance in chances], chances.index(max(chances))
+    assert named(record, best, scores, several=True) == letters
+    assert named(record, best, scores) == LETTERS[best]
+
+
 def test_score_refuses():
     with pytest.raises(ValueError, match="1 answers for 2 questions"):
         score(asked("AB"), ["A"])
     with pytest.raises(ValueError, match="1 questions have no answer, the first is 1"):
         score(asked(["A", None]), ["A", "B"])
-    for wrong, message in [({"form": "x"}, "unknown form 'x'"), ({"batch_size": 0}, "batch_size must be at least 1")]:
+    wrongs = [({"form": "x"}, "unknown form 'x'"), ({"batch_size": 0}, "batch_size must be at least 1")]
+    wrongs += [({"several": True}, "form is 'letters', expected \"each\"")]
+    for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             Inference(**wrong)
     with pytest.raises(ValueError, match="shifts is 30, expected 1 to 24"):
@@ -507,7 +526,14 @@ def test_a_model_answers_as_one_prompt_at_a_time(home, tmp_path, name, how):
 
 
 @pytest.mark.parametrize(
-    "options", [{"form": "each"}, {"form": "calibrated"}, {"scoring": "sequence"}, {"combine": "vote"}]
+    "options",
+    [
+        {"form": "each"},
+        {"form": "each", "several": True},
+        {"form": "calibrated"},
+        {"scoring": "sequence"},
+        {"combine": "vote"},
+    ],
 )
 def test_other_forms_run_on_a_model(home, tmp_path, options):
     model, processor = answer.load(home / "model", device="cpu")
@@ -517,8 +543,11 @@ def test_other_forms_run_on_a_model(home, tmp_path, options):
     for record, line in zip(records, lines, strict=True):
         finite = [value for value in line["scores"] if value is not None]
         assert len(line["scores"]) == len(record.options)
-        assert line["choice"] in LETTERS[: len(record.options)]
-        if options.get("form") != "each":
+        assert set(line["choice"]) <= set(LETTERS[: len(record.options)])
+        if options.get("form") == "each":
+            best = max(range(len(record.options)), key=line["scores"].__getitem__)
+            assert line["choice"] == named(record, best, line["scores"], "several" in options)
+        else:
             assert sum(map(math.exp, finite)) == pytest.approx(1)
     if "scoring" in options:  # here a letter is one token, and the end of its turn follows in its own context
         token = hf.answer_file(model, processor, records, home / "images", tmp_path / "b.jsonl", progress=False)

@@ -20,6 +20,7 @@ HELP = {
     "template": "wording of the prompt: a number, or a text with {statement} and {options}",
     "seed": "of a number of shifts",
     "batch_size": "questions asked at once, with all their shifts",
+    "several": "answer with all letters whose options are more likely right than not; with --form each",
 }
 
 
@@ -52,6 +53,8 @@ def add_inference(parser, names=tuple(HELP)):
         if option.name in names:
             kind = type(option.default) if option.name not in ("shifts", "template") else number_or_text
             how = {"type": kind, "default": option.default, "choices": WORDS.get(option.name)}
+            if kind is bool:
+                how = {"action": "store_true"}
             parser.add_argument("--" + option.name.replace("_", "-"), help=HELP[option.name], **how)
 
 

@@ -3,12 +3,13 @@
 This is the one place for it: training, augmentation and evaluation all ask `question`.
 """
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .. import choices
-from ..choices import FREE, MARK, Choice
+from ..choices import FREE, LETTERS, MARK, Choice
 
 NONE = "No hallucination"  # the option that stands for none of the others
 CLOSING = "Answer with the letter of one option."
@@ -97,9 +98,12 @@ class Inference:
     template: int | str = 0  # as in `choice`
     seed: int = 0  # of a number of shifts
     batch_size: int = 8  # questions in one forward, with all their shifts
+    several: bool = False  # as in `named`
 
     def __post_init__(self):
         choices.check_options(self.combine, self.form, self.scoring, self.batch_size)
+        if self.several and self.form != "each":
+            raise ValueError(f'several letters need each option asked alone: form is {self.form!r}, expected "each"')
 
     def check(self, records):
         """Say what of it does not fit the records, before any model is loaded."""
@@ -151,6 +155,23 @@ def filled(template, record):
 
     lines = (fill(line) for line in template.split("\n"))
     return "\n".join(line for line in lines if line is not None)
+
+
+def named(record, place, scores, several=False):
+    """The letters of an answer.
+
+    Args:
+        record: Record.
+        place: of the option chosen.
+        scores: log-probabilities of the options in their order.
+        several: instead of that option all that are more likely right than not, if any is, in the form "each" of
+            `hkdfast.choices.answer`. "No hallucination" stands alone, and gives way to others.
+    """
+    if several:
+        likely = [i for i, score in enumerate(scores) if score > math.log(0.5)]
+        wrong = [i for i in likely if not is_none(record.options[i])]
+        return "".join(LETTERS[i] for i in wrong or likely or [place])
+    return LETTERS[place]
 
 
 def question(record, order=None, template=0):

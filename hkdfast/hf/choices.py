@@ -15,7 +15,8 @@ from .collator import QuestionCollator
 from .head import answers as model_answers
 
 INFERENCE = tasks.Inference()
-ANSWERED = tuple(name for name in tasks.Inference.__annotations__ if name != "template")  # options of choices.answer
+# those of it that choices.answer takes
+ANSWERED = tuple(name for name in tasks.Inference.__annotations__ if name not in ("template", "several"))
 
 
 def encoder(processor, model=None, folder=None, instruction=""):
@@ -61,7 +62,7 @@ def placed(x, model):
 def answer_file(model, processor, records, images, path, inference=INFERENCE, *, name="", resume=False, progress=True):
     """Answer every record and write the answers, a JSON object a line, to a file that appears when whole.
 
-    A line holds question_id, image_id, model_id, the prompt, the letter chosen, the one chosen without shifts, the
+    A line holds question_id, image_id, model_id, the prompt, the letter or letters chosen, the one without shifts, the
     log-probabilities of the options in their own order, and the settings. `evaluate.choices.read_answers` reads it.
 
     Args:
@@ -94,18 +95,26 @@ def answer_file(model, processor, records, images, path, inference=INFERENCE, *,
         if rest:
             options = {name: getattr(inference, name) for name in ANSWERED}
             encode = encoder(processor, model, images)
-            choices.answer(model_answers(model), encode, rest, tell=lambda found: write(filled(found)), **options)
+
+            def tell(found):
+                asked = records[len(done) : len(done) + len(found.choice)]
+                write(filled(asked, found, inference.several))
+
+            choices.answer(model_answers(model), encode, rest, tell=tell, **options)
     return done
 
 
-def filled(found):
-    """The blanks of the lines that `Answers` fill in."""
-    rows = zip(found.choice.tolist(), found.by_shift, found.scores.tolist(), strict=True)
-    return [
-        {
-            "choice": LETTERS[choice],
-            "unshifted": LETTERS[by_shift[0].argmax()],
-            "scores": [score if score > -math.inf else None for score in scores[: by_shift.shape[1]]],
-        }
-        for choice, by_shift, scores in rows
-    ]
+def filled(records, found, several):
+    """The blanks of these records' lines, which their `Answers` fill in."""
+    lines = []
+    rows = zip(records, found.choice.tolist(), found.by_shift, found.scores.tolist(), strict=True)
+    for record, place, by_shift, scores in rows:
+        scores = scores[: len(record.options)]
+        lines.append(
+            {
+                "choice": tasks.named(record, place, scores, several),
+                "unshifted": LETTERS[by_shift[0].argmax()],
+                "scores": [score if score > -math.inf else None for score in scores],
+            }
+        )
+    return lines
