@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tracks import REWRITE
 
 FIRST, SECOND = 12, 30  # epochs of the small model's two stages of distillation
-LONGER = 60  # of the second, where unlabelled questions go beside the labelled ones
+LONGER = 60  # of the second, with unlabelled questions beside the labelled ones, and as a control without
 LARGE, MEDIUM = ("L", "large"), ("M", "medium")
 AUGMENTED = {"rewrites": 1, "views": 16}
 
@@ -53,6 +53,7 @@ STAGES = {
     "+ augmentation": distilled(0, 0, 1),
     "+ pyramid": distilled(1, 0, 0),
     "+ ternary": distilled(0, 1, 0),
+    "whole, longer": replace(distilled(1, 1, 1), epochs=LONGER),
     "whole + unlabelled": replace(distilled(1, 1, 1), epochs=LONGER, unlabelled=True),
     "medium": Stage("M"),
     "true first": Stage("S", FIRST, **AUGMENTED),
