@@ -131,7 +131,9 @@ def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=Non
     """
     check_word("confidence", confidence, WORDS["confidence"])
     labels = answer_rows(batch)[1]
-    if confidence == "target" and (labels is None or batch.get("distil_only") is not None):
+    # only where a row may be without one does the host wait for a look
+    asks = confidence == "target"
+    if asks and (labels is None or batch.get("distil_only") is not None and (labels == UNLABELLED).any()):
         raise ValueError('confidence "target" needs labels in the batch, of every answer row')
     with torch.no_grad():
         clean = model(batch)

@@ -138,8 +138,12 @@ def test_identify_says_what_it_takes():
     with pytest.raises(ValueError, match="needs labels"):
         identify(make(False, 1), batch(), confidence="target")
     some = batch(labels=True)
+    none = torch.zeros_like(some["labels"]).bool()
+    _, plain = identify(make(False, 1), some, confidence="target")
+    _, sure = identify(make(False, 1), some | {"distil_only": none}, confidence="target")
+    assert torch.equal(sure, plain)
     with pytest.raises(ValueError, match="of every answer row"):
-        identify(make(False, 1), some | {"distil_only": torch.zeros_like(some["labels"]).bool()}, confidence="target")
+        identify(make(False, 1), some | {"distil_only": ~none}, confidence="target")
     with pytest.raises(ValueError, match="max_prob, entropy, target"):
         identify(make(False, 1), batch(), confidence="trust")
 
