@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -43,10 +44,10 @@ def cluster():
     target = ROOT / f"build/cluster-{state}/cluster{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        made = target.with_suffix(".part")
+        made = target.with_suffix(f".{os.getpid()}")  # several processes may compile at once
         flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared"]
         subprocess.run([compiler, *flags, *headers, source, "-o", made], check=True)
-        made.rename(target)
+        made.replace(target)
     spec = importlib.util.spec_from_file_location("cluster", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -71,6 +71,8 @@ def timed(benchmark):
                 raise
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             FAILURES.append({**info, "why": why})
+            if "CUDA error" in why:  # the device answers nothing any more in this process; what was measured is written
+                pytest.exit(f"{info['who']}: {why}: run the stage again with PYTEST_ADDOPTS='--deselect ...'", 3)
         # out here the traceback holds none of its tensors any more
         gc.collect()
         pytest.skip(f"{info['who']}: {FAILURES[-1]['why']}")

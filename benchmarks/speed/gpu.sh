@@ -1,22 +1,29 @@
 #!/usr/bin/env bash
-# Proves hkdfast on a machine with a GPU and measures it against its peers, in stages of under nine minutes each.
+# Proves hkdfast on a machine with a GPU and measures it against its peers, stage by stage, what tells most first.
 #
-#   benchmarks/speed/gpu.sh [--tiny] [STAGE...]     without a stage: all of them, one after the other
+#   benchmarks/speed/gpu.sh [--tiny] [--seconds N] [STAGE...]     without a stage: all of them
 #   benchmarks/speed/gpu.sh report [FOLDER...]      anywhere: one results file of the parts, its figures, README's table
 #
-# A stage leaves its log and its part of the results in $OUT (out/gpu by default) and builds first what is not built.
-# Wheels in .whl/, collected by wheels.sh, are installed if there are any; nothing is downloaded.
-# --tiny takes every stage through on any machine, with or without a GPU, in shapes whose times say nothing.
+# Stages add to one log and leave their parts of the results in $OUT (out/gpu by default); they build first what is not
+# built, and do not run if that fails. Wheels in .whl/, collected by wheels.sh, are installed if there are any; nothing is
+# downloaded. --seconds, for a machine that is lent by the minute, cuts what runs so long after the start: what a stage
+# has measured by then is kept. --tiny takes every stage through on any machine, with or without a GPU, in shapes whose
+# times say nothing.
 set -euo pipefail
 [ -z "${OUT:-}" ] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "$0")/../.."
 self=benchmarks/speed/gpu.sh
-STAGES=(build correct sanitize logits vocabulary heads-ab heads-cde frozen coupled sweeps)
+STAGES=(build correct heads-ab logits coupled frozen heads-cde sweeps vocabulary sanitize)
 export OUT=${OUT:-$PWD/out/gpu} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 site=${HKDFAST_SITE:-/tmp/hkdfast-site}
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc and compute-sanitizer, where they are not on it
 mkdir -p "$OUT"
+
+limited() { # a command, interrupted in time to write what it has found
+    if [ -z "${HKDFAST_DEADLINE:-}" ]; then "$@"; else timeout -s INT -k 15 $((HKDFAST_DEADLINE - $(date +%s) - 20)) "$@"; fi
+}
 
 build() {
     if [ -z "${HKDFAST_TINY:-}" ]; then
@@ -55,7 +62,7 @@ PYTHON
 tests() { # pytest on several processes where pytest-xdist is there: most of the time Triton compiles
     local several=()
     if $python -c 'import xdist' 2> /dev/null; then several=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
-    $python -m pytest -q -p no:cacheprovider "${several[@]}" "$@"
+    limited $python -m pytest -q -p no:cacheprovider "${several[@]}" "$@"
 }
 
 correct() {
@@ -79,15 +86,19 @@ watched() { # BACKEND DIVERGENCE OPERATION KERNEL, as tests/sanitize.py --list h
 }
 
 sanitize() {
+    if [ -z "${HKDFAST_TINY:-}" ] && ! compute-sanitizer $python -c 'import torch; torch.ones(1, device="cuda").add_(1)'; then
+        echo "compute-sanitizer does not work on this machine"
+        return 1
+    fi
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor an allocation of its own, so that a step beyond it is seen
     local status=0 logs
     logs=$(mktemp -d)
     $python tests/sanitize.py --list > "$logs/runs"
     if [ -n "${HKDFAST_TINY:-}" ]; then sed -i -n '1p;$p' "$logs/runs"; fi
-    # each run in a process with a log of its own: most of the time goes into compiling for Triton
-    xargs -P "$(nproc)" -L 1 bash -c '"$0" --watched "$@" > "'"$logs"'/$1-$2-$3.log" 2>&1 || { echo "failed: $*"; exit 1; }' \
-        "$self" < "$logs/runs" || status=1
-    tail -n 100 "$logs"/*.log
+    # each run in a process with a log of its own, told as it ends: most of the time goes into compiling for Triton
+    limited xargs -P "$(nproc)" -L 1 bash -c \
+        'log="'"$logs"'/$1-$2-$3.log"; "$0" --watched "$@" > "$log" 2>&1 || bad=1; tail -n 100 "$log"
+        if [ -n "${bad:-}" ]; then echo "failed: $*"; exit 1; fi' "$self" < "$logs/runs" || status=1
     rm -r "$logs"
     return $status
 }
@@ -95,17 +106,18 @@ sanitize() {
 bench() { # bench NAME PYTEST-ARGUMENTS...: one part of the results
     local name=$1
     shift
-    $python -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-group-by=param:shape \
+    limited $python -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-group-by=param:shape \
         --benchmark-json="$OUT/$name.json" "$@"
 }
 speed=benchmarks/speed
 logits() { bench logits $speed/bench_logits.py -k "not vocabulary"; }
 vocabulary() { bench vocabulary $speed/bench_logits.py -k vocabulary; }
-heads-ab() { bench heads-ab $speed/bench_heads.py::bench_heads -k "trained and (A: or B:)"; }
-heads-cde() { bench heads-cde $speed/bench_heads.py::bench_heads -k "trained and not (A: or B:)"; }
-frozen() { bench frozen $speed/bench_heads.py::bench_heads -k frozen; }
+heads="$speed/bench_heads.py::bench_gemms $speed/bench_heads.py::bench_heads" # the floor first: nothing is judged without
+heads-ab() { bench heads-ab $heads -k "trained and (A: or B:)"; }
+heads-cde() { bench heads-cde $heads -k "trained and not (A: or B:)"; }
+frozen() { bench frozen $heads -k frozen; }
 coupled() { bench coupled $speed/bench_coupled.py; }
-sweeps() { bench sweeps $speed/bench_heads.py -k "bench_tokens or bench_errors or bench_gemms"; }
+sweeps() { bench sweeps $speed/bench_heads.py -k "bench_tokens or bench_errors"; }
 
 report() {
     $python $speed/collect.py "${@:-$OUT}"
@@ -114,11 +126,18 @@ report() {
 }
 
 stage() { # in a process of its own, for errexit is off in a function whose failure is looked at
-    printf '\n=== %s\n' "$1"
     local start=$SECONDS status=0
-    "$BASH" "$self" --stage "$1" 2>&1 | tee "$OUT/$1.log" || status=$?
-    printf '=== %s: %s after %d s\n' "$1" "$([ $status = 0 ] && echo done || echo "FAILED ($status)")" $((SECONDS - start))
-    return $status
+    {
+        printf '\n=== %s\n' "$1"
+        if [ -n "${HKDFAST_DEADLINE:-}" ] && [ $((HKDFAST_DEADLINE - $(date +%s))) -lt 40 ]; then
+            status=124
+        else
+            "$BASH" "$self" --stage "$1" || status=$?
+        fi
+        case $status in 0) ;; 124) echo "out of time: the rest of it did not run" ;; *) echo "it failed with $status" ;; esac
+        printf '=== %s: %s after %d s\n' "$1" "$([ $status = 0 ] && echo done || echo FAILED)" $((SECONDS - start))
+        [ $status = 0 ]
+    } 2>&1 | tee -a "$OUT/gpu.log"
 }
 
 built() { # what stands in build/ for these sources: the marker goes with the machine's copy of the tree
@@ -129,6 +148,10 @@ main() { # whole before it runs: bash would read on in a file that is edited mea
     if [ "${1:-}" = --tiny ]; then
         export HKDFAST_TINY=1
         shift
+    fi
+    if [ "${1:-}" = --seconds ]; then
+        export HKDFAST_DEADLINE=$(($(date +%s) + $2))
+        shift 2
     fi
     case "${1:-}" in
         --stage) "$2"; return ;;
@@ -146,9 +169,12 @@ main() { # whole before it runs: bash would read on in a file that is edited mea
     if [ "$1" != build ] && [ -z "${HKDFAST_TINY:-}" ] && { [ ! -e "$(built)" ] || [ ! -d "$site" ]; }; then
         stage build || failed+=(build)
     fi
-    for name in "$@"; do stage "$name" || failed+=("$name"); done
+    for name in "$@"; do
+        if [ "${failed[*]}" = build ]; then break; fi # the rest would measure something else
+        stage "$name" || failed+=("$name")
+    done
     if [ ${#failed[@]} != 0 ]; then
-        echo "failed: ${failed[*]}; the logs are in $OUT"
+        echo "failed: ${failed[*]}; the log is $OUT/gpu.log"
         return 1
     fi
 }

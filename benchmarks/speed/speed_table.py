@@ -20,7 +20,13 @@ def cell(ours, peers, failures):
     if not peers:
         return "out of memory" if any("OutOfMemory" in why for why in failures) else "failed" if failures else "-"
     peer = min(peers, key=lambda one: one["stats"]["median"])
-    return f"{peer['stats']['median'] / ours['stats']['median']:.1f}x ({peer['extra_info']['gradient error']:.0e})"
+    return f"{peer['stats']['median'] / ours['stats']['median']:.1f}x ({error_of(peer)})"
+
+
+def error_of(benchmark):
+    """In a few characters; ? where its truth could not be computed, or was not reached."""
+    error = benchmark["extra_info"].get("gradient error")
+    return "?" if error is None else f"{error:.0e}"
 
 
 def floors(benchmarks):
@@ -58,7 +64,7 @@ def rows(path):
             ours, least = runs[who], floor_of(what, shape, floor)
             tiles = who.removeprefix("hkdfast").strip(", ")
             name = f"{what}, {shape}" + (f", {tiles}" if tiles else "")
-            time = f"{ours['stats']['median'] * 1e3:.1f} ms ({ours['extra_info']['gradient error']:.0e})"
+            time = f"{ours['stats']['median'] * 1e3:.1f} ms ({error_of(ours)})"
             over = "-" if least is None else f"{ours['stats']['median'] / least:.2f}x"
             cells = (
                 cell(
