@@ -6,14 +6,15 @@ import torch
 
 from . import operators
 from . import tiles as loop
-from .backends import visible
+from .backends import traced, visible
 
 
 def run(*args):
     """The tile loop: itself, or as an operator where torch.compile looks on."""
-    if torch.compiler.is_compiling():
+    first = args[1][0][0]
+    if traced(first):
         return operators.run(*args)
-    with torch.autocast(args[1][0][0].device.type, enabled=False):
+    with torch.autocast(first.device.type, enabled=False):
         return loop.run(*args)
 
 

@@ -5,6 +5,7 @@ import warnings
 from importlib import import_module
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Fastest first, per device type. The reference runs everywhere, so no call is left without a home.
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -48,7 +49,12 @@ def backends():
 
 def visible(tensor):
     """Whether the host can look at a tensor's numbers without waiting for a device or breaking a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not traced(tensor)
+
+
+def traced(tensor):
+    """Whether a tensor has no numbers yet, and only operators can take it: torch.compile looks on, or it is fake."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def find(device, dtype, backend=None):

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .backends import check as check_backend
 from .backends import visible
@@ -27,6 +28,8 @@ def check_options(*, temperature, tiles, memory, backend):
 def check_source(name, source):
     """Logits or a head."""
     if isinstance(source, Head):
+        for part in ("hidden", "weight", "bias"):
+            check_plain(f"{part} of {name}", getattr(source, part))
         return
     if not isinstance(source, torch.Tensor):
         raise ValueError(f"{name} must be a tensor of logits or a Head, got {type(source).__name__}")
@@ -34,6 +37,16 @@ def check_source(name, source):
         raise ValueError(f"{name} must be floating point, got {source.dtype}")
     if not source.dim():
         raise ValueError(f"{name} must be logits (..., V), got a number without dimensions")
+    check_plain(name, source)
+
+
+def check_plain(name, x):
+    """A tensor with memory of its own, whose address the kernels are given."""
+    if is_traceable_wrapper_subclass(x):
+        how = (
+            "pass .full_tensor(), or .to_local() of whole rows" if hasattr(x, "full_tensor") else "pass a plain tensor"
+        )
+        raise ValueError(f"{name} is a {type(x).__name__}, whose numbers lie in other tensors: {how}")
 
 
 def check_pair(name, source, other_name, other):
@@ -66,6 +79,7 @@ def check_vocab(sources, vocab):
 def check_per_row(name, numbers, lead, device):
     if not isinstance(numbers, torch.Tensor):
         raise ValueError(f"{name} must be a tensor {lead}, one number per row, got {type(numbers).__name__}")
+    check_plain(name, numbers)
     if tuple(numbers.shape) != lead:
         raise ValueError(f"{name} {tuple(numbers.shape)} must be one number per row, {lead}")
     if numbers.device != device:

@@ -6,6 +6,7 @@ import torch
 
 from . import operators
 from . import tiles as loop
+from .backends import traced
 from .checks import (
     check_labels,
     check_options,
@@ -161,5 +162,5 @@ def contrast(
         backend=backend,
     )
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        out = (operators if torch.compiler.is_compiling() else loop).contrast(call, tensors)
+        out = (operators if traced(tensors[0][0]) else loop).contrast(call, tensors)
     return out.reshape(*lead, words)

@@ -4,7 +4,7 @@ A row is held in the shared memory of a cluster of thread blocks, so that its lo
 6 bytes per word of two bfloat16 tiles and their gradient, 8 with a third tile. Tiles are float32, bfloat16 or float16,
 each with its own dtype; the arithmetic is float32 with the sums of a row in double. Where the gradient is rounded to
 bfloat16 it uses the GPU's approximate functions, within 2**-22. Results are the same from run to run, bit for bit. No
-call waits for the device or allocates on it, so calls can be captured in a CUDA graph.
+call waits for the device, nor does a kernel allocate on it, so calls can be captured in a CUDA graph.
 
 A row that does not fit runs on the next backend of the table, Triton, which is told once; `hkdfast.backends()` says how
 long rows may be. So does work on a device that these kernels were not compiled for, beside one that they were. Whoever

@@ -110,12 +110,16 @@ def exact(x, head):
     return torch.promote_types(x.dtype if head is None else head.dtype, torch.float32)
 
 
+def widest(xs, heads):
+    return torch.float64 if torch.float64 in map(exact, xs, heads) else torch.float32
+
+
 @distill.register_fake
 def _(xs, weights, biases, labels, alphas, lessons, numbers, weight, wants, metrics, *loop):
     parties, lessons = decoded(lessons, [0.0] * len(numbers))
     n, places = xs[0].shape[0], [party.branches[0] for party in parties]
     students = [places[lesson.student] for lesson in lessons]
-    wide = torch.float64 if torch.float64 in [exact(xs[i], weights[i]) for i in students] else torch.float32
+    wide = widest([xs[i] for i in students], [weights[i] for i in students])
     grads = []
     for party, place in enumerate(places):
         x, head = xs[place], weights[place]
@@ -150,4 +154,4 @@ def contrast_op(
 
 @contrast_op.register_fake
 def _(xs, weights, biases, labels, alphas, lessons, numbers, vocab, *loop):
-    return xs[0].new_empty((xs[0].shape[0], vocab), dtype=exact(xs[0], weights[0]))
+    return xs[0].new_empty((xs[0].shape[0], vocab), dtype=widest(xs, weights))

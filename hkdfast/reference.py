@@ -95,7 +95,7 @@ def confidence(log_clean, measure, labels):
     if measure == "max_prob":
         return log_clean.amax(-1).exp()
     if measure == "entropy":
-        return 1 - entropy(log_clean) / math.log(log_clean.shape[-1])
+        return 1 - entropy(log_clean) / math.log(max(log_clean.shape[-1], 2))  # of one word it is sure
     return log_clean.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp()  # target
 
 
@@ -210,12 +210,9 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
 def contrast(objective, clean, noisy, alpha, labels, out):
     """Purified log-probabilities for decoding: softmax of the contrast at the temperature, written to out (N, V).
 
-    Only objective.teacher, .noisy, .temperature and .law are read; the other arguments are as in `rows`.
+    Only objective.teacher, .noisy, .temperature and .law are read; the other arguments are as in `rows`. What is
+    computed is as wide as out, float32 or float64.
     """
-    dtype = torch.promote_types(clean.dtype, torch.float32)
-    clean, noisy = (
-        logits(clean.to(dtype), objective.teacher),
-        logits(noisy.to(dtype), objective.noisy),
-    )
+    clean, noisy = logits(clean.to(out.dtype), objective.teacher), logits(noisy.to(out.dtype), objective.noisy)
     log_p, _, _ = teacher_log_probs(objective, clean, noisy, alpha, labels)
     out.copy_(log_p)

@@ -141,7 +141,7 @@ def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=Non
             clean, clean, labels=labels, metrics=True, tiles=tiles, memory=memory, backend=backend
         )
     if confidence == "entropy":
-        return clean, 1 - metrics["teacher_entropy"] / math.log(clean.shape[-1])
+        return clean, 1 - metrics["teacher_entropy"] / math.log(max(clean.shape[-1], 2))
     return clean, metrics["confidence"] if confidence == "max_prob" else (-metrics["cross_entropy"]).exp()
 
 

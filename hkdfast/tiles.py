@@ -239,7 +239,7 @@ def contrast(call, tensors):
     n, device = len(tensors[0][0]), tensors[0][0].device
     sides, memory = sides_of(call, tensors, False)
     clean, noisy = sides[lesson.teacher], sides[lesson.noisy]
-    dtype = torch.promote_types(clean.dtype, torch.float32)
+    dtype = torch.float64 if any(side.dtype == torch.float64 for side in sides) else torch.float32
     alpha = None if lesson.alpha is None else alphas[lesson.alpha].to(dtype)
     out = torch.empty(n, call.vocab, dtype=dtype, device=device)
     module = find(device, dtype, call.backend)

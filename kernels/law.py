@@ -26,7 +26,7 @@ def confidence(vocab, clean, entropy, target, CONFIDENCE: tl.constexpr):
     if CONFIDENCE == "max_prob":
         sure = 1 / clean.total
     elif CONFIDENCE == "entropy":
-        sure = 1 - entropy / tl.log(vocab * tl.full((), 1.0, tl.float32))
+        sure = 1 - entropy / tl.log(tl.maximum(vocab * tl.full((), 1.0, tl.float32), 2.0))  # of one word it is sure
     else:
         sure = tl.exp(log_prob(target, clean, 1.0))
     return sure

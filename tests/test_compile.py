@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import leaves, off, with_gradients
 
@@ -251,6 +253,32 @@ def test_the_host_waits_for_nothing(student, teacher, reduction, monkeypatch):
         contrast(purify(teacher, [teacher, teacher], torch.ones(N)), backend="reference")
     with pytest.raises(AssertionError, match="makes the host wait"), NoWait():
         torch.ones(1).item()
+
+
+def test_fake_tensors_give_fake_results():
+    with FakeTensorMode():
+        hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+        labels = torch.zeros(4, dtype=torch.int64)
+        loss, metrics = distill_loss(
+            Head(hidden, weight), torch.randn(4, 11), labels=labels, hard_weight=1.0, metrics=True
+        )
+        loss.backward()
+        assert loss.shape == () and metrics["divergence"].shape == (4,) and weight.grad.shape == (11, 8)
+        assert contrast(purify(torch.randn(4, 11), torch.randn(4, 11), 1.0)).shape == (4, 11)
+
+
+def test_tensors_of_tensors_are_refused():
+    """Their own address is null, and a kernel would read from it."""
+    logits, labels = torch.randn(3, 9), torch.zeros(3, dtype=torch.int64)
+    for name, call in {
+        "student": lambda: distill_loss(TwoTensor(logits, logits), logits),
+        "teacher": lambda: distill_loss(logits, TwoTensor(logits, logits)),
+        "weight of student": lambda: distill_loss(Head(logits, TwoTensor(logits, logits)), logits[:, :3]),
+        "labels": lambda: distill_loss(logits, logits, labels=TwoTensor(labels, labels), hard_weight=1.0),
+        "noisy": lambda: contrast(purify(logits, TwoTensor(logits, logits), 1.0)),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name} is a TwoTensor, whose numbers lie in other tensors: pass"):
+            call()
 
 
 def test_what_an_operator_is_told_comes_back_as_it_was():

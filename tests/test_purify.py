@@ -171,6 +171,29 @@ def test_contrast_is_vcd(backend, dtype, beta):
     assert not got.requires_grad
 
 
+@pytest.mark.parametrize("wide", [0, 1])
+def test_contrast_is_as_wide_as_its_widest_branch(wide):
+    _, clean, noisy = branches(torch.float32)
+    two = [clean, noisy]
+    two[wide] = two[wide].double()
+    got = contrast(purify(*two, 1.0))
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, vcd(clean.double(), noisy.double(), 1.0, 0.0))
+    compiled = torch.compile(lambda a, b: contrast(purify(a, b, 1.0)), fullgraph=True, backend="aot_eager")
+    assert compiled(*two).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_of_one_word_every_measure_is_sure(backend):
+    clean, noisy = draw(4, 1, seed=1), draw(4, 1, seed=2)
+    for measure in ("max_prob", "entropy", "target"):
+        teacher = purify(clean, noisy, 1.0, weight="linear", confidence=measure)
+        labels = torch.zeros(4, dtype=torch.int64)
+        loss, metrics = distill_loss(clean + 1, teacher, labels=labels, metrics=True, backend=backend)
+        assert loss == 0 and metrics["confidence"].tolist() == [1.0] * 4
+        assert contrast(teacher, labels=labels, backend=backend).tolist() == [[0.0]] * 4
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_contrast_of_heads_in_blocks_with_labels_and_words(backend):
     clean, noisy = (Head(draw(6, 8, seed=s, spread=1.0), draw(V, 8, seed=s + 5), scale=0.5) for s in (0, 1))
