@@ -82,9 +82,9 @@ def bench_tokens(benchmark, step, who, shape):
     benchmark.extra_info["rows"] = shape[0]
 
 
+@pytest.mark.parametrize("who", WHO)  # above the others it changes first, so that a truth is made once
 @pytest.mark.parametrize("divergence", TIMED)
 @pytest.mark.parametrize("shape, apart", [(f"apart {apart}", apart) for apart in APART])
-@pytest.mark.parametrize("who", WHO)
 def bench_errors(benchmark, step, who, shape, apart, divergence):
     """From far to near convergence: the error is what counts here, the time of one small step says little."""
     what = f"error, heads bf16, {divergence}"

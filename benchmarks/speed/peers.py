@@ -67,7 +67,7 @@ compiled, compiled_heads, compiled_purified, compiled_contrast = (
 def liger_chunked(divergence, compile):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    # its defaults mix in half a cross entropy
+    # its defaults mix in half a cross entropy; without a weight it is computed all the same, which no option leaves out
     return LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA[divergence], compiled=compile, chunk_size=1024
     )
