@@ -116,6 +116,7 @@ def report(cells, track, seeds):
 SHOWN = {  # rows of the README's table, by their names in the results
     "large": "large, tuned directly",
     "medium": "medium, tuned directly",
+    "augmented pyramid M": "medium, between them in the whole's pyramid",
     "small": "small, tuned directly",
     "distilled": "small, plain distillation",
     "distilled - shift": "plain distillation without mapping shift",
@@ -123,6 +124,8 @@ SHOWN = {  # rows of the README's table, by their names in the results
     "+ ternary": "+ ternary",
     "+ augmentation": "+ augmentation",
     "whole": "**whole system**",
+    "whole + unlabelled": "**whole, with unlabelled images**",
+    "whole, longer": "whole, as long but without them",
     "whole - pyramid": "whole without pyramid",
     "whole - ternary": "whole without ternary",
     "whole - augmentation": "whole without augmentation",

@@ -147,7 +147,7 @@ def told(image, seen, right, same, covered, rng):
 ASK = {"hallucination": ask_caption, "factcheck": ask_claim}
 
 
-def ask(track, contents, seed, near=NEAR):
+def ask(track, contents, seed, near=NEAR, first=0):
     """One record of a track about each image.
 
     Args:
@@ -155,9 +155,10 @@ def ask(track, contents, seed, near=NEAR):
         contents: the objects in each image.
         seed: of the questions.
         near: share of wrong objects that belong to the scene.
+        first: number of the first image.
     """
     rng = np.random.default_rng([seed, TRACKS.index(track)])
-    return [ASK[track](image, objects, rng, near) for image, objects in enumerate(contents)]
+    return [ASK[track](image, objects, rng, near) for image, objects in enumerate(contents, first)]
 
 
 def right_answer(record, objects):
@@ -177,10 +178,12 @@ if __name__ == "__main__":
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--first", type=int, default=0, help="number of the first image, beside others in the folder")
     options = parser.parse_args()
     images, contents, _ = photos(options.questions, options.seed)
     options.folder.mkdir(parents=True, exist_ok=True)
-    for image, pixels in enumerate(images):
+    for image, pixels in enumerate(images, options.first):
         Image.fromarray(pixels).save(options.folder / file_name(image))
-    write(options.folder / "questions.json", ask(options.track, contents, options.seed))
+    name = f"questions-{options.first}.json" if options.first else "questions.json"
+    write(options.folder / name, ask(options.track, contents, options.seed, first=options.first))
     (options.folder / "swaps.json").write_text(json.dumps(SWAPS, indent=1) + "\n")  # for hkdfast hkd --swaps
