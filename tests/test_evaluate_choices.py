@@ -402,10 +402,6 @@ def test_the_command_scores_answers_that_exist(tmp_path, command):
             ["--model", "m", "--images", ".", "--output", "x.answers"],
             "--output x.answers is the name of the folder of the answers, expected a file beside it",
         ),
-        (
-            ["--model", "m", "--images", ".", "--output", "x.answers"],
-            "--output x.answers is the name of the folder of the answers",
-        ),
     ],
 )
 def test_the_command_refuses(tmp_path, command, monkeypatch, words, message):

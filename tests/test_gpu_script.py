@@ -93,7 +93,7 @@ def test_what_is_cut_off_keeps_what_it_has_measured(tmp_path):
 
 
 def test_nothing_is_measured_without_what_is_to_be_measured(tmp_path):
-    code, said = run("--tiny", "build", "logits", OUT=str(tmp_path), HKDFAST_BACKEND="", PYTHON="false")
+    code, said = run("--tiny", "build", "logits", OUT=str(tmp_path), PYTHON="false")
     assert code == 1 and "failed: build; the log is" in said and not (tmp_path / "logits.json").exists()
 
 

@@ -18,6 +18,7 @@ from zoo import Rows, one_thread  # noqa: F401
 
 from hkdfast import UNLABELLED
 from hkdfast.hf import PyramidConfig, PyramidTrainer, QuestionCollator, TernaryConfig, TernaryTrainer, family
+from hkdfast.hf.adapter import seed_adapter
 from hkdfast.hf.coupled import CoupledTrainer
 from hkdfast.seed import answer_rows
 
@@ -477,6 +478,10 @@ def test_stages_are_not_overwritten_nor_mixed(whole, tmp_path):
         pyramid(tmp_path / "nowhere", names, batch(), **options).train(True)
     with pytest.raises(ValueError, match="must be True or False, got '.*checkpoint-1'"):
         pyramid(tmp_path / "out", names, batch(), **options).train(str(folder / "stage-1/checkpoint-1"))
+    shutil.copytree(folder, tmp_path / "gap")
+    shutil.rmtree(tmp_path / "gap/stage-1")
+    with pytest.raises(ValueError, match="stage-2 has been trained in, but .*stage-1 is not finished"):
+        pyramid(tmp_path / "gap", names, batch(), **options).train(True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -714,6 +719,13 @@ def test_later_models_of_a_chain_are_looked_at_before_the_first_is_trained(tmp_p
     sized(2, num_hidden_layers=1).save_pretrained(names[2])
     with pytest.raises(ValueError, match="'language_model.layers.1.' is in the name of no weight"):
         pyramid(out, names, batch(), frozen=["language_model.layers.1."])
+    adapted = seed_adapter(sized(1))
+    peft.get_peft_model(family.load_model(names[1]), adapted).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has an adapter already"):
+        pyramid(out, [names[0], names[1], tmp_path / "adapter"], batch(), peft_config=[None, None, adapted])
+    pyramid(out, [names[0], tmp_path / "adapter"], batch(), frozen=["lora_A"], mode="frozen")
+    with pytest.raises(ValueError, match="init_lora_weights 'pissa' changes the frozen weights"):
+        pyramid(out, names, batch(), peft_config=peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     zoo.llava(zoo.llama(vocab=20)).save_pretrained(names[2])
     with pytest.raises(ValueError, match="head of model 3 has 20 words, the tokenizer 25"):
         pyramid(out, names, batch())

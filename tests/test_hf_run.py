@@ -131,6 +131,13 @@ def test_resuming_looks_at_what_it_finds(tmp_path, rounds):
         trainer_of(tmp_path, batch, **options).train()
     with pytest.raises(ValueError, match="no whole checkpoint in .*nowhere"):
         trainer_of(tmp_path / "nowhere", batch, **options).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="no whole checkpoint .*checkpoint-7"):
+        trainer_of(tmp_path, batch, **options).train(resume_from_checkpoint=str(last.with_name("checkpoint-7")))
+    other = trainer_of(tmp_path / "other", batch, **options, temperature=2.0)
+    other.train()
+    shutil.copytree(last, last.with_name("checkpoint-2-mine"))  # no checkpoint of ours: nothing trips over it
+    with pytest.raises(ValueError, match="other is another run, temperature was 2.0 and is 1.0 now"):
+        trainer_of(tmp_path / "other", batch, **options).train(resume_from_checkpoint=str(last))
 
 
 def test_rounds_with_an_adapted_head(tmp_path):
@@ -328,6 +335,17 @@ def test_the_command_resumes(home, tmp_path):
     assert seed(home, tmp_path / "part", *FEW, "--rounds", "2", "--save-steps", "1", "--resume") == 0
     whole, part = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "part"))
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_a_command_that_died_before_its_first_checkpoint_begins_again(home, tmp_path, monkeypatch):
+    plain = SeedTrainer.training_step
+    monkeypatch.setattr(SeedTrainer, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        seed(home, tmp_path / "out", *FEW)
+    monkeypatch.setattr(SeedTrainer, "training_step", plain)
+    assert seed(home, tmp_path / "out", *FEW) == 2  # not without being told
+    assert seed(home, tmp_path / "out", *FEW, "--resume") == 0
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
 def test_help_explains_every_option_with_its_default(capsys):

@@ -22,7 +22,12 @@ export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc and compute-sanitizer
 mkdir -p "$OUT"
 
 limited() { # a command, interrupted in time to write what it has found
-    if [ -z "${HKDFAST_DEADLINE:-}" ]; then "$@"; else timeout -s INT -k 15 $((HKDFAST_DEADLINE - $(date +%s) - 20)) "$@"; fi
+    if [ -z "${HKDFAST_DEADLINE:-}" ]; then
+        "$@"
+    else
+        local left=$((HKDFAST_DEADLINE - $(date +%s) - 20))
+        timeout -s INT -k 15 $((left > 1 ? left : 1)) "$@" # 0 would be no limit
+    fi
 }
 
 build() {
@@ -98,7 +103,7 @@ sanitize() {
     # each run in a process with a log of its own, told as it ends: most of the time goes into compiling for Triton
     limited xargs -P "$(nproc)" -L 1 bash -c \
         'log="'"$logs"'/$1-$2-$3.log"; "$0" --watched "$@" > "$log" 2>&1 || bad=1; tail -n 100 "$log"
-        if [ -n "${bad:-}" ]; then echo "failed: $*"; exit 1; fi' "$self" < "$logs/runs" || status=1
+        if [ -n "${bad:-}" ]; then echo "failed: $*"; exit 1; fi' "$self" < "$logs/runs" || status=$?
     rm -r "$logs"
     return $status
 }
@@ -134,7 +139,7 @@ stage() { # in a process of its own, for errexit is off in a function whose fail
         else
             "$BASH" "$self" --stage "$1" || status=$?
         fi
-        case $status in 0) ;; 124) echo "out of time: the rest of it did not run" ;; *) echo "it failed with $status" ;; esac
+        case $status in 0) ;; 124 | 137) echo "out of time: the rest of it did not run" ;; *) echo "it failed with $status" ;; esac
         printf '=== %s: %s after %d s\n' "$1" "$([ $status = 0 ] && echo done || echo FAILED)" $((SECONDS - start))
         [ $status = 0 ]
     } 2>&1 | tee -a "$OUT/gpu.log"

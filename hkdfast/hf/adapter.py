@@ -78,13 +78,7 @@ def check_adapter(model, rounds):
             f"one active adapter can be trained, the model has {', '.join(model.active_adapters) or 'none'}"
         )
     config = model.peft_config[model.active_adapters[0]]
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"{config.peft_type.value} adds tokens to the prompt: use an adapter of the weights, e.g. LoRA"
-        )
-    how = str(getattr(config, "init_lora_weights", True)).lower()
-    if how.startswith(MOVES_BASE):
-        raise ValueError(f"init_lora_weights {how!r} changes the frozen weights, which are the teacher's: use True")
+    check_config(config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no parameter of the adapter is trainable: load it with is_trainable=True")
     if rounds == 1:
@@ -99,6 +93,17 @@ def check_adapter(model, rounds):
     for wrong, what in reasons:
         if wrong:
             raise ValueError(f"rounds={rounds} adds the rounds' LoRA products up, but the adapter {what}: use rounds=1")
+
+
+def check_config(config):
+    """Refuse what `check_adapter` does of an adapter's configuration, before there is one."""
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{config.peft_type.value} adds tokens to the prompt: use an adapter of the weights, e.g. LoRA"
+        )
+    how = str(getattr(config, "init_lora_weights", True)).lower()
+    if how.startswith(MOVES_BASE):
+        raise ValueError(f"init_lora_weights {how!r} changes the frozen weights, which are the teacher's: use True")
 
 
 def lora_layers(model):

@@ -38,7 +38,8 @@ def run(args):
         raise ValueError("--confidence target needs --labels")
     output = Path(args.output).expanduser()
     check_output(args.output, output, args.resume)
-    if args.resume and runs.last_checkpoint(output) is None:
+    checkpoint = runs.last_checkpoint(output) if args.resume else None
+    if args.resume and checkpoint is None and not (output / runs.RUN).is_file():  # else it did not come so far
         raise ValueError(f"--resume: no checkpoint in {args.output}")
     config = SeedConfig(str(output), **{name: getattr(args, name) for name in (*OWN, *TRAINING)})
     questions = pope.read_questions(args.questions, images=args.images, labels=args.labels)
@@ -51,7 +52,7 @@ def run(args):
         data_collator=QuestionCollator(processor, args.labels, args.instruction),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=args.resume or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         print(

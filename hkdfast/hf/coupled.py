@@ -110,8 +110,7 @@ class CoupledTrainer(AnswerTrainer):
         fresh one finds checkpoints of another in its output_dir."""
         checkpoint = runs.found(self.args.output_dir, resume_from_checkpoint)
         if self.about is not None:
-            origin = Path(checkpoint).parent if checkpoint else None
-            runs.enter(self.args.output_dir, self.about, origin, self.args.should_save)
+            runs.enter(self.args.output_dir, self.about, checkpoint, self.args.should_save)
         if checkpoint and self.stands_at_end(checkpoint):
             return None
         set_seed(self.args.seed)

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .adapter import check_adapter, seed_adapter
+from .adapter import check_adapter, check_config, seed_adapter
 from .head import LanguageHead, plain
 
 # of an image processor: what it is called says nothing about the pixels it makes
@@ -72,10 +72,15 @@ def load_model(name, dtype="auto"):
 
 
 def outlined(name):
-    """The model under a name without its weights or its adapter, in no memory."""
+    """The model under a name, or the adapter on its model, without its weights: in no memory."""
     base = base_of(name)
     with torch.device("meta"):
-        return kind_of(base).from_config(AutoConfig.from_pretrained(base))
+        model = kind_of(base).from_config(AutoConfig.from_pretrained(base))
+        if not is_adapter(name):
+            return model
+        config = PeftConfig.from_pretrained(name)
+        config.inference_mode = False  # as is_trainable sets it where weights are loaded
+        return get_peft_model(model, config)
 
 
 def kind_of(name):
@@ -104,6 +109,8 @@ def trainable(model, args, peft_config=None):
         if any(text in name for text in args.frozen or ()):
             parameter.requires_grad_(False)
     if not isinstance(model, PeftModel) and (peft_config is not None or args.lora_r is not None):
+        if peft_config is not None:
+            check_config(peft_config)
         set_seed(args.seed)  # the adapter starts from the same numbers in every process and every run
         lora = {"alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
         # PEFT writes the model's name into the configuration, which may be that of other models too

@@ -10,7 +10,6 @@ from .family import (
     adapters_of,
     check_family,
     check_heads,
-    is_adapter,
     load_model,
     names_of,
     outlined,
@@ -80,7 +79,7 @@ class PyramidTrainer:
             outline = outlined(name) if name else model
             check_heads({f"model {place + 1}": outline}, processing_class)
             if name and self.learns(place, args):  # a model that is given would be changed
-                trainable(outline, args, None if is_adapter(name) else self.adapters[place])
+                trainable(outline, args, self.adapters[place])
         self.given, self.args, self.stages = list(models), args, len(models) - 1
         self.data = {
             "data_collator": data_collator,
@@ -133,24 +132,25 @@ class PyramidTrainer:
         if resume not in (True, False, None):
             raise ValueError(f"resume_from_checkpoint must be True or False, got {resume!r}: output_dir says how far")
         output_dir = Path(self.args.output_dir)
-        begun = sorted(
-            str(each.parent) for name in (runs.DONE, "checkpoint-*") for each in output_dir.glob(f"stage-*/{name}")
-        )
+        begun = [str(folder) for folder in sorted(output_dir.glob("stage-*")) if runs.used(folder)]
         if begun and not resume:
             raise ValueError(f"{begun[-1]} has been trained in: resume it, or name another output_dir")
         if resume and not output_dir.is_dir():
             raise ValueError(f"nothing to resume: no folder {output_dir}")
         for stage in range(1, self.stages + 1):
-            folder = self.folder(stage)
-            if runs.finished(folder) is not None or runs.last_checkpoint(folder) is not None:
-                runs.compare(folder, self.about(stage))
+            if runs.used(self.folder(stage)):
+                runs.compare(self.folder(stage), self.about(stage))
         done = []
         while len(done) < self.stages and (about := runs.finished(self.folder(len(done) + 1))) is not None:
             done.append(about)
+        late = [self.folder(stage) for stage in range(len(done) + 2, self.stages + 1) if runs.used(self.folder(stage))]
+        if late:
+            missing = self.folder(len(done) + 1)
+            raise ValueError(f"{late[0]} has been trained in, but {missing} is not finished: name another output_dir")
         return done
 
     def about(self, stage):
-        """What decides the result of a stage, for `runs.begin`."""
+        """What decides the result of a stage, for `runs.enter`."""
         adapters = [adapter and adapter.to_dict() for adapter in self.adapters]
         chain = {"stage": stage, "models": places_of(self.names), "peft_config": adapters}
         return chain | self.args.of_stage(stage).decisive()

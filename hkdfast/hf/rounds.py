@@ -48,11 +48,9 @@ class RoundsTrainer(AnswerTrainer):
             raise ValueError("the model has been through its rounds: make a new trainer for more")
         output_dir, result = self.args.output_dir, None
         checkpoint = runs.found(output_dir, resume_from_checkpoint)
-        several = self.args.rounds > 1
-        origin = Path(checkpoint).absolute().parents[several] if checkpoint else None
-        runs.enter(output_dir, self.args.decisive(), origin, self.args.should_save)
+        runs.enter(output_dir, self.args.decisive(), checkpoint, self.args.should_save)
         set_seed(self.args.seed)
-        if not several:
+        if self.args.rounds == 1:
             return self.train_round(checkpoint, others)
         resumed = round_of(checkpoint)
         try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 RUN = "run.json"  # what decides the result, written before the first step
@@ -32,25 +33,38 @@ def compare(folder, about):
         raise ValueError(f"{folder} is another run, {name} was {old!r} and is {new!r} now: begin in another folder")
 
 
-def enter(folder, about, origin=None, save=True):
+def enter(folder, about, checkpoint=None, save=True):
     """Begin a training in a folder, or see that it goes on from a checkpoint of its own.
 
     Args:
         folder: of this training.
         about: as in `begin`.
-        origin: folder in which the training of the checkpoint was begun; None for a fresh one.
+        checkpoint: to go on from, in this folder or another; None for a fresh training.
         save: whether this process writes.
 
     Raises:
-        ValueError: a checkpoint of another training; or a fresh training where another has left what would be taken for
-            its own, checkpoints or a finished one.
+        ValueError: a checkpoint of another training; or one where another has left in the folder what would be taken
+            for its own, checkpoints or a finished training.
     """
-    if origin is not None:
-        compare(origin, about)
-    elif finished(folder) is not None or last_checkpoint(folder) is not None:
-        raise ValueError(f"{folder} has been trained in: resume it, or name another output_dir")
+    if checkpoint is not None:
+        compare(home_of(checkpoint), about)
+    if used(folder):
+        if checkpoint is None:
+            raise ValueError(f"{folder} has been trained in: resume it, or name another output_dir")
+        compare(folder, about)
     if save:
         begin(folder, about)
+
+
+def home_of(checkpoint):
+    """The folder of the training that a checkpoint stands in, which may have rounds."""
+    folder = Path(checkpoint).absolute().parent
+    return folder.parent if re.fullmatch(r"round-\d+", folder.name) else folder
+
+
+def used(folder):
+    """Whether there is something in a folder to go on from."""
+    return finished(folder) is not None or last_checkpoint(folder) is not None
 
 
 def differences(old, new, name=""):
@@ -74,9 +88,12 @@ def finished(folder):
 
 def checkpoints(folder):
     """Those of a training, or of its rounds, in the order in which they were made."""
-    folder, each = Path(folder), "checkpoint-[0-9]*"
-    found = [*folder.glob(each), *folder.glob(f"round-[0-9]*/{each}")]
-    return sorted(found, key=lambda one: [int(part.rpartition("-")[2]) for part in one.relative_to(folder).parts])
+    folder, found = Path(folder), {}
+    for one in (*folder.glob("checkpoint-*"), *folder.glob("round-*/checkpoint-*")):
+        number = re.fullmatch(r"(?:round-(\d+)/)?checkpoint-(\d+)", one.relative_to(folder).as_posix())
+        if number:
+            found[int(number[1] or 0), int(number[2])] = one
+    return [found[place] for place in sorted(found)]
 
 
 def last_checkpoint(folder):
@@ -88,11 +105,13 @@ def found(folder, asked):
     """The checkpoint to go on from: the one that is asked for, with True the last in the folder; None for neither.
 
     Raises:
-        ValueError: with True, if none is whole.
+        ValueError: one that is not whole or not there; with True, none in the folder that is whole.
     """
-    checkpoint = last_checkpoint(folder) if asked is True else asked or None
-    if asked is True and checkpoint is None:
-        raise ValueError(f"no whole checkpoint in {folder}")
+    if not asked:
+        return None
+    checkpoint = last_checkpoint(folder) if asked is True else asked
+    if checkpoint is None or not is_whole(Path(checkpoint)):
+        raise ValueError(f"no whole checkpoint {'in ' if asked is True else ''}{folder if asked is True else asked}")
     return checkpoint
 
 
