@@ -14,7 +14,13 @@ MODES = ("no shift", "shift")  # of a cell's answers
 HEADLINE = (LAYOUTS.index("fixed"), MODES.index("shift"))  # how systems answer where nothing else is said
 RESAMPLES = 2000
 BLOCK = 500  # resamples at a time
-PARTS = ("augmentation", "pyramid", "ternary")
+PARTS = {  # of the systems: two that differ in a part
+    part: {"added": (f"+ {part}", "distilled"), "left out": ("whole", f"whole - {part}")}
+    for part in ("augmentation", "pyramid", "ternary")
+} | {
+    "unlabelled images": {"left out": ("whole + unlabelled", "whole")},
+    "unlabelled images, as long": {"left out": ("whole + unlabelled", "whole, longer")},
+}
 
 
 def settings():
@@ -102,8 +108,7 @@ def report(cells, track, seeds):
             if name != other:
                 row[f"against {other}"] = gap(chains, right.get(other, {}))
     parts = {}
-    for part in PARTS:
-        pairs = {"added": (f"+ {part}", "distilled"), "left out": ("whole", f"whole - {part}")}
+    for part, pairs in PARTS.items():
         parts[part] = {what: gap(right.get(a, {}), right.get(b, {})) for what, (a, b) in pairs.items()}
     for i, layout in enumerate(LAYOUTS):
         systems = {"added": "distilled", "left out": "whole", "to small": "small"}
@@ -116,7 +121,7 @@ def report(cells, track, seeds):
 SHOWN = {  # rows of the README's table, by their names in the results
     "large": "large, tuned directly",
     "medium": "medium, tuned directly",
-    "augmented pyramid M": "medium, between them in the whole's pyramid",
+    "augmented pyramid M": "medium, taught in the whole's pyramid",
     "small": "small, tuned directly",
     "distilled": "small, plain distillation",
     "distilled - shift": "plain distillation without mapping shift",
