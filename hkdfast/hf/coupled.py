@@ -108,7 +108,7 @@ class CoupledTrainer(AnswerTrainer):
         """Trainer.train. True for resume_from_checkpoint takes the last checkpoint that is whole; one that stands at
         the end is loaded, and nothing trained: then None is returned. ValueError if it is of another run, or a
         fresh one finds checkpoints of another in its output_dir."""
-        checkpoint = runs.found(self.args.output_dir, resume_from_checkpoint)
+        checkpoint = runs.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
         if self.about is not None:
             runs.enter(self.args.output_dir, self.about, checkpoint, self.args.should_save)
         if checkpoint and self.stands_at_end(checkpoint):

@@ -47,7 +47,7 @@ class RoundsTrainer(AnswerTrainer):
         if self.states:
             raise ValueError("the model has been through its rounds: make a new trainer for more")
         output_dir, result = self.args.output_dir, None
-        checkpoint = runs.found(output_dir, resume_from_checkpoint)
+        checkpoint = runs.checkpoint_of(output_dir, resume_from_checkpoint)
         runs.enter(output_dir, self.args.decisive(), checkpoint, self.args.should_save)
         set_seed(self.args.seed)
         if self.args.rounds == 1:

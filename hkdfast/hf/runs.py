@@ -101,7 +101,7 @@ def last_checkpoint(folder):
     return next((str(one) for one in reversed(checkpoints(folder)) if is_whole(one)), None)
 
 
-def found(folder, asked):
+def checkpoint_of(folder, asked):
     """The checkpoint to go on from: the one that is asked for, with True the last in the folder; None for neither.
 
     Raises:
@@ -109,9 +109,9 @@ def found(folder, asked):
     """
     if not asked:
         return None
-    checkpoint = last_checkpoint(folder) if asked is True else asked
+    checkpoint, where = (last_checkpoint(folder), f"in {folder}") if asked is True else (asked, asked)
     if checkpoint is None or not is_whole(Path(checkpoint)):
-        raise ValueError(f"no whole checkpoint {'in ' if asked is True else ''}{folder if asked is True else asked}")
+        raise ValueError(f"no whole checkpoint {where}")
     return checkpoint
 
 
