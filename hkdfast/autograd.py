@@ -10,7 +10,7 @@ from .backends import traced, visible
 
 
 def run(*args):
-    """The tile loop: itself, or as an operator where torch.compile looks on."""
+    """The tile loop: itself, or as an operator where there are no numbers yet."""
     first = args[1][0][0]
     if traced(first):
         return operators.run(*args)

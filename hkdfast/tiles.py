@@ -178,7 +178,7 @@ def run(call, tensors, weight, wants, metrics):
     students = [sides[lesson.student] for lesson in lessons]
     wide = next((side.dtype for side in sides if side.dtype == torch.float64), students[0].dtype)
     module = find(device, wide, call.backend)
-    dtype = torch.float64 if any(side.dtype == torch.float64 for side in students) else torch.float32
+    dtype = widest(students)
     loss = torch.empty(len(lessons), rows, dtype=dtype, device=device)
     table = torch.empty(len(lessons), len(METRICS), rows, dtype=dtype, device=device) if metrics else None
     trained = [place for place in range(len(sides)) if any(wants[place])]
@@ -232,6 +232,11 @@ def run(call, tensors, weight, wants, metrics):
     return loss, table, grads
 
 
+def widest(sides):
+    """dtype of numbers that come of several sides: float32, or float64."""
+    return torch.float64 if any(side.dtype == torch.float64 for side in sides) else torch.float32
+
+
 def contrast(call, tensors):
     """Purified log-probabilities (N, vocab) of the one lesson's teacher, float32 or better."""
     (lesson,), labels, alphas = call.lessons, call.labels, call.alphas
@@ -239,7 +244,7 @@ def contrast(call, tensors):
     n, device = len(tensors[0][0]), tensors[0][0].device
     sides, memory = sides_of(call, tensors, False)
     clean, noisy = sides[lesson.teacher], sides[lesson.noisy]
-    dtype = torch.float64 if any(side.dtype == torch.float64 for side in sides) else torch.float32
+    dtype = widest(sides)
     alpha = None if lesson.alpha is None else alphas[lesson.alpha].to(dtype)
     out = torch.empty(n, call.vocab, dtype=dtype, device=device)
     module = find(device, dtype, call.backend)

@@ -15,8 +15,7 @@ def read(path):
     """
     path = Path(path).expanduser()
     found = []
-    # a byte order mark is legal and invisible; json would call the first line broken because of it
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in lines(path):
         if not line.strip():
             continue
         record = parse(path, line, number)
@@ -29,13 +28,25 @@ def read(path):
     return found
 
 
-def parse(path, data, number=None):
-    """The value of JSON bytes, those of line `number` of a file or of all of it; ValueError names file and line."""
+def lines(path):
+    """(line number from 1, bytes) of each line of a file; only line feeds end one, for a text may hold other ends."""
+    # a byte order mark is legal and invisible; what reads the first line would call it broken because of it
+    return enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+
+
+def decoded(path, data, number=None):
+    """The text of bytes, those of line `number` of a file or of all of it; ValueError names file and line."""
     try:
-        return json.loads(data.decode())
+        return data.decode()
     except UnicodeDecodeError as error:
         where = path if number is None else f"{path}:{number}"
         raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def parse(path, data, number=None):
+    """The value of JSON bytes, as `decoded` takes them; ValueError names file and line."""
+    try:
+        return json.loads(decoded(path, data, number))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{number or error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from . import jsonl
+
 # The subset on which SEED's neighbours report hallucination.
 HALLUCINATION = ("existence", "count", "position", "color")
 
@@ -16,13 +18,9 @@ def read(path):
     """
     path = Path(path).expanduser()
     rows = []
-    # bytes: an answer may hold what str.splitlines takes for the end of a line
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
-        try:
-            fields = line.removesuffix(b"\r").decode().split("\t")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    found = list(jsonl.lines(path))
+    for number, line in found if found[-1][1] else found[:-1]:
+        fields = jsonl.decoded(path, line.removesuffix(b"\r"), number).split("\t")
         if len(fields) != 4:
             raise ValueError(
                 f"{path}:{number}: {len(fields)} fields between tabs, expected image, question, truth, answer"
