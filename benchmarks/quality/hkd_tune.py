@@ -213,7 +213,7 @@ def lessons(reader, stage, steps, seed, unlabelled=None):
     """
     pools = [drawn(reader.track, stage, steps, seed, stage.views)]
     if unlabelled:
-        pools.append(drawn(unlabelled, stage, steps, seed + 100))
+        pools.append(drawn(unlabelled, stage, steps, seed + 100))  # other draws than those of any chain
     for parts in zip(*pools, strict=True):
         texts, answers, seen = zip(*parts, strict=True)
         yield reader.taught(sum(texts, []), sum(answers, []), torch.cat(seen))

@@ -206,10 +206,11 @@ class CoupledConfig(Shared, TrainingArguments):
 
     def check_places(self, count):
         """Refuse more numbers than there are models, or stages, of which there is one less."""
-        for name in NUMBERS:
-            what, most = ("stage", count - 1) if name.startswith("stage") else ("model", count)
+        model, stage = ("model", count), ("stage", count - 1)
+        limits = {"hard_weight": model, "learning_rates": model, "stage_weights": stage, "stage_epochs": stage}
+        for name, (what, most) in limits.items():
             value = getattr(self, name, None)
-            if value is not None and len(value) > most and name != "source_weights":
+            if value is not None and len(value) > most:
                 raise ValueError(f"{name} must be one number per {what} at most, got {value} for {most} {what}s")
 
     def decisive(self):

@@ -6,16 +6,7 @@ from pathlib import Path
 from . import runs
 from .config import PyramidConfig
 from .coupled import CoupledTrainer, restore, save_model
-from .family import (
-    adapters_of,
-    check_family,
-    check_heads,
-    load_model,
-    names_of,
-    outlined,
-    places_of,
-    trainable,
-)
+from .family import adapters_of, check_family, check_heads, load_model, names_of, outlined, places_of, trainable
 
 
 class PyramidTrainer:
