@@ -4,7 +4,9 @@ import argparse
 import importlib
 import sys
 
-from . import __version__, bench, demo, doctor, extras
+import torch
+
+from . import __version__, bench, demo, doctor, extras, modules
 from .evaluate import command as evaluate
 
 EXPLAIN = argparse.ArgumentDefaultsHelpFormatter
@@ -25,15 +27,27 @@ def main(argv=None):
     debug = "--debug" in argv
     try:
         args = make_parser(argv).parse_args(argv)
+        modules.load(getattr(args, "modules", ()))
         return args.run(args) or 0
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        text = message(error)
+        if debug or text is None:
             raise
-        why = extras.hint(error) if isinstance(error, ImportError) else ""
-        print(f"hkdfast: error: {' '.join(str(error).split())}{why}", file=sys.stderr)
+        print(f"hkdfast: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def message(error):
+    """What to say of an error that is not a fault of ours; None for one that is."""
+    # torch has no kind of its own for a lack of memory on the CPU
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        what = str(error).splitlines()[0] if str(error) else "on the CPU"
+        return f"out of memory: {what}; smaller batches take less, and so does a --dtype of 16 bits"
+    if isinstance(error, ImportError):
+        return f"{error}{extras.hint(error)}"
+    return None if isinstance(error, RuntimeError) else str(error)
 
 
 def make_parser(argv):

@@ -91,7 +91,9 @@ def noised(batch, step=500, *, sigma=None, seed=None, first=0, draw=0):
     """
     names = [name for name, x in batch.items() if name.startswith("pixel_values") and is_image(x)]
     if not names:
-        raise ValueError(f"the batch has no images to put noise on: no 'pixel_values' among {', '.join(batch)}")
+        listed = [name for name, x in batch.items() if name.startswith("pixel_values")]
+        found = f"{listed[0]!r} as a {type(batch[listed[0]]).__name__}" if listed else f"{', '.join(batch)} alone"
+        raise ValueError(f"the batch has no images: expected 'pixel_values' as one floating-point tensor, got {found}")
     examples = len(batch["input_ids"])
     return batch | {name: noise(batch[name], examples, step, sigma, seed, first, draw) for name in names}
 

@@ -244,7 +244,7 @@ def test_load_refuses(home, tmp_path):
         answer.load(home / "model", tmp_path)
     make_processor().tokenizer.save_pretrained(tmp_path / "text")
     transformers.LlamaConfig().save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="expected a processor of images and text"):
+    with pytest.raises(ValueError, match="is a llama, a model of text alone"):
         answer.load(tmp_path / "text")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 import zoo
+from safetensors.torch import load_file, save_file
 from test_hf_hkd import sized
 from zoo import one_thread  # noqa: F401
 
@@ -283,11 +284,18 @@ def test_bad_input_is_told_before_anything_is_written(home, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     zoo.processor().save_pretrained(shutil.copytree(home / "small", tmp_path / "other"))
+    hf.LlamaForCausalLM(zoo.llama()).save_pretrained(tmp_path / "text")
+    shutil.copytree(home / "small", tmp_path / "half")
+    half = load_file(tmp_path / "half/model.safetensors")
+    save_file(dict(list(half.items())[1:]), tmp_path / "half/model.safetensors", metadata={"format": "pt"})
     cases = [
         (dict(models=("large",)), (), "at least two"),
         (dict(models=("large", "small")), (), "--form one_pair"),
         (dict(models=("large", "medium", tmp_path / "other")), (), "tokenizers"),
         (dict(models=("large", "medium", "nowhere")), (), "nowhere"),
+        (dict(models=("large", "medium", tmp_path / "text")), (), "is a llama, a model of text alone"),
+        (dict(models=("large", "medium", tmp_path / "half")), (), "lacks 1 weights"),
+        ({}, ("--import", "no_such_module"), "--import no_such_module: ModuleNotFoundError"),
         (dict(data=tmp_path / "bare.json"), (), "entry 4"),
         (dict(data="none.json"), (), "none.json"),
         ({}, ("--images", tmp_path / "corrupt"), "3.png"),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from .. import modules
 from . import bootstrap, jsonl, pope
 
 WIDTHS = ("auto", "float32", "bfloat16", "float16")
@@ -21,6 +22,7 @@ def add_options(parser):
     )
     add("--images", metavar="DIR", help="folder of the questions' images; needed with --model")
     add("--adapter", metavar="DIR", help="PEFT adapter to put on the model")
+    modules.add_option(parser)
     add("--base", action="store_true", help="also ask the model without its adapter, and compare")
     add("--against", nargs="+", metavar="FILE", help="answers of another system to compare with, listed like --answers")
     add("--device", help="torch device; without it a GPU if there is one")

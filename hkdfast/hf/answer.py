@@ -9,17 +9,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-)
+from transformers import GenerationConfig
 
 from .. import devices
 from ..evaluate import jsonl
 from ..evaluate.decoding import Decoding
+from . import loading
+from .templates import prompts
 
 GREEDY = Decoding()
 
@@ -36,26 +32,25 @@ def load(path, adapter=None, *, device=None, dtype="auto"):
     Raises:
         OSError: no model or processor under that name.
         FileNotFoundError: no adapter in that folder.
-        ValueError: no such device, a model whose processor reads no images, an adapter made of virtual tokens.
+        ValueError: no such device; a model that answers nothing about images, or whose processor reads none; damaged
+            files, weights that are missing or fit nothing, of the model or its adapter; an adapter made of virtual
+            tokens, or of another task; a chat template that shows no image. Each names what it is about.
     """
-    if adapter is not None and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"no adapter_config.json in {str(adapter)!r}, expected a folder saved by PEFT")
     device = devices.find(device)
-    processor = AutoProcessor.from_pretrained(path)
-    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
-        raise ValueError(f"{str(path)!r} has a {type(processor).__name__}, expected a processor of images and text")
-    config = AutoConfig.from_pretrained(path)
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{str(path)!r} is a {config.model_type}, not a model that answers in text about images")
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, Path(adapter).expanduser())
-        if model.active_peft_config.is_prompt_learning:
-            kind = model.active_peft_config.peft_type.value
-            raise ValueError(f"{str(adapter)!r} is of type {kind}, whose virtual tokens do not mix with image tokens")
-    return model.to(device).eval(), processor
+        adapter = Path(adapter).expanduser()
+        if not (adapter / loading.ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(f"adapter {str(adapter)!r}: no {loading.ADAPTER_CONFIG}, expected a folder of PEFT")
+        config = loading.adapter_config(adapter, path)
+    loading.check_visual(path)
+    processor = loading.load_processor(path)
+    model = loading.load_weights(path, dtype)
+    loading.check_words(path, processor, model)
+    if adapter is not None:
+        model = loading.put_adapter(model, adapter, config)
+    with loading.reading("model", path):
+        model = model.to(device)
+    return model.eval(), processor
 
 
 def read_image(path):
@@ -75,18 +70,6 @@ def check_images(questions, folder, progress=True):
     names = dict.fromkeys(question.image for question in questions)
     for name in tqdm(names, desc="images", unit="image", disable=None if progress else True, leave=False):
         read_image(Path(folder).expanduser() / name)
-
-
-def prompts(processor, texts):
-    """The texts as the model wants to be asked, each about one image: by its chat template, else image then text."""
-    if getattr(processor, "chat_template", None):
-        turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
-        return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    token = getattr(processor, "image_token", None)
-    # the processors of the BLIP family put their query tokens in front by themselves
-    if token is None or hasattr(processor, "num_query_tokens"):
-        return list(texts)
-    return [f"{token}\n{text}" for text in texts]
 
 
 def encode(processor, texts, images):

@@ -54,6 +54,8 @@ def picture(about, folder):
 
 
 def placed(x, model):
+    if isinstance(x, (list, tuple)):  # some processors list their images
+        return type(x)(placed(one, model) for one in x)
     if model is None or not isinstance(x, torch.Tensor):
         return x
     return x.to(model.device, dtype=model.dtype if x.is_floating_point() else None)

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from ..seed import IGNORE
-from .answer import prompts, read_image, tokenize
+from .answer import read_image, tokenize
+from .templates import answered, prompts
 
 
 @dataclass
@@ -55,26 +56,16 @@ class QuestionCollator:
                     f'the example {example["text"]!r} has no "answer": give it one, or None if a teacher is to give it'
                 )
         answers = [example["answer"] for example in examples]
-        answered = [
-            prompt if answer is None else self.answered(text, prompt, answer)
+        whole = [
+            prompt if answer is None else answered(self.processor, text, prompt, answer)
             for text, prompt, answer in zip(texts, asked, answers, strict=True)
         ]
-        batch = dict(tokenize(self.processor, answered, images))
-        batch["labels"] = self.labels(batch, asked, answered, answers)
+        batch = dict(tokenize(self.processor, whole, images))
+        batch["labels"] = self.labels(batch, asked, whole, answers)
         if None in answers:
             batch["distil_only"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
             batch["distil_only"][:, -1] = torch.tensor([answer is None for answer in answers])
         return batch
-
-    def answered(self, text, prompt, answer):
-        """The conversation to the end of the answer's turn."""
-        if not getattr(self.processor, "chat_template", None):
-            return f"{prompt} {answer}{self.processor.tokenizer.eos_token or ''}"
-        turns = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
-        return self.processor.apply_chat_template(turns, tokenize=False)
 
     def labels(self, batch, asked, answered, answers):
         """(B, T): the last tokens of each conversation, as many as it has beyond its prompt.

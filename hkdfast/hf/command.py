@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .. import modules
 from ..evaluate import pope
 from ..evaluate.asking import WIDTHS
 from ..evaluate.decoding import Decoding
@@ -26,6 +27,7 @@ def add_arguments(parser):
     add("--instruction", default=Decoding.instruction, help="text that follows every question, '' for none")
     add("--dtype", default="auto", choices=WIDTHS, help="auto: as the model is saved")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    modules.add_option(parser)
     for title, names in (("SEED", OWN), ("training", TRAINING)):
         add_options(parser, title, SeedConfig, names, DEFAULTS)
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
@@ -12,6 +12,7 @@ from . import runs
 from .collator import QuestionCollator
 from .family import check_heads
 from .head import LanguageHead, answers, plain
+from .loading import fill_adapter, load_weights
 from .trainer import AnswerTrainer
 
 
@@ -209,6 +210,6 @@ def save_model(model, folder, processor=None):
 def restore(model, folder):
     """Weights from a folder that `save_model` wrote into a model like the one that was saved."""
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), model.active_adapters[0])
+        fill_adapter(model, folder)
     else:
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        model.load_state_dict(load_weights(folder, model.dtype, type(model)).state_dict())

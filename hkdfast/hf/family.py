@@ -2,22 +2,16 @@
 
 import copy
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    set_seed,
-)
-from transformers.utils.peft_utils import find_adapter_config_file
+from peft import PeftModel, get_peft_model
+from transformers import AutoProcessor, set_seed
 
+from . import loading
 from .adapter import check_adapter, check_config, seed_adapter
 from .head import LanguageHead, plain
+from .loading import base_of, is_adapter, reading
 
 # of an image processor: what it is called says nothing about the pixels it makes
 KINDS = ("image_processor_type", "processor_class", "auto_map")
@@ -45,47 +39,35 @@ def adapters_of(peft_config, count):
     return adapters
 
 
-def is_adapter(name):
-    """Whether a PEFT adapter stands under a folder or Hub name."""
-    return find_adapter_config_file(str(name)) is not None
-
-
-def base_of(name):
-    """The model that an adapter stands on, or the name itself."""
-    return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter(name) else name
-
-
 def load_model(name, dtype="auto"):
     """A model with a language-model head from a folder or a Hub name, or a PEFT adapter on its model, trainable.
 
     Raises:
         OSError: no model under that name.
-        ValueError: a model without a language-model head.
+        ValueError: a model without a language-model head; damaged files, weights that are missing or fit nothing.
     """
-    (base,) = places_of([base_of(name)])  # it goes into the adapters that are saved
-    model = kind_of(base).from_pretrained(base, dtype=dtype)
-    if not is_adapter(name):
-        return model
-    model = PeftModel.from_pretrained(model, name, is_trainable=True)
-    model.active_peft_config.base_model_name_or_path = base
-    return model
+    return loaded(name, lambda base: loading.load_weights(base, dtype))
 
 
 def outlined(name):
-    """The model under a name, or the adapter on its model, without its weights: in no memory."""
-    base = base_of(name)
-    with torch.device("meta"):
-        model = kind_of(base).from_config(AutoConfig.from_pretrained(base))
-        if not is_adapter(name):
-            return model
-        config = PeftConfig.from_pretrained(name)
-        config.inference_mode = False  # as is_trainable sets it where weights are loaded
-        return get_peft_model(model, config)
+    """The model under a name, or the adapter on its model, without its weights: in no memory.
+
+    Raises:
+        OSError, ValueError: as `load_model`.
+    """
+    return loaded(name, loading.outline)
 
 
-def kind_of(name):
-    visual = type(AutoConfig.from_pretrained(name)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if visual else AutoModelForCausalLM
+def loaded(name, load):
+    (base,) = places_of([base_of(name)])  # it goes into the adapters that are saved
+    config = loading.adapter_config(name) if is_adapter(name) else None
+    model = load(base)
+    if config is None:
+        return model
+    with model.device if model.device.type == "meta" else nullcontext():
+        model = loading.put_adapter(model, name, config, trainable=True)
+    model.active_peft_config.base_model_name_or_path = base
+    return model
 
 
 def trainable(model, args, peft_config=None):
@@ -139,8 +121,11 @@ def check_family(names, processor=None):
     if not names:
         return processor
     for name in names:
-        AutoConfig.from_pretrained(base_of(name))
-    found = [(name, AutoProcessor.from_pretrained(base_of(name))) for name in names]
+        loading.load_config(base_of(name))
+    found = []
+    for name in names:
+        with reading("processor", base_of(name)):
+            found.append((name, AutoProcessor.from_pretrained(base_of(name), trust_remote_code=False)))
     first = ("processing_class", processor) if processor is not None else found[0]
     for other in found:
         check_words(first, other)

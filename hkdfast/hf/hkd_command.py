@@ -7,15 +7,17 @@ from pathlib import Path
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import ConcatDataset
 
+from .. import modules
 from ..choices import LETTERS
 from ..evaluate import choices, choices_command, jsonl
 from ..evaluate.tasks import TASKS, Inference, choice, example, is_none
 from ..words import choose_tokens
-from . import answer, runs
+from . import answer, loading, runs
 from .augment import Augment, Augmented, Color, Crop, Flip, Noise, Paraphrase, ShuffleOptions, Sometimes
 from .choices import encoder
 from .config import CoupledConfig, PyramidConfig, TernaryConfig, nth
-from .family import base_of, is_adapter, places_of
+from .family import places_of
+from .loading import base_of, is_adapter
 from .options import TRAINING, add_options, check_output, own
 from .pyramid import PyramidTrainer
 from .synthetic import Reword
@@ -69,6 +71,7 @@ def add_arguments(parser):
     )
     add("--refine-epochs", type=float, help="--num-train-epochs of the ternary refinement, where they differ")
     add("--resume", action="store_true", help="go on where --output stands; finished stages are kept")
+    modules.add_option(parser)
     add_options(parser, "distillation", CoupledConfig, SHARED)
     add_options(parser, "pyramid", PyramidConfig, PYRAMID)
     add_options(parser, "ternary refinement", TernaryConfig, TERNARY)
@@ -92,6 +95,9 @@ def run(args):
     records = questions(args)
     data = examples(args, records)
     evaluation = None if args.dev is None else evaluation_of(args, output, records["dev"])
+    for name in args.models:
+        loading.check_visual(base_of(name))
+    loading.load_processor(base_of(args.models[0]))  # which makes the batches
     trainer = PyramidTrainer(args.models, pyramid, train_dataset=data)
     check_letters(args, records, trainer.processing_class)
     begun = args.resume and Path(pyramid.output_dir).is_dir()  # else there is no first step to go on from

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from . import runs
 from .adapter import absorb, save_adapter, state_of
+from .loading import fill_adapter, reading
 from .trainer import AnswerTrainer
 
 ROUNDS = "rounds"  # folder beside a saved adapter: what each round has learnt, where there was more than one
@@ -84,16 +84,20 @@ class RoundsTrainer(AnswerTrainer):
         absorb(self.model)
 
     def load_round(self, checkpoint):
-        state = load_file(Path(checkpoint) / ROUNDS / f"{self.round}.safetensors")
-        set_peft_model_state_dict(self.model, state, adapter_name=self.model.active_adapters[0])
+        folder = Path(checkpoint) / ROUNDS
+        with reading("checkpoint", folder):
+            state = load_file(folder / f"{self.round}.safetensors")
+        fill_adapter(self.model, folder, state)
 
     # Trainer has no public hook for what a checkpoint holds: these two stand in the way of its own.
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if round_of(resume_from_checkpoint) > 1:
             self.load_round(resume_from_checkpoint)
-        else:
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which hold parts of the weights
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:  # Trainer warns of weights that fit nothing and goes on
+            fill_adapter(self.model, resume_from_checkpoint)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
