@@ -581,7 +581,7 @@ class RowLoop {
       }
     }
     const float weight = task_.weight ? task_.weight[row_] : 1.f;
-    f.blank = !(loss * weight - loss * weight == 0.f);
+    f.blank = without_gradient(loss, weight);
     // The q of a row are rounded and do not add up to 1. The gradient must add up to 0 for all that.
     const double known_q = FAST && !keeps ? f.share_q * q.sum : 1, known_p = FAST && !keeps ? f.share_p * p.sum : 1;
     const double sum_q = FAST || mean_known() ? known_q : sums.share;
@@ -592,6 +592,7 @@ class RowLoop {
       f.peak_p = q.mate, f.shift = 0;
       slope = (static_cast<double>(q.mate) - f.peak_q - q.gap / q.sum) / task_.temperature;
     }
+    if (without_numbers(loss, weight)) slope = NAN;
     f.slope = static_cast<float>(slope), f.slope_low = static_cast<float>(slope - f.slope);
     f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
     if constexpr (keeps) f.soft_by *= static_cast<float>(Tilt<Divergence>(divergence_).slope_unit() / tilt_scale);

@@ -83,8 +83,8 @@ struct Distillation {
     short_cut ? follow(words) : add_up(words);
     report();
     if (!rows.grad.data) return;
-    const float weight = rows.weight ? rows.weight[r.row] : 1.f, weighted = rows.loss[r.row] * weight;
-    weighted - weighted == 0.f ? write_gradient(words, weight) : zero_gradient();  // else infinite or NaN
+    const float weight = rows.weight ? rows.weight[r.row] : 1.f;
+    without_gradient(rows.loss[r.row], weight) ? zero_gradient() : write_gradient(words, weight);
   }
 
   // The first sweep: softmax sums.
@@ -151,7 +151,9 @@ struct Distillation {
 
   void report() {
     // a divergence is never negative; near 0 the sum of its rounded terms can be
-    const double soft = total.value < 0 ? 0 : total.value;
+    double soft = total.value < 0 ? 0 : total.value;
+    // a NaN among the logits is one in these, whatever a divergence selects; they are 0 if every word is masked
+    if (!(q.sum > 0) || !(p.sum > 0)) soft = NAN;
     const double cross = labelled() ? q_at_1.lse(1) - r.label_logit(r.student) : 0;
     const double confidence = o.purified ? r.confidence : 1 / p.sum;
     write(rows, r.row, o.soft_weight * soft + (o.hard_weight != 0 ? o.hard_weight * cross : 0),
@@ -165,7 +167,7 @@ struct Distillation {
   }
 
   // The last sweep.
-  void write_gradient(Words words, double weight) const {
+  void write_gradient(Words words, float weight) const {
     double mean_slope = total.slope / sum_q;
     if (short_cut && mean == Mean::gap_under_q) {
       // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken
@@ -175,6 +177,7 @@ struct Distillation {
       words.shift = 0;
       mean_slope = (words.peak_p - static_cast<double>(words.peak_q) - q.gap / q.sum) * scale;
     }
+    if (without_numbers(rows.loss[r.row], weight)) mean_slope = NAN;
     const float mean_high = static_cast<float>(mean_slope), mean_low = static_cast<float>(mean_slope - mean_high);
     const float soft_by = static_cast<float>(o.soft_weight * weight * scale);
     const float hard_by = labelled() ? static_cast<float>(o.hard_weight * weight) : 0.f;

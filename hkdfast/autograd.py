@@ -6,16 +6,17 @@ import torch
 
 from . import operators
 from . import tiles as loop
+from .arguments import settled
 from .backends import traced, visible
 
 
-def run(*args):
+def run(*args, **how):
     """The tile loop: itself, or as an operator where there are no numbers yet."""
     first = args[1][0][0]
     if traced(first):
-        return operators.run(*args)
+        return operators.run(*args, **how)
     with torch.autocast(first.device.type, enabled=False):
-        return loop.run(*args)
+        return loop.run(*args, **how)
 
 
 @cache
@@ -45,8 +46,46 @@ def scaled(grad, factor, dtype):
     return torch.mul(grad, factor, out=out)
 
 
+def scaled_rows(grad, factor, dtype):
+    """Likewise with a factor for each row. A row of factor 0 does not count, though its gradient be NaN."""
+    if grad is None:
+        return None
+    factor = factor.unsqueeze(-1)
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (grad * factor).where(factor != 0, 0).to(dtype)
+    if not visible(factor):
+        out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+        return torch.mul(grad, factor, out=out).masked_fill_(factor == 0, 0)
+    grad.mul_(factor)
+    grad[factor.squeeze(-1) == 0] = 0
+    return grad.to(dtype)
+
+
+def first_order(factor):
+    """The upstream gradient, unless the gradient is to be differentiated: that it cannot be must not pass for 0."""
+    if torch.compiler.is_compiling():
+        return factor  # what torch.compile makes of a backward pass refuses it by itself
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the losses of hkdfast have no second derivatives: create_graph=True, as in gradient penalties and "
+            "torch.autograd.functional.hessian, is not supported"
+        )
+    return settled(factor)
+
+
+def keep(ctx, tensors):
+    """Save tensors for backward; those of inference mode, which autograd refuses to save, on the side."""
+    apart = [t is not None and not torch.compiler.is_compiling() and t.is_inference() for t in tensors]
+    ctx.apart = [t if aside else None for t, aside in zip(tensors, apart, strict=True)]
+    ctx.save_for_backward(*(None if aside else t for t, aside in zip(tensors, apart, strict=True)))
+
+
+def kept(ctx):
+    return [saved if aside is None else aside for saved, aside in zip(ctx.saved_tensors, ctx.apart, strict=True)]
+
+
 def weighted(loss, weight):
-    """loss * weight; a row of weight 0 does not count, though its loss be infinite."""
+    """loss * weight; a row of weight 0 does not count, though its loss be infinite or NaN."""
     return loss if weight is None else (loss * weight).where(weight != 0, 0)
 
 
@@ -84,8 +123,8 @@ class Total(torch.autograd.Function):
         return total, table
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, factor, _):
+        factor = first_order(factor)
         grads = (scaled(g, factor, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return None, None, None, None, *grads
 
@@ -99,9 +138,8 @@ class Rows(torch.autograd.Function):
         trained = [party.branches[0] for party, want in zip(call.parties, wants, strict=True) if any(want)]
         heads = any(tensors[3 * place + 1] is not None for place in trained)
         ctx.again = (call, row_weight, wants) if heads else None
-        nothing = [[False] * 3 for _ in wants]
-        losses, table, grads = run(call, triples(tensors), row_weight, nothing if heads else wants, metrics)
-        ctx.save_for_backward(*(tensors if heads else at_places(call, grads)))
+        losses, table, grads = run(call, triples(tensors), row_weight, wants, metrics, deferred=heads)
+        keep(ctx, tensors if heads else at_places(call, grads))
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         if table is None:
             table = losses.new_empty(0)
@@ -109,15 +147,14 @@ class Rows(torch.autograd.Function):
         return weighted(counted(call, losses), row_weight), table
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, factor, _):
+        factor = first_order(factor)
         if not ctx.again:
-            factor = factor.unsqueeze(-1)
-            grads = (scaled(g, factor, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+            grads = (scaled_rows(g, factor, dtype) for g, dtype in zip(kept(ctx), ctx.dtypes, strict=True))
             return None, None, None, None, *grads
         call, row_weight, wants = ctx.again
         factor = (factor if row_weight is None else factor * row_weight).contiguous()
-        _, _, grads = run(call, triples(ctx.saved_tensors), factor, wants, False)
+        _, _, grads = run(call, triples(kept(ctx)), factor, wants, False)
         grads = at_places(call, grads)
         grads = (g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return None, None, None, None, *grads

@@ -15,25 +15,34 @@ MODULES = {
     "triton": "hkdfast.kernels.distill",
     "reference": "hkdfast.reference",
 }
+# Types of the devices whose tensors a backend takes; the reference takes any, Triton's interpreter the CPU's too.
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 # Dtypes of the tiles; the reference takes any.
 DTYPES = {name: (torch.float32, torch.bfloat16, torch.float16) for name in ("cpu", "cuda", "triton")}
 
 
 def check(name):
     """The backend's name, after a look that there is one of that name."""
-    if name is not None and name not in MODULES:
-        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(MODULES)}")
+    if name is not None and (not isinstance(name, str) or name not in MODULES):
+        wrong = repr(name) if isinstance(name, str) else type(name).__name__
+        raise ValueError(f"unknown backend {wrong}, expected one of {', '.join(MODULES)}")
     return name
 
 
 def load(name):
-    return import_module(MODULES[check(name)])
+    """The module of a backend that runs here; else an ImportError that says why it does not."""
+    module = import_module(MODULES[check(name)])
+    if why := getattr(module, "unusable", str)():
+        raise ImportError(f"the {name} backend does not run here: {why}")
+    return module
 
 
 def backends():
-    """What is usable here: {"triton": "ok", "cpu": "ModuleNotFoundError: No module named 'hkdfast._cpu'", ...}.
+    """What runs here: {"reference": "ok", "cpu": "ModuleNotFoundError: No module named 'hkdfast._cpu'", ...}.
 
-    A backend that is usable but not for every row has a second entry, "cuda-rows", that says for which.
+    "ok": a call with this backend would run, on tensors of a device that it is for; anything else says why it would
+    not. Triton is ok on a GPU that it can compile for, or where TRITON_INTERPRET=1 made it an interpreter. A backend
+    that is usable but not for every row has a second entry, "cuda-rows", that says for which.
     """
     report = {}
     for name in MODULES:
@@ -53,8 +62,9 @@ def visible(tensor):
 
 
 def traced(tensor):
-    """Whether a tensor has no numbers yet, and only operators can take it: torch.compile looks on, or it is fake."""
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    """Whether a tensor has no numbers yet, and only operators can take it: torch.compile looks on, or it is fake or
+    meta."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def find(device, dtype, backend=None):
@@ -68,6 +78,9 @@ def find(device, dtype, backend=None):
         if dtype not in DTYPES.get(backend, (dtype,)):
             raise ValueError(f"backend {backend!r} takes {DTYPES[backend]}, not {dtype}; the reference takes any")
         module = load(backend)
+        takes = DEVICES.get(backend, (device.type,)) + getattr(module, "more_devices", tuple)()
+        if device.type not in takes:
+            raise ValueError(f"the {backend} backend takes tensors on {' or '.join(takes)}, not on {device.type}")
         return getattr(module, "by_name", module)
     return fastest(ORDER.get(device.type, ("reference",)), dtype)
 

@@ -3,50 +3,33 @@
 import math
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .arguments import check_constant, check_floats, check_number, check_plain, check_word, shown
 from .backends import check as check_backend
 from .backends import visible
 from .sources import Head, device_of, same
 from .tiles import TILES
 
 
-def check_word(name, word, words):
-    if word not in words:
-        raise ValueError(f"unknown {name} {word!r}, expected one of {', '.join(words)}")
-
-
 def check_options(*, temperature, tiles, memory, backend):
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_number("temperature", temperature, "positive and finite", lambda x: 0 < x < math.inf)
     check_word("tiles", tiles, TILES)
-    if memory is not None and not 0 < memory < math.inf:
-        raise ValueError(f"memory must be a positive number of bytes, got {memory}")
+    if memory is not None:
+        check_number("memory", memory, "a positive number of bytes", lambda x: 0 < x < math.inf)
     check_backend(backend)
 
 
 def check_source(name, source):
-    """Logits or a head."""
+    """Logits or a head, which has looked at its tensors itself."""
     if isinstance(source, Head):
-        for part in ("hidden", "weight", "bias"):
-            check_plain(f"{part} of {name}", getattr(source, part))
         return
     if not isinstance(source, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor of logits or a Head, got {type(source).__name__}")
-    if not source.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {source.dtype}")
+        how = ": pass its .logits" if hasattr(source, "logits") else ""
+        how = ": pass torch.from_numpy(...)" if type(source).__name__ == "ndarray" else how
+        raise ValueError(f"{name} must be a tensor of logits or a Head, got {shown(source)}{how}")
+    check_floats(name, source)
     if not source.dim():
         raise ValueError(f"{name} must be logits (..., V), got a number without dimensions")
-    check_plain(name, source)
-
-
-def check_plain(name, x):
-    """A tensor with memory of its own, whose address the kernels are given."""
-    if is_traceable_wrapper_subclass(x):
-        how = (
-            "pass .full_tensor(), or .to_local() of whole rows" if hasattr(x, "full_tensor") else "pass a plain tensor"
-        )
-        raise ValueError(f"{name} is a {type(x).__name__}, whose numbers lie in other tensors: {how}")
 
 
 def check_pair(name, source, other_name, other):
@@ -69,16 +52,17 @@ def check_vocab(sources, vocab):
                 'vocab="common" compares the first words that all have, a number the first so many'
             )
         return sizes[0]
-    if vocab == "common":
+    if isinstance(vocab, str) and vocab == "common":
         return min(sizes)
     if isinstance(vocab, bool) or not isinstance(vocab, int) or not 1 <= vocab <= min(sizes):
-        raise ValueError(f'vocab must be None, "common" or a number of words from 1 to {min(sizes)}, got {vocab!r}')
+        what = f'None, "common" or a number of words from 1 to {min(sizes)}'
+        raise ValueError(f"vocab must be {what}, got {shown(vocab)}")
     return vocab
 
 
 def check_per_row(name, numbers, lead, device):
     if not isinstance(numbers, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor {lead}, one number per row, got {type(numbers).__name__}")
+        raise ValueError(f"{name} must be a tensor {lead}, one number per row, got {shown(numbers)}")
     check_plain(name, numbers)
     if tuple(numbers.shape) != lead:
         raise ValueError(f"{name} {tuple(numbers.shape)} must be one number per row, {lead}")
@@ -99,8 +83,8 @@ def check_weights(name, weights, lead, device):
     if weights is None:
         return
     check_per_row(name, weights, lead, device)
-    if not weights.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {weights.dtype}")
+    check_floats(name, weights)
+    check_constant(name, weights)
     if not visible(weights):
         return
     wrong = weights[~((weights >= 0) & weights.isfinite())]  # NaN is neither

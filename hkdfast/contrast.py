@@ -6,6 +6,7 @@ import torch
 
 from . import operators
 from . import tiles as loop
+from .arguments import check_number, check_word, settled, shown
 from .backends import traced
 from .checks import (
     check_labels,
@@ -15,7 +16,6 @@ from .checks import (
     check_target,
     check_vocab,
     check_weights,
-    check_word,
 )
 from .coupling import seat
 from .objective import Law, Objective
@@ -86,18 +86,15 @@ def purify(
         check_source("noisy", draw)
         check_pair("clean", clean, "noisy", draw)
     for name, number in (("threshold", threshold), ("plausibility", plausibility)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {number}")
+        check_number(name, number, "between 0 and 1", lambda x: 0 <= x <= 1)
     rows = None
     if isinstance(alpha, torch.Tensor) and alpha.dim():
         if weight != "constant":
             raise ValueError(f'a tensor of alphas is the weight of each row: weight must be "constant", got {weight!r}')
         check_weights("alpha", alpha, tuple(clean.shape[:-1]), device_of(clean))
         rows, alpha, weight = alpha.detach(), 0.0, "rows"
-    alpha = float(alpha)
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be finite and not negative, got {alpha}")
-    law = Law(weight, alpha, confidence, float(threshold), mode, float(plausibility), outside)
+    check_number("alpha", alpha, "finite and not negative", lambda x: 0 <= x < math.inf)
+    law = Law(weight, float(alpha), confidence, float(threshold), mode, float(plausibility), outside)
     return Purified(clean, draws, law, rows)
 
 
@@ -127,12 +124,12 @@ def contrast(
     Raises:
         ValueError: on numbers out of range, vocabularies that differ, labels that do not fit, or a confidence "target"
             without labels.
-        ImportError: if the backend asked for is not built here.
+        ImportError: if the backend asked for does not run here.
 
     Source: Leng et al., 2024 (VCD, arXiv:2311.16922).
     """
     if not isinstance(purified, Purified):
-        raise ValueError(f"contrast takes what purify returns, got {type(purified).__name__}")
+        raise ValueError(f"contrast takes what purify returns, got {shown(purified)}")
     check_options(temperature=temperature, tiles=tiles, memory=memory, backend=backend)
     if tiles == "difference":
         raise ValueError('tiles="difference" needs a student; contrast takes "float32" or "bfloat16"')
@@ -153,8 +150,8 @@ def contrast(
     call = loop.Call(
         parties=tuple(parties),
         lessons=(loop.Lesson(taken.party, taken.party, taken.noisy, objective, taken.alpha),),
-        labels=labels if labels is None else labels.reshape(n).contiguous(),
-        alphas=[alpha.reshape(n).contiguous() for alpha in alphas],
+        labels=labels if labels is None else settled(labels).reshape(n).contiguous(),
+        alphas=[settled(alpha).reshape(n).contiguous() for alpha in alphas],
         vocab=words,
         compute=loop.autocast_dtype(device),
         tiles=tiles,

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
 
 import torch
 
 from . import tiles as loop
+from .arguments import check_constant, check_flag, check_number, check_whole, check_word, settled, shown
 from .autograd import Rows, Total
+from .backends import visible
 from .checks import (
     check_labels,
     check_options,
@@ -17,7 +18,6 @@ from .checks import (
     check_target,
     check_vocab,
     check_weights,
-    check_word,
 )
 from .objective import METRICS, Law, Objective, Transform
 from .reference import DIVERGENCES
@@ -49,8 +49,11 @@ class Teaching:
 
 def check_divergence(divergence, beta):
     check_word("divergence", divergence, DIVERGENCES)
-    if divergence in MIXTURES and not MIXTURES[divergence][1](beta):
-        raise ValueError(f"{divergence} takes {MIXTURES[divergence][0]}, got {beta}; ask for an end point by its name")
+    if divergence in MIXTURES:
+        check_number("beta", beta, "a number", lambda beta: True)
+        if not MIXTURES[divergence][1](beta):
+            domain = MIXTURES[divergence][0]
+            raise ValueError(f"{divergence} takes {domain}, got {beta}; ask for an end point by its name")
 
 
 def at_end(teaching):
@@ -60,16 +63,20 @@ def at_end(teaching):
 
 
 def check_weight(name, weight):
-    if not isinstance(weight, Real) or not 0 <= weight < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {weight!r}")
+    check_number(name, weight, "finite and not negative", lambda x: 0 <= x < math.inf)
 
 
-def check_options_of(teachings, sources, *, reduction, num_items, labels, floor, **options):
+def check_options_of(
+    teachings, sources, *, reduction, num_items, labels, floor, ignore_index, t_squared, metrics, **options
+):
     """Everything about the options that needs no look at a tensor's numbers."""
     check_word("reduction", reduction, REDUCTIONS)
     check_options(**options)
-    if floor is not None and not -math.inf < floor <= 0:
-        raise ValueError(f"floor is a log-probability, finite and not above 0, got {floor}")
+    check_flag("t_squared", t_squared)
+    check_flag("metrics", metrics)
+    check_whole("ignore_index", ignore_index, "a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63)
+    if floor is not None:
+        check_number("floor", floor, "a log-probability, finite and not above 0", lambda x: -math.inf < x <= 0)
     check_num_items(num_items, reduction)
     hard = max(one.hard_weight for one in teachings)
     if labels is None and hard:
@@ -88,21 +95,27 @@ def check_num_items(num_items, reduction):
         return
     if reduction != "mean":
         raise ValueError(f'num_items is the denominator of reduction="mean", which is {reduction!r} here')
-    if isinstance(num_items, torch.Tensor):
+    what, within = "finite and not negative", lambda x: 0 <= x < math.inf
+    if isinstance(num_items, torch.Tensor) and not visible(num_items):
+        check_constant("num_items", num_items)
         if num_items.numel() != 1:
-            raise ValueError(f"num_items must be one number, got a tensor {tuple(num_items.shape)}")
-    elif not 0 <= num_items < math.inf:
-        raise ValueError(f"num_items must be finite and not negative, got {num_items}")
+            raise ValueError(f"num_items must be {what}, one number, got {shown(num_items)}")
+        return
+    check_number("num_items", num_items, what, within)
 
 
 def reciprocal(num_items, n, labels, ignore_index, dtype):
-    """1 / the denominator of the mean, 1 where that is 0; on the device where only the device knows it."""
+    """1 / the denominator of the mean, 1 where that is 0; on the device where only the device knows it.
+
+    A denominator that the host could not see makes the loss NaN if it is negative or not finite.
+    """
     if num_items is None:
         num_items = n if labels is None else (labels != ignore_index).sum()
     if not isinstance(num_items, torch.Tensor):
         return 1 / num_items if num_items else 1.0
     num_items = num_items.detach().reshape(()).to(dtype)
-    return 1 / num_items.where(num_items > 0, 1)
+    right = (num_items >= 0) & (num_items < math.inf)
+    return (1 / num_items.where(num_items != 0, 1)).where(right, math.nan)
 
 
 def branches_of(source):
@@ -144,6 +157,7 @@ def couple(
     teachings = [at_end(one) for one in teachings]
     check_options_of(
         teachings, sources, reduction=reduction, num_items=num_items, labels=labels, floor=floor,
+        ignore_index=ignore_index, t_squared=t_squared, metrics=metrics,
         temperature=temperature, tiles=tiles, memory=memory, backend=backend,
     )  # fmt: skip
     flat = [(name, branch) for name, source in zip(names, sources, strict=True) for branch in branches_of(source)]
@@ -183,7 +197,7 @@ def couple(
         taught.append(student.party)
         lessons.append(lesson(one, student, teacher, again, temperature**2 if t_squared else 1, scalars))
     labels, weight, *alphas = (
-        t if t is None else t.detach().reshape(n).contiguous() for t in (labels, weight, *alphas)
+        t if t is None else settled(t.detach()).reshape(n).contiguous() for t in (labels, weight, *alphas)
     )
     weight, *alphas = (t if t is None else t.to(exact) for t in (weight, *alphas))
     share = 1.0 if reduction != "mean" else reciprocal(num_items, n, labels, ignore_index, exact)

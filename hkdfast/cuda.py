@@ -11,7 +11,7 @@ long rows may be. So does work on a device that these kernels were not compiled 
 asks for this backend by name gets a ValueError instead.
 """
 
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -34,6 +34,7 @@ def missing(index):
     return _cuda.missing(index)
 
 
+@cache
 def unusable():
     """Why the kernels run on no device here; empty if they run on one."""
     if not torch.cuda.is_available():
@@ -41,10 +42,6 @@ def unusable():
         return f"torch {torch.__version__} {built}"
     reasons = {index: missing(index) for index in range(torch.cuda.device_count())}
     return "" if "" in reasons.values() else "; ".join(f"device {index}: {why}" for index, why in reasons.items())
-
-
-if why := unusable():
-    raise ImportError(why)
 
 
 def limits():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .arguments import shown
 from .checks import check_source
 from .coupling import Teaching, check_divergence, check_weight, couple
 from .reference import MIRROR
@@ -52,11 +53,12 @@ def distill_loss(
             reads labels. On CUDA with heads the host waits once, for the number of rows that cost something.
         hard_weight: the cross entropy of the student against labels, at temperature 1, is added this many times.
         weight: (...) factors of the rows' losses, not negative, any float dtype; they do not change the denominator of
-            the mean. No gradient.
+            the mean. A row of weight 0 does not count, whatever it holds. No gradient: one that requires it is refused.
         reduction: "mean" over num_items, "sum", or "none": (...) losses. With "none" and a Head, backward computes the
             tiles again, for it alone knows each row's upstream gradient; no other case computes anything twice.
         num_items: denominator of the mean, and for no other reduction: a number or a tensor of one; None: the rows not
-            ignored. 0 counts as 1.
+            ignored. 0 counts as 1. A negative or infinite number or NaN is refused; in a tensor on CUDA, at which the
+            host does not look, it makes the loss NaN.
         ignore_index: the label of rows that do not count.
         vocab: None: both sides must have the same words. "common": the first words that both have. A number: the first
             so many. Words beyond count as absent, on both sides; they get a zero gradient.
@@ -74,13 +76,18 @@ def distill_loss(
 
     Returns:
         Scalar loss, or (...) with reduction "none", in nats: float32 (float64 for float64 inputs); (loss, dict) with
-        metrics. Where every row is ignored: 0 that can be differentiated.
+        metrics. Where every row is ignored: 0 that can be differentiated. A row that holds a NaN (in logits, hidden
+        states or its weight), or a positive infinity, has a NaN loss and a NaN gradient; one whose loss is infinite has
+        a zero gradient. There are no second derivatives.
 
     Raises:
-        ValueError: on unknown words, numbers out of range, shapes, devices or vocabularies that do not fit, labels
-            outside the vocabulary (CPU; on CUDA a device assertion), negative weights (CPU), a reverse_kl to a teacher
-            that drops words without a floor, or memory too small for one row.
-        ImportError: if the backend asked for is not built here; `hkdfast.backends()` tells why.
+        ValueError: on unknown words, numbers out of range, shapes, devices, dtypes or vocabularies that do not fit,
+            labels outside the vocabulary (CPU; on CUDA a device assertion), negative weights (CPU), options that
+            require a gradient, tensors that are not dense (sparse, nested, quantized, distributed, inside torch.func),
+            a backend for another device, a reverse_kl to a teacher that drops words without a floor, or memory too
+            small for one row and its gradient.
+        ImportError: if the backend asked for does not run here; `hkdfast.backends()` tells why.
+        RuntimeError: from backward with create_graph=True, which would be for a second derivative.
 
     Sources: Hinton et al., 2015 (arXiv:1503.02531); Gu et al., 2024 (arXiv:2306.08543); Agarwal et al., 2024
     (arXiv:2306.13649); Ko et al., 2024 (arXiv:2402.03898); Wen et al., 2023 (arXiv:2307.15190).
@@ -208,12 +215,14 @@ def coupled_loss(
 
 def table_of(heads, coupling):
     """{(student, teacher): Edge} of a coupling table, without its empty entries."""
+    lists = (list, tuple)
+    if not isinstance(heads, lists):
+        raise ValueError(f"coupled_loss takes a list of heads, got {shown(heads)}")
     size = len(heads)
     if not size:
         raise ValueError("coupled_loss takes at least one head, got none")
-    lists = (list, tuple)
     if not isinstance(coupling, lists) or not all(isinstance(row, lists) for row in coupling):
-        raise ValueError(f"coupling must be a list of {size} lists of {size} entries, got {coupling!r}")
+        raise ValueError(f"coupling must be a list of {size} lists of {size} entries, got {shown(coupling)}")
     shape = [len(row) for row in coupling]
     if shape != [size] * size:
         raise ValueError(f"coupling must have {size} rows of {size} entries for {size} heads, got rows of {shape}")

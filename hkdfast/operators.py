@@ -64,12 +64,12 @@ def settings(call):
     return call.vocab, call.compute, call.tiles, call.memory, call.backend
 
 
-def run(call, tensors, weight, wants, metrics):
+def run(call, tensors, weight, wants, metrics, deferred=False):
     """tiles.run through the operator."""
     flat = [want for three in wants for want in three]
-    loss, table, grads = distill(*asked(call, tensors), weight, flat, metrics, *settings(call))
+    loss, table, grads = distill(*asked(call, tensors), weight, flat, metrics, deferred, *settings(call))
     given = iter(grads)
-    triples = [[next(given) if want else None for want in three] for three in wants]
+    triples = [[next(given) if want and not deferred else None for want in three] for three in wants]
     return loss, table if metrics else None, triples
 
 
@@ -90,6 +90,7 @@ def distill(
     weight: Tensor | None,
     wants: list[bool],
     metrics: bool,
+    deferred: bool,
     vocab: int,
     compute: torch.dtype | None,
     tiling: str,
@@ -100,7 +101,7 @@ def distill(
     threes = [wants[i : i + 3] for i in range(0, len(wants), 3)]
     tensors = list(zip(xs, weights, biases, strict=True))
     with autograd_keys(), torch.no_grad(), torch.autocast(xs[0].device.type, enabled=False):
-        loss, table, grads = tiles.run(call, tensors, weight, threes, metrics)
+        loss, table, grads = tiles.run(call, tensors, weight, threes, metrics, deferred)
     given = [grad for three in grads for grad in three if grad is not None]
     return loss, loss.new_empty(0) if table is None else table, given
 
@@ -115,13 +116,13 @@ def widest(xs, heads):
 
 
 @distill.register_fake
-def _(xs, weights, biases, labels, alphas, lessons, numbers, weight, wants, metrics, *loop):
+def _(xs, weights, biases, labels, alphas, lessons, numbers, weight, wants, metrics, deferred, *loop):
     parties, lessons = decoded(lessons, [0.0] * len(numbers))
     n, places = xs[0].shape[0], [party.branches[0] for party in parties]
     students = [places[lesson.student] for lesson in lessons]
     wide = widest([xs[i] for i in students], [weights[i] for i in students])
     grads = []
-    for party, place in enumerate(places):
+    for party, place in enumerate([] if deferred else places):
         x, head = xs[place], weights[place]
         shapes = (x.shape,) if head is None else (x.shape, head.shape, head.shape[:1])
         kept = exact(x, head) if head is not None or x.dtype == torch.float16 else x.dtype

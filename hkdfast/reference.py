@@ -119,7 +119,7 @@ def contrasted(law, log_clean, log_noisy, a):
     that outside="clean" leaves every other word exactly its clean log-probability.
     """
     gain = 1 + a if law.mode == "extrapolate" else torch.ones_like(a)
-    both = (log_clean > -math.inf) & (log_noisy > -math.inf)
+    both = (log_clean != -math.inf) & (log_noisy != -math.inf)  # a NaN is no mask
     z = torch.where(both, gain.unsqueeze(-1) * log_clean - a.unsqueeze(-1) * log_noisy, log_clean)
     if law.plausibility == 0:
         return z
@@ -163,8 +163,9 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
         loss: (N,) float32 output: soft_weight * divergence + hard_weight * cross entropy.
         grad: (N, V) output in the student tile's numbers (before scale and softcap), any float dtype, or None when no
             gradient is wanted. It may be the student tile itself. 0 for a masked word (-inf logit), and for the whole
-            row if its loss is not finite. With objective.accumulate all this is added to what it holds, the sum formed
-            in float32 or better; it is not the student tile then.
+            row if its weight is 0 or its loss infinite; NaN for the whole row if its loss is NaN or its weight not
+            finite. With objective.accumulate all this is added to what it holds, the sum formed in float32 or better;
+            it is not the student tile then.
         metrics: (len(METRICS), N) float32 output, or None.
 
     float64 tiles with float64 outputs are computed in float64: this backend is the oracle of the tests.
@@ -191,10 +192,12 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
         total = objective.soft_weight * divergence + hard_part
         total = total.where(live, 0)
         if grad is not None:
-            scaled = total if weight is None else total * weight
-            (exact,) = torch.autograd.grad(scaled.where(scaled.isfinite(), 0).sum(), x)
-            usable = (live & total.isfinite()).unsqueeze(-1) & (x > -math.inf)
-            exact = exact.where(usable, 0)
+            factor = torch.ones_like(total) if weight is None else weight.to(dtype)
+            (exact,) = torch.autograd.grad((total * factor).where(total.isfinite(), 0).sum(), x)
+            exact = exact.where(x != -math.inf, 0)
+            sound = (total.isfinite() & factor.isfinite()).unsqueeze(-1)
+            without = ~live | total.isinf() | (factor == 0)
+            exact = exact.where(sound, math.nan).where(~without.unsqueeze(-1), 0)
             grad.copy_(grad.to(dtype) + exact if objective.accumulate else exact)
     # a divergence is never negative; near 0 the sum of its rounded terms can be
     divergence = divergence.detach().clamp(min=0)

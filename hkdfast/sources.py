@@ -5,10 +5,12 @@ Average: three classes with the same few methods. Their tiles hold the numbers b
 operation applies.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from .arguments import check_floats, check_number, settled
 from .objective import Law, Transform
 from .pages import empty
 
@@ -29,7 +31,8 @@ class Head:
         softcap: if given, logits become softcap * tanh(logits / softcap), as in Gemma 2. Positive.
 
     Raises:
-        ValueError: on shapes, dtypes or devices that do not fit, or a scale or softcap out of range.
+        ValueError: on shapes, dtypes or devices that do not fit, on tensors that are not dense (sparse, nested,
+            quantized, distributed), or a scale or softcap out of range.
     """
 
     hidden: torch.Tensor
@@ -42,9 +45,7 @@ class Head:
         hidden, weight, bias = self.hidden, self.weight, self.bias
         named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
         for name, tensor in named.items():
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-                what = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-                raise ValueError(f"{name} must be a floating point tensor, got {what}")
+            check_floats(name, tensor)
         if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (..., H) and (V, H) with one H"
@@ -56,10 +57,9 @@ class Head:
                 raise ValueError(f"hidden is on {hidden.device} but {name} is on {tensor.device}")
             if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
                 raise ValueError(f"hidden is {hidden.dtype} but {name} is {tensor.dtype}: cast one, or use autocast")
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale must be positive and finite, got {self.scale}")
-        if self.softcap is not None and not 0 < self.softcap < float("inf"):
-            raise ValueError(f"softcap must be positive and finite, got {self.softcap}")
+        check_number("scale", self.scale, "positive and finite", lambda x: 0 < x < math.inf)
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, "positive and finite", lambda x: 0 < x < math.inf)
 
     @property
     def shape(self):
@@ -96,8 +96,9 @@ def transform_of(source):
 def parts(source, rows):
     """The tensors of a source, its leading dimensions made one: (x, weight, bias)."""
     if isinstance(source, Head):
-        return source.hidden.reshape(rows, source.hidden.shape[-1]), source.weight, source.bias
-    return source.reshape(rows, source.shape[-1]), None, None
+        hidden = settled(source.hidden)
+        return hidden.reshape(rows, hidden.shape[-1]), settled(source.weight), settled(source.bias)
+    return settled(source).reshape(rows, source.shape[-1]), None, None
 
 
 def same(a, b):
@@ -128,12 +129,18 @@ class Logits:
     def __init__(self, x, vocab):
         self.full = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
         self.x, self.vocab, self.index = self.full[:, :vocab], vocab, None
-        self.dtype, self.grad = x.dtype, None
-        self.bytes_per_row = self.fixed_bytes = 0
+        self.dtype, self.grad, self.grad_dtype = x.dtype, None, None
+        self.fixed_bytes = 0
+
+    @property
+    def bytes_per_row(self):
+        if self.index is None:
+            return 0
+        return self.vocab * (self.x.element_size() + (self.grad_dtype.itemsize if self.grad_dtype else 0))
 
     def select(self, index):
         """Keep these rows alone: a block then has to be gathered."""
-        self.index, self.bytes_per_row = index, self.vocab * self.x.element_size()
+        self.index = index
 
     def allocate(self, rows):
         pass
@@ -147,9 +154,11 @@ class Logits:
     def want(self, x, weight, bias, apart=False):
         """Say which gradients are asked for. fp16 would lose small entries before a loss scaler's factor comes: the
         gradient is float32 then."""
-        self.grad_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
-        if self.index is not None:
-            self.bytes_per_row += self.vocab * self.grad_dtype.itemsize
+        kept = torch.float32 if self.dtype == torch.float16 else self.dtype
+        self.grad_dtype = kept if x else None
+
+    def leave_out(self, rows):
+        """Rows without a gradient, whatever they hold: the row operation leaves them out."""
 
     def reset(self):
         """Gradients of nothing yet."""
@@ -214,7 +223,7 @@ class Projection:
         self.hiddens, self.weight = hiddens, weight[:vocab]
         self.bias = None if bias is None else bias[:vocab]
         self.shapes = hiddens[0].shape, weight.shape
-        self.index, self.vocab, self.minus = None, vocab, None
+        self.index, self.vocab, self.minus, self.left_out = None, vocab, None, None
         self.stride = -(-vocab // ALIGNED) * ALIGNED
         self.wants, self.apart = (False, False, False), False  # apart: the gradient has a tile of its own
         self.operand = weight.dtype if compute is None or weight.dtype == torch.float64 else compute
@@ -300,7 +309,12 @@ class Projection:
 
     def want(self, x, weight, bias, apart=False):
         """Say which gradients are asked for: of hidden, weight, bias. apart: the tile has to outlive its gradient."""
-        self.wants, self.apart = (x, weight, bias), apart or self.gemm != self.dtype
+        self.wants = x, weight, bias
+        self.apart = any(self.wants) and (apart or self.gemm != self.dtype)
+
+    def leave_out(self, rows):
+        """Rows (a mask) without a gradient, whatever they hold: 0 times NaN would reach the weight."""
+        self.left_out = rows
 
     def reset(self):
         """Gradients of nothing yet, in float32 or better."""
@@ -322,6 +336,8 @@ class Projection:
             self.back_to_hidden(grad, start, stop)
         if self.d_weight is not None:
             hidden = self.hidden(start, stop).to(self.gemm)
+            if self.left_out is not None:
+                hidden = hidden.masked_fill(self.left_out[start:stop].unsqueeze(1), 0)
             for columns in [slice(0, self.vocab)] if self.exact else self.pieces(self.width):
                 multiply(self.d_weight[columns], grad[:, columns].T, hidden, self.first)
             self.first = False

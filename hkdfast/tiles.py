@@ -144,7 +144,7 @@ def read_by_others(place, lessons):
     return as_student > 1 or any(place in (lesson.teacher, lesson.noisy) for lesson in lessons)
 
 
-def run(call, tensors, weight, wants, metrics):
+def run(call, tensors, weight, wants, metrics, deferred=False):
     """Losses and metrics of the rows, and the gradients of sum_i weight_i loss_i over all lessons.
 
     Args:
@@ -154,11 +154,12 @@ def run(call, tensors, weight, wants, metrics):
         weight: (N,) float32 or None for 1.
         wants: for each party which gradients of x, weight, bias are wanted.
         metrics: whether to return METRICS.
+        deferred: whether the gradients are left to a later call, whose memory is looked at now.
 
     Returns:
         loss (lessons, N), metrics (lessons, 7, N) or None, and for each party d_x, d_weight, d_bias (None where not
-        wanted). Gradients of hidden states and weights are float32, those of logits have the logits' dtype (fp16:
-        float32). float64 stays float64.
+        wanted, or deferred). Gradients of hidden states and weights are float32, those of logits have the logits' dtype
+        (fp16: float32). float64 stays float64.
     """
     lessons, labels, alphas = call.lessons, call.labels, call.alphas
     check_labels(call)
@@ -184,6 +185,13 @@ def run(call, tensors, weight, wants, metrics):
     trained = [place for place in range(len(sides)) if any(wants[place])]
     for place in trained:
         sides[place].want(*wants[place], apart=read_by_others(place, lessons))
+        if weight is not None:
+            sides[place].leave_out(weight == 0)
+    step = plan(sides, rows, memory)
+    if deferred:
+        for place in trained:
+            sides[place].want(False, False, False)
+        trained, step = [], plan(sides, rows, memory)
 
     def block(start, stop):
         rows_of = slice(start, stop)
@@ -212,7 +220,6 @@ def run(call, tensors, weight, wants, metrics):
         for start in range(0, rows, step):
             block(start, min(start + step, rows))
 
-    step = plan(sides, rows, memory)
     try:
         sweep(step)
         again = False

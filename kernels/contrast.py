@@ -51,7 +51,7 @@ def contrast_kernel(
         False, False, False, MODE, False, False, BLOCK,
     )  # fmt: skip
     sure = confidence(vocab, found.clean, found.entropy, target, CONFIDENCE)
-    a = purification(sure, alpha, threshold, WEIGHT)
+    a = purification(sure, found.clean, found.noisy, alpha, threshold, WEIGHT)
     kept = alone(found.clean.log_sum, found.noisy.log_sum, a, MODE)
     teacher, shift, _, _, _ = purified(
         tiles, vocab, rate, None, 0, Branches(found.clean, found.noisy, a, kept, least, 0.0),

@@ -16,6 +16,7 @@ Bytes per word of bf16 tiles, read and written, if no sweep finds anything in th
 Sweeps run forward and backward in turn: each meets first what the one before read last. Not measured on a GPU yet.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from .contrast import contrast  # noqa: F401  a backend is one module
 from .launch import law_numbers, law_words, tile_choice, transforms
 from .law import Branches, alone, confidence, contrasted, purification
 from .row import (
+    INTERPRETED,
     LOW,
     Softmax,
     Tile,
@@ -202,10 +204,10 @@ def row_loss(value, hard, soft_weight, hard_weight):
 
 
 @triton.jit
-def blank(row_ptr, vocab, BLOCK: tl.constexpr):
+def fill(row_ptr, number, vocab, BLOCK: tl.constexpr):
     for start in range(0, vocab, BLOCK):
         col = columns(start, BLOCK)
-        tl.store(row_ptr + col, tl.zeros(col.shape, row_ptr.dtype.element_ty), col < vocab)
+        tl.store(row_ptr + col, tl.zeros(col.shape, row_ptr.dtype.element_ty) + number, col < vocab)
 
 
 @triton.jit
@@ -274,7 +276,7 @@ def rows_kernel(
                 for i in tl.static_range(COLUMNS):
                     tl.store(metrics_ptr + i * metrics_stride + row, 0.0)
             if grad_ptr is not None and not ACCUMULATE:
-                blank(grad_ptr + row * grad_stride, vocab, BLOCK)
+                fill(grad_ptr + row * grad_stride, 0.0, vocab, BLOCK)
             return
         labelled = label >= 0
         label = tl.maximum(label, 0)
@@ -324,7 +326,7 @@ def rows_kernel(
     elif TABLE or not JOINT:
         sure = confidence(vocab, found.clean, found.entropy, clean_target, CONFIDENCE)
     if LAW and not JOINT:
-        a = purification(sure, alpha, threshold, WEIGHT)
+        a = purification(sure, found.clean, found.noisy, alpha, threshold, WEIGHT)
         kept = alone(found.clean.log_sum, found.noisy.log_sum, a, MODE)
         branches = Branches(found.clean, found.noisy, a, kept, least, 0.0)
         teacher, set_shift, mate, mean, other_best = purified(
@@ -376,20 +378,20 @@ def rows_kernel(
             factor = tl.load(weight_ptr + row).to(tl.float32)
         end = vocab
         if ADDED:
-            # a row that is not finite adds nothing: what is stored can be taken back, what is added cannot
+            # a row that is not finite adds no numbers: what is stored can be taken back, what is added cannot
             if KNOWN:
                 # either mean of the gap is at most twice the widest; where that does not settle it, a sweep more does
                 most = row_loss(2 * rate * found.widest, tl.abs(hard), soft_weight, hard_weight)
-                sound = tl.abs(most * factor) + student.total + teacher.total < float("inf")
+                sound = tl.abs(most) + student.total + teacher.total < float("inf")
                 if not sound:
                     first = sweep(
                         tiles, vocab, side, branches, centre, peak_tilt, None,
                         divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, False, True, BLOCK,
                     )  # fmt: skip
-                    sound = tl.abs(row_loss(first.value, hard, soft_weight, hard_weight) * factor) < float("inf")
+                    sound = tl.abs(row_loss(first.value, hard, soft_weight, hard_weight)) < float("inf")
             else:
-                sound = tl.abs(row_loss(sums.value, hard, soft_weight, hard_weight) * factor) < float("inf")
-            end = tl.where(sound, vocab, 0)
+                sound = tl.abs(row_loss(sums.value, hard, soft_weight, hard_weight)) < float("inf")
+            end = tl.where(sound & (tl.abs(factor) < float("inf")), vocab, 0)
         hard_factor = None
         if hard_weight is not None:
             hard_factor = tl.where(labelled, hard_weight * factor, 0.0)
@@ -404,6 +406,8 @@ def rows_kernel(
             sums = final
 
     value = tl.where(sums.value < 0, 0.0, sums.value)  # a sum of rounded terms can be; NaN stays
+    # a NaN among the logits is one in these, whatever a divergence selects; they are 0 if every word is masked
+    value = tl.where((student.total > 0) & (teacher.total > 0), value, float("nan"))
     loss = row_loss(value, hard, soft_weight, hard_weight)
     tl.store(loss_ptr + row, loss)
     if TABLE:
@@ -411,11 +415,34 @@ def rows_kernel(
         columns_of_row = (value, hard, sums.student_entropy, sums.teacher_entropy, sure, a, agree)
         for i in tl.static_range(COLUMNS):
             tl.store(metrics_ptr + i * metrics_stride + row, columns_of_row[i])
-    if grad_ptr is not None and not ACCUMULATE:
-        # after the fact, for such rows are rare: what a row of infinite loss stored is taken back
-        if not (tl.abs(loss * factor) < float("inf")):
+    if grad_ptr is not None:
+        # after the fact, for such rows are rare: what they stored is taken back
+        without = (factor == 0) | (tl.abs(loss) == float("inf"))
+        number = tl.where(without, 0.0, float("nan"))
+        stays = (tl.abs(loss) < float("inf")) & (tl.abs(factor) < float("inf")) & (factor != 0)
+        if ACCUMULATE:
+            stays = stays | without
+        if not stays:
             tl.debug_barrier()
-            blank(grad_ptr + row * grad_stride, vocab, BLOCK)
+            fill(grad_ptr + row * grad_stride, number, vocab, BLOCK)
+
+
+@cache
+def unusable():
+    """Why a call would not run here; empty if it would."""
+    if INTERPRETED.value:
+        return ""
+    if not torch.cuda.is_available():
+        return "Triton needs a GPU, and torch finds none (TRITON_INTERPRET=1 interprets its kernels, slowly)"
+    try:
+        triton.runtime.driver.active.get_current_target()  # compiles Triton's own launcher on first use
+    except Exception as error:  # whatever the driver or a compiler raises
+        return f"Triton cannot use the GPU: {type(error).__name__}: {error}"
+    return ""
+
+
+def more_devices():
+    return ("cpu",) if INTERPRETED.value else ()
 
 
 def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics):

@@ -33,14 +33,16 @@ def confidence(vocab, clean, entropy, target, CONFIDENCE: tl.constexpr):
 
 
 @triton.jit
-def purification(sure, alpha, threshold, WEIGHT: tl.constexpr):
-    """The weight of the disturbed branch; alpha is the law's, or the row's own if the law says rows."""
+def purification(sure, clean, noisy, alpha, threshold, WEIGHT: tl.constexpr):
+    """The weight of the disturbed branch, NaN if either branch holds one; alpha is the law's, or the row's own if the
+    law says rows."""
     a = alpha
     if WEIGHT == "linear":
         a = alpha * (1 - sure)
     elif WEIGHT == "gate":
         a = tl.where(sure < threshold, alpha, 0.0)
-    return a
+    known = (clean.total == clean.total) & (noisy.total == noisy.total)
+    return tl.where(known, a, float("nan"))
 
 
 @triton.jit
@@ -65,8 +67,8 @@ def contrasted(w, branches, MODE: tl.constexpr, OUTSIDE: tl.constexpr):
         z = clean + branches.a * (clean - noisy)
     else:
         z = clean - branches.a * noisy
-    # a word that only the disturbed branch masks keeps its clean log-probability
-    z = tl.where((clean > LOW) & (noisy > LOW), z, clean + branches.alone)
+    # a word that only the disturbed branch masks keeps its clean log-probability; a NaN is no mask
+    z = tl.where(((clean > LOW) & (noisy != LOW)) | (noisy != noisy), z, clean + branches.alone)
     if branches.least is not None:
         rest = LOW if OUTSIDE == "drop" else clean + branches.alone
         z = tl.where(inside(w, branches), z + branches.shift, rest)

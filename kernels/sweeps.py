@@ -230,6 +230,8 @@ def purified(
 
     row_mean = tl.sum(mean, 0)
     row_best = best_of(best)
+    # a NaN beyond the set, or one that leaves nothing in it, is a NaN of the row all the same
+    total = tl.where(branches.a == branches.a, total, float("nan"))
     teacher = softmax(peak, total, rate)
     shift = 0.0
     if TWO:

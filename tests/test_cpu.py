@@ -160,7 +160,7 @@ def test_a_nan_or_infinite_logit_spoils_its_row_alone(divergence):
         loss, grad = torch.empty(4), torch.empty(4, 700)
         cpu.rows(Objective(divergence=divergence), student, teacher, None, None, None, None, loss, grad, None)
         tile[1, 77] = before
-        assert not loss[1].isfinite() and grad[1].eq(0).all()
+        assert loss[1].isnan() and grad[1].isnan().all()
         assert torch.equal(loss[[0, 2, 3]], clean[0][[0, 2, 3]]) and torch.equal(grad[[0, 2, 3]], clean[1][[0, 2, 3]])
 
 

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import test_nan
 import torch
 from cases import CASES, Case, assert_as_close_as_torch, inputs, law, run_rows
 
@@ -231,10 +232,13 @@ def test_in_place(backend, vocab, count):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("kind", FAST)
 def test_a_gradient_is_added(backend, kind, divergence, count):
-    """A row whose loss is not finite adds nothing, nor does one that is ignored."""
+    """A row whose loss is NaN adds NaN, one whose loss is infinite nothing, nor does one that is ignored."""
     options = law(weight="linear", alpha=2.0) if count == 3 else {}
     ours = tiles(6, 2048 + 8, FAST[kind], count)
     ours[0][1, 5] = float("nan")
+    infinite = {"forward_kl": 0, "reverse_kl": 1}  # by a word that this side alone masks
+    if divergence in infinite:
+        ours[infinite[divergence]][3, 7] = float("-inf")
     labels = torch.tensor([0, 1, -100, 3, 4, 5])
     (before,) = tiles(6, 2048 + 8, count=1, seed=1)
     results = []
@@ -245,10 +249,39 @@ def test_a_gradient_is_added(backend, kind, divergence, count):
         module.rows(objective, *given, None, labels, None, loss, grad, None)
         results.append((loss, grad))
     (loss, grad), (plain, plain_grad), (exact, exact_grad) = results
-    assert loss[1].isnan() and loss[2] == 0 and torch.equal(grad[1:3], before[1:3])
-    live = [0, 3, 4, 5]
+    assert loss[1].isnan() and grad[1].isnan().all() and loss[2] == 0 and torch.equal(grad[2], before[2])
+    live = [0, 4, 5]
+    if divergence in infinite:
+        assert loss[3] == float("inf") and torch.equal(grad[3], before[3])
+    else:
+        live.append(3)
     assert_as_close_as_torch(loss[live], plain[live], exact[live])
     assert_as_close_as_torch(grad[live], plain_grad[live], exact_grad[live])
+
+
+@pytest.mark.parametrize("options", test_nan.OPTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_row_that_holds_a_nan(cluster, divergence, options):
+    objective = Objective(divergence, beta=0.3, **test_nan.OPTIONS[options])
+    count = 3 if objective.law else 2
+    ours = [*(test_nan.draw(test_nan.ROWS, test_nan.VOCAB, seed=seed) for seed in range(count)), None][:3]
+    turn = list(test_nan.OPTIONS).index(options) + list(DIVERGENCES).index(divergence)
+    cases = [(side, *test_nan.EACH[(turn + 5 * side) % 8]) for side in range(count)]  # the first 8 are NaN
+    test_nan.assert_spoiled(Emulated(cluster, 1 + turn % 2, seed=turn), objective, ours, cases)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("kind", FAST)
+def test_fast_kinds_and_a_row_that_holds_a_nan(cluster, kind, divergence, count, accumulate):
+    options = law(weight="linear", alpha=0.7) if count == 3 else {}
+    objective = Objective(divergence, beta=0.3, accumulate=accumulate, **options)
+    dtype = FAST[kind]
+    ours = [*(test_nan.draw(test_nan.ROWS, 2048 + 8, seed=seed, dtype=dtype) for seed in range(count)), None][:3]
+    places = list(zip(test_nan.VALUES, test_nan.WHERE, strict=False))
+    cases = [(side, value, where) for side in range(count) for value, where in places]
+    test_nan.assert_spoiled(Emulated(cluster), objective, ours, cases, kept=torch.bfloat16, measured=False)
 
 
 def test_columns_with_a_stride(backend):

@@ -240,12 +240,12 @@ BAD = {
     "unknown confidence 'margin', expected one of max_prob, entropy, target": {"confidence": "margin"},
     "unknown mode 'add', expected one of extrapolate, subtract": {"mode": "add"},
     "unknown outside 'keep', expected one of clean, drop": {"outside": "keep"},
-    "alpha must be finite and not negative, got -1.0": {"alpha": -1},
+    "alpha must be finite and not negative, got -1": {"alpha": -1},
     "alpha must be finite and not negative, got nan": {"alpha": math.nan},
     "threshold must be between 0 and 1, got 2": {"threshold": 2},
     "plausibility must be between 0 and 1, got nan": {"plausibility": math.nan},
     "noisy is an empty list": {"noisy": []},
-    "noisy must be a tensor of logits or a Head, got NoneType": {"noisy": None},
+    "noisy must be a tensor of logits or a Head, got None": {"noisy": None},
     "clean must be a tensor of logits or a Head, got Purified": {"clean": purify(CLEAN, NOISY)},
     "noisy must be floating point, got torch.int64": {"noisy": [NOISY, NOISY.long()]},
     "clean (5, 120) and noisy (4, 120) differ in their rows": {"noisy": NOISY[:4]},
@@ -263,7 +263,7 @@ def test_bad_input_of_purify(message):
 
 
 BAD_CONTRAST = {
-    "contrast takes what purify returns, got Tensor": (CLEAN, {}),
+    "contrast takes what purify returns, got a tensor": (CLEAN, {}),
     "temperature must be positive and finite, got -1": (purify(CLEAN, NOISY), {"temperature": -1}),
     'tiles="difference" needs a student': (purify(CLEAN, NOISY), {"tiles": "difference"}),
     "memory must be a positive number of bytes, got -1": (purify(CLEAN, NOISY), {"memory": -1}),
