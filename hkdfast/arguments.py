@@ -1,5 +1,6 @@
 """What an argument has to be before it is known what it is for: a word, a number, a flag, a tensor with memory."""
 
+from contextlib import nullcontext
 from numbers import Real
 
 import torch
@@ -93,6 +94,16 @@ def check_plain(name, x):
         raise ValueError(f"{name} is a {kind} tensor: pass {ONE_TYPE.get(kind, 'a dense tensor')}")
     if not traced(x) and not x._is_zerotensor() and x.numel() and not x.data_ptr():
         raise ValueError(f"{name} {tuple(x.shape)} has no memory: its numbers were freed, or lie elsewhere")
+
+
+def autocast_dtype(device):
+    """In which a linear layer would compute here, or None for its operands' own dtype."""
+    known = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if known else None
+
+
+def without_autocast(device):
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def settled(x):

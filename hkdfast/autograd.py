@@ -6,7 +6,7 @@ import torch
 
 from . import operators
 from . import tiles as loop
-from .arguments import settled
+from .arguments import settled, without_autocast
 from .backends import traced, visible
 
 
@@ -15,7 +15,7 @@ def run(*args, **how):
     first = args[1][0][0]
     if traced(first):
         return operators.run(*args, **how)
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first.device):
         return loop.run(*args, **how)
 
 

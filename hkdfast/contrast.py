@@ -6,7 +6,7 @@ import torch
 
 from . import operators
 from . import tiles as loop
-from .arguments import check_number, check_word, settled, shown
+from .arguments import autocast_dtype, check_number, check_word, settled, shown, without_autocast
 from .backends import traced
 from .checks import (
     check_labels,
@@ -153,11 +153,11 @@ def contrast(
         labels=labels if labels is None else settled(labels).reshape(n).contiguous(),
         alphas=[settled(alpha).reshape(n).contiguous() for alpha in alphas],
         vocab=words,
-        compute=loop.autocast_dtype(device),
+        compute=autocast_dtype(device),
         tiles=tiles,
         memory=None if memory is None else int(memory),
         backend=backend,
     )
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), without_autocast(device):
         out = (operators if traced(tensors[0][0]) else loop).contrast(call, tensors)
     return out.reshape(*lead, words)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import tiles as loop
-from .arguments import check_constant, check_flag, check_number, check_whole, check_word, settled, shown
+from .arguments import autocast_dtype, check_constant, check_flag, check_number, check_whole, check_word, settled, shown
 from .autograd import Rows, Total
 from .backends import visible
 from .checks import (
@@ -212,7 +212,7 @@ def couple(
         labels=labels,
         alphas=alphas,
         vocab=words,
-        compute=loop.autocast_dtype(device),
+        compute=autocast_dtype(device),
         tiles=tiles,
         memory=None if memory is None else int(memory),
         backend=backend,

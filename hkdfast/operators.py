@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
+from .arguments import without_autocast
 from .objective import METRICS, Objective, Transform, decode, encode
 
 
@@ -100,7 +101,7 @@ def distill(
     call = tiles.Call(*decoded(lessons, numbers.tolist()), labels, alphas, vocab, compute, tiling, memory, backend)
     threes = [wants[i : i + 3] for i in range(0, len(wants), 3)]
     tensors = list(zip(xs, weights, biases, strict=True))
-    with autograd_keys(), torch.no_grad(), torch.autocast(xs[0].device.type, enabled=False):
+    with autograd_keys(), torch.no_grad(), without_autocast(xs[0].device):
         loss, table, grads = tiles.run(call, tensors, weight, threes, metrics, deferred)
     given = [grad for three in grads for grad in three if grad is not None]
     return loss, loss.new_empty(0) if table is None else table, given
@@ -149,7 +150,7 @@ def contrast_op(
     backend: str | None,
 ) -> Tensor:
     call = tiles.Call(*decoded(lessons, numbers.tolist()), labels, alphas, vocab, compute, tiling, memory, backend)
-    with torch.no_grad(), torch.autocast(xs[0].device.type, enabled=False):
+    with torch.no_grad(), without_autocast(xs[0].device):
         return tiles.contrast(call, list(zip(xs, weights, biases, strict=True)))
 
 

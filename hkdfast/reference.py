@@ -192,7 +192,7 @@ def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, 
         total = objective.soft_weight * divergence + hard_part
         total = total.where(live, 0)
         if grad is not None:
-            factor = torch.ones_like(total) if weight is None else weight.to(dtype)
+            factor = torch.ones_like(total) if weight is None else weight.to(dtype, copy=True)  # if of inference mode
             (exact,) = torch.autograd.grad((total * factor).where(total.isfinite(), 0).sum(), x)
             exact = exact.where(x != -math.inf, 0)
             sound = (total.isfinite() & factor.isfinite()).unsqueeze(-1)

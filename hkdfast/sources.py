@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .arguments import check_floats, check_number, settled
+from .arguments import autocast_dtype, check_floats, check_number, settled
 from .objective import Law, Transform
 from .pages import empty
 
@@ -55,7 +55,7 @@ class Head:
         for name, tensor in named.items():
             if tensor.device != hidden.device:
                 raise ValueError(f"hidden is on {hidden.device} but {name} is on {tensor.device}")
-            if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            if tensor.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
                 raise ValueError(f"hidden is {hidden.dtype} but {name} is {tensor.dtype}: cast one, or use autocast")
         check_number("scale", self.scale, "positive and finite", lambda x: 0 < x < math.inf)
         if self.softcap is not None:

@@ -50,11 +50,6 @@ def plan(sides, rows, memory):
     return step
 
 
-def autocast_dtype(device):
-    """In which a linear layer would compute here, or None for its operands' own dtype."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
 @dataclass(frozen=True)
 class Party:
     """A side of the loop: whose tile it is."""
