@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
-from .checks import check_word
+from .arguments import check_word
 from .distill import coupled_loss
 from .objective import UNLABELLED
 from .seed import IGNORE, answer_rows

@@ -10,7 +10,7 @@ A model is any function of a batch that returns logits or a `Head` at the batch'
 `hkdfast.hf.PyramidTrainer` runs the whole chain.
 """
 
-from .checks import check_word
+from .arguments import check_word
 from .distill import Edge
 from .parties import learn, numbers, table
 

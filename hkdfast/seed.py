@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from .checks import check_word
+from .arguments import check_word
 from .contrast import WORDS, purify
 from .distill import distill_loss
 from .noise import diffuse

@@ -8,7 +8,7 @@ A model is any function of a batch that returns logits or a `Head` at the batch'
 `hkdfast.hf.TernaryTrainer` trains with it.
 """
 
-from .checks import check_word
+from .arguments import check_word
 from .distill import Edge
 from .parties import learn, numbers, table
 
