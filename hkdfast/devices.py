@@ -7,7 +7,7 @@ def find(name=None):
     """The torch device of that name, by default a GPU if there is one.
 
     Raises:
-        ValueError: torch knows no such device, or finds none here.
+        ValueError: torch knows no such device, or finds none here; "meta", which holds no numbers.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -15,5 +15,8 @@ def find(name=None):
         torch.empty(0, device=device)
     # torch says "no such word", "not compiled" and "no driver" by different exceptions
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"no device {str(name)!r} here: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"no device {str(name)!r} here: {why}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers: expected one that computes, e.g. 'cpu' or 'cuda'")
     return device

@@ -166,6 +166,26 @@ def test_a_damaged_processor_is_refused_by_name(copy, change, told):
     assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_damaged_model_of_the_hub_is_refused_by_the_name_of_its_file(home, tmp_path, monkeypatch):
+    snapshot = shutil.copytree(home / "model", tmp_path / "models--zoo--model/snapshots/abc")
+    (tmp_path / "models--zoo--model/refs").mkdir()
+    (tmp_path / "models--zoo--model/refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    answer.load("zoo/model", device="cpu")
+    cut(WEIGHTS, 100)(snapshot)
+    with pytest.raises(ValueError, match=f"model 'zoo/model': {WEIGHTS} is damaged or cut"):
+        answer.load("zoo/model", device="cpu")
+    with pytest.raises(OSError, match="model 'zoo/nothing': "):
+        answer.load("zoo/nothing", device="cpu")
+
+
+def test_a_quantized_model_has_an_outline(copy):
+    how = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    edit(copy / "config.json", lambda found: found | {"quantization_config": how})
+    assert {x.device.type for x in family.outlined(copy).parameters()} == {"meta"}
+
+
 def test_weights_that_fit_nothing_are_told(copy, capfd):
     edit_weights(copy / WEIGHTS, lambda found: found | {"adapter.weight": torch.ones(2)})
     family.load_model(copy)
@@ -316,6 +336,18 @@ def test_a_checkpoint_that_does_not_fit_is_not_resumed(tmp_path, rounds):
         trainer().train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "run.json"])
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(tmp_path, name):
+    def trainer():
+        return SeedTrainer(zoo.build("llava"), config(tmp_path, **STEPS), train_dataset=Rows(zoo.batch(size=8)))
+
+    trainer().train()
+    file = tmp_path / "run.json" if name == "run.json" else tmp_path / "checkpoint-1" / name
+    cut(name, 40)(file.parent)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_what_a_coupled_training_saved_is_restored_whole_or_not_at_all(home, tmp_path):
     for name, model in (("whole", zoo.build("llava")), ("adapter", adapter_on(home / "model"))):
         save_model(model, tmp_path / name)
@@ -378,6 +410,25 @@ def test_of_several_templates_the_default_is_taken_and_none_is_refused_by_name()
         part.chat_template = {"rag": "no", "tools": PARTS}
         with pytest.raises(ValueError, match="has the chat templates rag, tools, and none of them is the default"):
             prompts(processor, ["cat ?"])
+
+
+@pytest.mark.parametrize(
+    ("mark", "words", "written"),
+    [
+        ("<|image_pad|>", ["<|vision_start|>", "<|vision_end|>"], "<|vision_start|><|image_pad|><|vision_end|>cat ?"),
+        ("<|image|>", ["<|begin_of_image|>", "<|end_of_image|>"], "<|begin_of_image|><|image|><|end_of_image|>cat ?"),
+        ("<|image|>", [], "<|image|>\ncat ?"),
+        ("<image>", ["<|vision_start|>", "<|vision_end|>"], "<image>\ncat ?"),
+    ],
+)
+def test_without_a_template_a_mark_stands_between_what_its_family_frames_it_with(mark, words, written):
+    processor = zoo.processor()
+    processor.chat_template = None
+    processor.image_token = mark
+    processor.tokenizer.add_tokens([mark, *words], special_tokens=True)
+    assert prompts(processor, ["cat ?"]) == [written]
+    processor.tokenizer.chat_template = TEXT
+    assert prompts(processor, ["cat ?"]) == [f"USER: {written} "]
 
 
 def test_that_there_is_no_template_is_told_once(capfd):
@@ -473,6 +524,12 @@ def test_a_class_of_ones_own_is_registered_by_an_import(home, copy, tmp_path, ca
     assert "--import own_nowhere: ModuleNotFoundError" in refusal(capfd)
     assert ask(home, tmp_path / "out.json", "--import", "own_llava", model=copy) == 0
     assert json.loads((tmp_path / "out.json").read_text())["sets"]
+
+
+def test_devices_that_do_not_compute_are_refused_in_one_sentence(home, tmp_path, capfd):
+    for device, told in (("meta", "'meta' holds no numbers"), ("cuda:99", "no device 'cuda:99' here")):
+        assert ask(home, tmp_path / "out.json", "--device", device) == 2
+        assert told in (line := refusal(capfd)) and len(line) < 200
 
 
 # batches

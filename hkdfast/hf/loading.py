@@ -152,6 +152,8 @@ LOOKS = {
     "*.safetensors": safetensors_fault,
     "pytorch_model*.bin": pickle_fault,
     "adapter_model.bin": pickle_fault,
+    "optimizer.pt": pickle_fault,
+    "scheduler.pt": pickle_fault,
 }
 POINTER = b"version https://git-lfs.github.com"
 

@@ -118,5 +118,4 @@ def round_of(checkpoint):
 
 
 def read_history(checkpoint):
-    file = Path(checkpoint) / ROUNDS / HISTORY
-    return json.loads(file.read_text()) if file.exists() else []
+    return runs.read(Path(checkpoint) / ROUNDS / HISTORY) or []

@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from ..evaluate import jsonl
+
 RUN = "run.json"  # what decides the result, written before the first step
 DONE = "done.json"  # what a finished training logged, written last
 STATE = "trainer_state.json"  # of a checkpoint: Trainer's own, written last
@@ -118,7 +120,7 @@ def checkpoint_of(folder, asked):
 def is_whole(checkpoint):
     try:
         return read(checkpoint / STATE) is not None
-    except json.JSONDecodeError:
+    except ValueError:
         return False
 
 
@@ -140,4 +142,5 @@ def write(file, about):
 
 
 def read(file):
-    return json.loads(file.read_text()) if file.is_file() else None
+    """What JSON a file holds; None where there is none. ValueError for a damaged one, naming it."""
+    return jsonl.parse(file, file.read_bytes()) if file.is_file() else None

@@ -5,6 +5,11 @@ import jinja2
 from .. import notes
 
 PROBE = "is there a cat"  # a question of no template's own words
+# image marks that stand between two more words, which the chat templates of Qwen2-VL and GLM-4V write
+FRAMES = {
+    "<|image_pad|>": ("<|vision_start|>", "<|vision_end|>"),
+    "<|image|>": ("<|begin_of_image|>", "<|end_of_image|>"),
+}
 
 
 def prompts(processor, texts):
@@ -58,7 +63,13 @@ def marked(processor, text):
     """The text behind the mark of its image, where the processor has one and does not put it there by itself."""
     mark = getattr(processor, "image_token", None)
     # the processors of the BLIP family put their query tokens in front
-    return text if mark is None or hasattr(processor, "num_query_tokens") else f"{mark}\n{text}"
+    if mark is None or hasattr(processor, "num_query_tokens"):
+        return text
+    tokenizer = processor.tokenizer
+    start, end = FRAMES.get(mark, ("", ""))
+    if start and not {None, tokenizer.unk_token_id} & set(tokenizer.convert_tokens_to_ids([start, end])):
+        return f"{start}{mark}{end}{text}"
+    return f"{mark}\n{text}"
 
 
 def content_of(processor, keeper):

@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from ..seed import answer_rows
 from . import runs
+from .loading import reading
 
 
 class AnswerTrainer(Trainer):
@@ -89,6 +90,12 @@ class AnswerTrainer(Trainer):
         if "loss" in logs:
             logs |= self.means(self.sums["train"])
         super().log(logs, *rest)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        with reading("checkpoint", checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def stands_at_end(self, checkpoint):
         """Load a checkpoint that stands at the end of its training; False if it does not stand there."""
