@@ -155,6 +155,15 @@ def test_a_damaged_model_is_refused_by_name(copy, what, load):
         (cut("tokenizer_config.json", 30), "tokenizer_config.json is damaged or cut"),
         (cut("processor_config.json", 30), "processor_config.json is damaged or cut"),
         (lambda folder: (folder / "processor_config.json").unlink(), "no processor_config.json or preprocessor_config"),
+        (
+            lambda folder: edit(
+                folder / "processor_config.json",
+                lambda found: (
+                    found | {"processor_class": "OwnProcessor", "auto_map": {"AutoProcessor": "own.OwnProcessor"}}
+                ),
+            ),
+            "code .* is not run: .* --import",
+        ),
         (lambda folder: (folder / "chat_template.jinja").write_text("{% for"), "chat template .* is damaged"),
         (lambda folder: (folder / "chat_template.jinja").write_text("Hello"), "shows no question about an image"),
     ],
@@ -289,6 +298,40 @@ def test_an_adapter_that_fits_does_what_it_did_when_it_was_saved(home, tmp_path,
             assert torch.equal(model(**batch).logits, saved(**batch).logits)
 
 
+LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=4, target_modules=LANGUAGE, bias="all"),
+        peft.LoraConfig(r=4, target_modules=LANGUAGE, trainable_token_indices=[4, 8]),
+        peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]),
+        peft.LoraConfig(r=4, target_modules="all-linear", exclude_modules=".*vision_tower.*", task_type="CAUSAL_LM"),
+        peft.LoraConfig(r=4, target_modules=LANGUAGE, modules_to_save=["lm_head", "embed_tokens"]),
+        peft.IA3Config(target_modules=LANGUAGE, feedforward_modules=[]),
+        peft.VBLoRAConfig(target_modules=LANGUAGE, vector_length=8, num_vectors=16, r=2),  # layers share a tensor
+        peft.AdaLoraConfig(target_modules=LANGUAGE, total_step=3, tinit=1, tfinal=1),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_adapters_of_every_kind_load_whole(home, tmp_path, config):
+    saved = peft.get_peft_model(family.load_model(home / "model"), config).eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in saved.parameters():
+            if x.requires_grad:
+                x.add_(0.1 * torch.randn(x.shape, generator=draw))
+    saved.save_pretrained(tmp_path)
+    batch = zoo.batch()
+    with torch.no_grad():
+        expected = saved(**batch).logits
+        for model in (answer.load(home / "model", tmp_path, device="cpu")[0], family.load_model(tmp_path).eval()):
+            assert torch.equal(model(**batch).logits, expected)
+        assert not torch.allclose(expected, zoo.build("llava")(**batch).logits, atol=1e-2)
+    family.outlined(tmp_path)
+
+
 def test_virtual_tokens_are_refused(home, tmp_path):
     prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM", base_model_name_or_path="a")
     prompt.save_pretrained(tmp_path)
@@ -305,7 +348,7 @@ def test_an_adapter_of_another_base_is_told(home, adapter, copy, capfd):
 
 
 def test_an_adapter_in_the_place_of_a_model_says_how_to_give_both(home):
-    with pytest.raises(ValueError, match="is a PEFT adapter on .*model'.* and this as its adapter"):
+    with pytest.raises(ValueError, match="is a PEFT adapter: the model is .*model', and .* by --adapter"):
         answer.load(home / "adapter", device="cpu")
 
 

@@ -63,6 +63,8 @@ def reading(what, path):
 def reason(error):
     """A library's message in one line; with the kind of error where that says more than the message."""
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"it needs code that lies beside its files, which is not run: {REGISTER}"
     text = text if len(text) <= LONGEST else text[:LONGEST].rpartition(" ")[0] + " ..."
     return text if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}"
 
@@ -168,7 +170,7 @@ def unknown_type(folder):
     for where, part in parts.items():
         kind = part.get("model_type")
         if isinstance(kind, str) and kind not in CONFIG_MAPPING:
-            brings = " (the code that lies beside its weights is not run)" if "auto_map" in config else ""
+            brings = " (the code that lies beside its files is not run)" if "auto_map" in config else ""
             return f"the type {kind!r}{where} is none that transformers knows{brings}: {REGISTER}"
     return None
 
@@ -208,9 +210,10 @@ def check_visual(path):
         ValueError: an adapter, or a model of another kind.
     """
     if Path(path).is_dir() and is_adapter(path):
-        base = base_of(path)
+        base = str(base_of(path))
         raise ValueError(
-            f"model {str(path)!r} is a PEFT adapter on {base!r}: give that as the model, and this as its adapter"
+            f"model {str(path)!r} is a PEFT adapter: the model is {base!r}, and hkdfast evaluate puts this on it by "
+            "--adapter"
         )
     config = load_config(path)
     if kind_of(path, config) is not AutoModelForImageTextToText:
