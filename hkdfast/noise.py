@@ -40,16 +40,56 @@ def diffuse(images, step=500, *, sigma=None, generator=None):
 
     Source: Leng et al., 2024 (arXiv:2311.16922) and its code.
     """
+    check_noise(step, sigma)
+    check_images("images", images)
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device=images.device)
+    return blend(images, noise, step, sigma)
+
+
+def check_images(name, images):
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         what = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"images must be a floating point tensor, as a processor normalises them, got {what}")
+        raise ValueError(f"{name} must be a floating point tensor, as a processor normalises them, got {what}")
+
+
+def check_noise(step, sigma):
     if sigma is None and step not in range(STEPS):
         raise ValueError(f"step must be a whole number from 0 to {STEPS - 1}, got {step}")
     if sigma is not None and not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma must be finite and not negative, got {sigma}")
-    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device=images.device)
+
+
+def blend(images, noise, step, sigma):
+    """Images under given noise, float32 of their shape."""
     signal = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     if sigma is None:
         left = survival()[int(step)]
         return (left**0.5 * signal + (1 - left) ** 0.5 * noise).to(images.dtype)
     return (signal + sigma * noise).to(images.dtype)
+
+
+def normal(shape, seed, device=None):
+    """Standard normal float32 numbers, each of which follows from the seed and its own indices alone.
+
+    A generator's numbers depend on how many are drawn at once. Here normal((3, 8, 8), s) is the corner of
+    normal((5, 16, 9), s), so that padding changes nothing, and a GPU has the numbers of a CPU up to rounding.
+
+    SplitMix64 (Steele et al., 2014) along each dimension in turn, then Box and Muller's transform of 2 x 24 bits.
+    """
+    key = torch.tensor(seed, dtype=torch.int64, device=device)
+    for size in shape:
+        key = scramble(key[..., None] + GAMMA * torch.arange(1, size + 1, device=device))
+    radius = ((key >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2**-24).log_().mul_(-2).sqrt_()
+    angle = ((key >> 8) & 0xFFFFFF).float().mul_(2 * math.pi * 2**-24)
+    return radius.mul_(angle.cos_())
+
+
+# SplitMix64's constants, as the signed numbers that torch's int64 takes
+GAMMA, *FACTORS = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def scramble(key):
+    """SplitMix64's mixing of int64 numbers, in place."""
+    for shift, factor in zip((30, 27), FACTORS, strict=True):
+        key.bitwise_xor_((key >> shift) & (2 ** (64 - shift) - 1)).mul_(factor)  # & for a shift without the sign
+    return key.bitwise_xor_((key >> 31) & (2**33 - 1))

@@ -17,8 +17,9 @@ import torch
 from .arguments import check_word
 from .contrast import WORDS, purify
 from .distill import distill_loss
-from .noise import diffuse
+from .noise import blend, check_images, check_noise, normal
 from .objective import UNLABELLED
+from .pixels import keep_padding, rows_of_examples, share_copies
 
 __all__ = ["answer_rows", "distil", "identify", "isolate", "noised", "purify"]
 
@@ -74,45 +75,67 @@ def mixed(*numbers):
     return int.from_bytes(digest, "little") >> 1
 
 
-def noised(batch, step=500, *, sigma=None, seed=None, first=0, draw=0):
-    """The batch with noise on its images: every floating-point tensor whose name starts with "pixel_values".
+def noised(batch, step=500, *, sigma=None, seed=None, first=0, draw=0, placeholders=None):
+    """The batch with noise on its images: all floating-point tensors whose name has "pixel_values" in it.
+
+    Every picture, tile and frame of a video has noise of its own, each at the strength that was requested: so has the
+    thumbnail that shows the same again as a picture's tiles do, and the same picture at another resolution. Copies of
+    one picture share their noise: Qwen2-VL's relatives hand each still picture over twice, as two frames of a patch.
+    Pictures and tiles of zeros, where there may be several in a row of the batch, are padding and stay zero.
 
     Args:
-        batch: dict of tensors. Not changed.
+        batch: dict of tensors. Not changed. What holds the images may be a list as well, of a floating-point tensor (or
+            of a list of those) for each example.
         step, sigma: as in `hkdfast.diffuse`.
-        seed: of the noise, or None to draw from torch's own generator. With a seed, the noise of example i depends on
-            (seed, first + i, draw) alone, however the examples are split into batches; where the images cannot be told
-            apart by example (their number is no multiple of the batch's) it depends on (seed, first, draw).
+        seed: of the noise, or None to draw from torch's own generator. With a seed, the noise of example i, row i of
+            "input_ids", depends on (seed, first + i, draw) alone, and on its own images: not on the other examples, on
+            how they are split into batches, nor on padding. Packed prompts, several in a row, are one example.
         first: index of the batch's first example.
         draw: number of the draw.
+        placeholders: {"image": id, "video": id} of the tokens in "input_ids" that are replaced by what the model sees.
+            Read, with a seed, where images are laid out by picture, tile or patch and not by example, to tell which are
+            whose; without it "mm_token_type_ids" is. Examples of exactly one image each need neither.
 
     Raises:
-        ValueError: if the batch has no such tensor, or a step or sigma is out of range.
+        ValueError: if the batch has no images, or they are not floating point; if a step or sigma is out of range; with
+            a seed, if it cannot be told which images belong to which example, as with several images of unequal sizes
+            per example in LLaVA-NeXT's layout: a batch of one example always can.
     """
-    names = [name for name, x in batch.items() if name.startswith("pixel_values") and is_image(x)]
+    check_noise(step, sigma)
+    names = [name for name, x in batch.items() if "pixel_values" in name and x is not None]
     if not names:
-        listed = [name for name, x in batch.items() if name.startswith("pixel_values")]
-        found = f"{listed[0]!r} as a {type(batch[listed[0]]).__name__}" if listed else f"{', '.join(batch)} alone"
-        raise ValueError(f"the batch has no images: expected 'pixel_values' as one floating-point tensor, got {found}")
-    examples = len(batch["input_ids"])
-    return batch | {name: noise(batch[name], examples, step, sigma, seed, first, draw) for name in names}
+        raise ValueError(f"the batch has no images: expected 'pixel_values', got {', '.join(batch)} alone")
+    return batch | {name: noisy(name, batch, step, sigma, seed, first, draw, placeholders) for name in names}
 
 
-def is_image(x):
-    return isinstance(x, torch.Tensor) and x.is_floating_point()
+def noisy(name, batch, step, sigma, seed, first, draw, placeholders):
+    images, examples = batch[name], len(batch["input_ids"])
+
+    def drawn(x, *place):
+        if seed is None:
+            return torch.randn(x.shape, dtype=torch.float32, device=x.device)
+        return normal(x.shape, mixed(seed, name, first + place[0], draw, *place[1:]), x.device)
+
+    def each(x, *place):
+        if isinstance(x, list | tuple):
+            return [each(one, *place, i) for i, one in enumerate(x)]
+        return blend(x, drawn(x, *place), step, sigma)
+
+    if isinstance(images, list | tuple):
+        if len(images) != examples:
+            raise ValueError(f"{name} is a list of {len(images)}, expected one entry for each of {examples} examples")
+        check_list(name, images)
+        return each(images)
+    check_images(name, images)
+    rows = [len(images)] if seed is None else rows_of_examples(name, images, batch, placeholders)
+    noise = torch.cat([drawn(part, i) for i, part in enumerate(images.split(rows))])
+    share_copies(noise, name, images, batch)
+    return keep_padding(blend(images, noise, step, sigma), images)
 
 
-def noise(images, examples, step, sigma, seed, first, draw):
-    if seed is None:
-        return diffuse(images, step, sigma=sigma)
-    parts = examples if len(images) % examples == 0 else 1
-    generator = torch.Generator(images.device)
-    return torch.cat(
-        [
-            diffuse(part, step, sigma=sigma, generator=generator.manual_seed(mixed(seed, first + i, draw)))
-            for i, part in enumerate(images.tensor_split(parts))
-        ]
-    )
+def check_list(name, images):
+    for i, x in enumerate(images):
+        (check_list if isinstance(x, list | tuple) else check_images)(f"{name}[{i}]", x)
 
 
 def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=None, backend=None):
@@ -147,12 +170,12 @@ def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=Non
     return clean, metrics["confidence"] if confidence == "max_prob" else (-metrics["cross_entropy"]).exp()
 
 
-def isolate(model, batch, *, step=500, sigma=None, draws=1, seed=None, first=0):
+def isolate(model, batch, *, step=500, sigma=None, draws=1, seed=None, first=0, placeholders=None):
     """What the model answers when noise hides the images, so that it leans on what its language believes.
 
     Args:
         model: function of a batch, see the head of this module. No gradient passes.
-        batch, step, sigma, seed, first: as in `noised`.
+        batch, step, sigma, seed, first, placeholders: as in `noised`.
         draws: how often noise is drawn and the model run.
 
     Returns:
@@ -161,7 +184,10 @@ def isolate(model, batch, *, step=500, sigma=None, draws=1, seed=None, first=0):
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     with torch.no_grad():
-        return [model(noised(batch, step, sigma=sigma, seed=seed, first=first, draw=draw)) for draw in range(draws)]
+        return [
+            model(noised(batch, step, sigma=sigma, seed=seed, first=first, draw=draw, placeholders=placeholders))
+            for draw in range(draws)
+        ]
 
 
 def distil(model, batch, teacher, divergence="reverse_kl", **options):

@@ -492,7 +492,7 @@ def test_the_noise_of_an_evaluation_does_not_depend_on_its_batches(tmp_path):
 )
 def test_training_approaches_the_purified_teacher(tmp_path, name, options):
     batch = zoo.batch(name, size=8)
-    more = dict(max_steps=12, per_device_train_batch_size=8, learning_rate=1e-2, noise_draws=4)
+    more = dict(max_steps=12, per_device_train_batch_size=8, learning_rate=1e-2, noise_draws=16)
     trainer = make_trainer(tmp_path, zoo.build(name), batch, **more, **options)
     before = trainer.evaluate(Rows(batch))["eval_loss"]
     trainer.train()

@@ -108,6 +108,7 @@ class SeedTrainer(RoundsTrainer):
                 step=self.args.noise_step,
                 sigma=self.args.noise_sigma,
                 draws=self.args.noise_draws,
+                placeholders=placeholders(plain(self.model).config),
                 **noise,
             )
 
@@ -133,10 +134,11 @@ class SeedTrainer(RoundsTrainer):
         from how the step is split over batches and processes, nor from what ran before it."""
         mode = "train" if self.model.training else "eval"
         step = (self.round, self.state.global_step) if mode == "train" else ()
+        # the processes take the step's examples by turns, a batch of this size each; only the last may be smaller
+        size = max(self._train_batch_size if mode == "train" else self.args.eval_batch_size, examples)
         last = self.places[mode]
         batch = last[1] + 1 if last and last[0] == step else 0
         self.places[mode] = (step, batch)
-        size = max(getattr(self.args, f"per_device_{mode}_batch_size"), examples)
         return {
             "seed": mixed(self.args.seed, mode, *step),
             "first": (batch * self.accelerator.num_processes + self.accelerator.process_index) * size,
@@ -169,6 +171,15 @@ def default_adapter(model, args):
     return seed_adapter(
         model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets
     )
+
+
+def placeholders(config):
+    """The tokens that the model replaces by what it sees, as `noised` takes them."""
+    found = {}
+    for kind in ("image", "video"):
+        ids = (getattr(config, f"{kind}_token_{end}", None) for end in ("id", "index"))
+        found[kind] = next((token for token in ids if token is not None), None)
+    return found
 
 
 def yes_no_tokens(processor):

@@ -1,0 +1,133 @@
+"""How processors lay the pictures of a batch out: which rows are whose, which are copies, which are padding.
+
+`pixel_values` has a row for each example, for each picture, for each tile or for each patch, by model; all but the
+first say elsewhere, or not at all, how many rows an example has.
+"""
+
+from itertools import accumulate
+from math import isqrt
+
+import torch
+
+# what counts the rows of each picture, and the pictures of each example, where a processor hands it over
+ROWS = {
+    "videos": ("video_grid_thw",),
+    "local": ("num_local_patches",),
+    "": ("image_grid_thw", "image_grid_hw", "num_patches", "num_crops"),
+}
+PICTURES = ("batch_num_images", "images_per_sample")
+# pixels or patches of each picture, to which its placeholders are in proportion, not to its rows, which are padded
+AREAS = ("spatial_shapes", "image_sizes")
+
+
+def rows_of_examples(name, pixels, batch, placeholders=None):
+    """How many rows of the tensor batch[name] belong to each example, which is a row of batch["input_ids"].
+
+    Raises:
+        ValueError: if the batch does not say.
+    """
+    examples = len(batch["input_ids"])
+    if examples == 1:
+        return [len(pixels)]
+    if pixels.dim() >= 5 and len(pixels) == examples and batch.get("image_sizes") is None:
+        return [1] * examples  # (B, pictures, ...), padded with pictures of zeros
+    sizes = rows_of_pictures(name, pixels, batch) or [1] * len(pixels)
+    counts = pictures_of_examples(name, pixels, sizes, batch, placeholders)
+    if counts is None:
+        raise ValueError(
+            f"{name} has {len(pixels)} rows for {examples} examples, and the batch does not say which are whose: "
+            "use batches of one example"
+        )
+    ends = [0, *accumulate(counts)]
+    return [sum(sizes[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def rows_of_pictures(name, pixels, batch):
+    """How many rows each picture has, by its grid or count; None where there is none that fits."""
+    for key in next(keys for kind, keys in ROWS.items() if name.endswith(kind)):
+        if batch.get(key) is not None:
+            counts = torch.as_tensor(batch[key])
+            sizes = (counts.prod(-1) if "grid" in key else counts.flatten()).tolist()
+            if sum(sizes) == len(pixels):
+                return sizes
+    return None
+
+
+def pictures_of_examples(name, pixels, sizes, batch, placeholders):
+    """How many pictures each example has, or None where that is not known."""
+    examples, tokens = len(batch["input_ids"]), tokens_of_examples(name, batch, placeholders)
+    for key in PICTURES:
+        if batch.get(key) is not None:
+            counts = torch.as_tensor(batch[key]).flatten().tolist()
+            if len(counts) == examples and sum(counts) == len(sizes):
+                return counts
+    if tokens is not None:
+        weights = weights_of_pictures(name, pixels, sizes, batch)
+        counts = weights and divide(weights, tokens)
+        if counts:
+            return counts
+    return [1] * examples if len(sizes) == examples and (tokens is None or all(tokens)) else None
+
+
+def weights_of_pictures(name, pixels, sizes, batch):
+    """What a picture's number of placeholders is in proportion to; None where it follows from no size in the batch."""
+    areas = [batch[key] for key in AREAS if batch.get(key) is not None and "video" not in name]
+    if not areas:
+        return sizes
+    # the sizes beside tiles, (pictures, tiles, C, H, W), are those of the pictures before they were cut
+    weights = torch.as_tensor(areas[0]).prod(-1).flatten().tolist()
+    return weights if pixels.dim() < 5 and len(weights) == len(sizes) else None
+
+
+def tokens_of_examples(name, batch, placeholders):
+    """How many tokens of each example stand for its pictures; None where nothing tells."""
+    kind, ids, kinds = "video" if "video" in name else "image", batch["input_ids"], batch.get("mm_token_type_ids")
+    if placeholders and placeholders.get(kind) is not None:
+        marked = ids == placeholders[kind]
+    elif kinds is not None and kinds.shape == ids.shape:
+        marked = kinds == (2 if kind == "video" else 1)
+    else:
+        return None
+    counts = marked.sum(-1).tolist()
+    return counts if any(counts) else None
+
+
+def divide(weights, tokens):
+    """How many of the weights, in their order, each example has, if its tokens are in proportion to them; else None."""
+    total, ends = sum(weights), {end: count for count, end in enumerate(accumulate(weights), 1)} | {0: 0}
+    shares = [divmod(end * total, sum(tokens)) for end in accumulate(tokens)]
+    if any(rest or end not in ends for end, rest in shares):
+        return None
+    reached = [0, *(ends[end] for end, _ in shares)]
+    return [after - before for before, after in zip(reached, reached[1:], strict=False)]
+
+
+def share_copies(noise, name, pixels, batch):
+    """Give equal frames of a temporal patch one noise, in place.
+
+    A row of patches (N, 3 * 2 * P * P) holds two frames: of a still picture, and of the odd last frame of a video, they
+    are copies. Qwen2-VL's relatives have the channels outside, others the frames.
+    """
+    grid = batch.get("video_grid_thw" if "video" in name else "image_grid_thw")
+    if grid is None or pixels.dim() != 2 or pixels.shape[1] != 6 * isqrt(pixels.shape[1] // 6) ** 2:
+        return  # with one frame a row has 3 * P * P numbers, which is never 6 squares
+    grid = torch.as_tensor(grid)
+    sizes = grid.prod(-1).tolist()
+    if sum(sizes) != len(pixels):
+        return
+    for frames, x, z in zip(grid[:, 0].tolist(), pixels.split(sizes), noise.split(sizes), strict=True):
+        done = torch.zeros(frames, dtype=torch.bool, device=pixels.device)
+        for layout, axis in (((3, 2), 3), ((2, 3), 2)):
+            x, z = (t.view(frames, -1, *layout, pixels.shape[1] // 6) for t in (x, z))
+            same = (x == x.narrow(axis, 0, 1)).flatten(1).all(1) & ~done
+            z.copy_(torch.where(same.view(-1, 1, 1, 1, 1), z.narrow(axis, 0, 1), z))
+            done |= same
+
+
+def keep_padding(noisy, pixels):
+    """Pictures and tiles of zeros, (..., C, H, W) below the rows, as they were: Idefics and SmolVLM know by its zeros
+    what is padding."""
+    if pixels.dim() < 5:
+        return noisy
+    blank = (pixels == 0).flatten(-3).all(-1)[..., None, None, None]
+    return torch.where(blank, pixels, noisy)
