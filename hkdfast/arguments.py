@@ -1,7 +1,7 @@
 """What an argument has to be before it is known what it is for: a word, a number, a flag, a tensor with memory."""
 
 from contextlib import nullcontext
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -60,7 +60,7 @@ def check_number(name, value, what, within):
 
 
 def check_whole(name, value, what, within):
-    if isinstance(value, bool) or not isinstance(value, int) or not within(value):
+    if isinstance(value, bool) or not isinstance(value, Integral) or not within(value):
         raise ValueError(f"{name} must be {what}, got {shown(value)}")
 
 
@@ -88,11 +88,11 @@ def check_plain(name, x):
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise ValueError(f"{name} is inside a transform of torch.func, which the losses do not take: use autograd")
-    layout = str(x.layout).removeprefix("torch.").strip("_").partition("_")[0]
-    kind = "nested" if x.is_nested else "quantized" if x.is_quantized else layout
-    if kind != "strided":
+    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+        layout = str(x.layout).removeprefix("torch.").strip("_").partition("_")[0]
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else layout
         raise ValueError(f"{name} is a {kind} tensor: pass {ONE_TYPE.get(kind, 'a dense tensor')}")
-    if not traced(x) and not x._is_zerotensor() and x.numel() and not x.data_ptr():
+    if not traced(x) and not x.data_ptr() and x.numel() and not x._is_zerotensor():
         raise ValueError(f"{name} {tuple(x.shape)} has no memory: its numbers were freed, or lie elsewhere")
 
 

@@ -186,7 +186,7 @@ def couple(
         seats[place] = seat(sources[place], n, place in students, tensors, parties, alphas)
     scalars = dict(
         temperature=float(temperature),
-        ignore_index=ignore_index,
+        ignore_index=int(ignore_index),
         floor=-math.inf if floor is None else float(floor),
         difference=tiles == "difference",
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .arguments import shown
+from .arguments import check_flag, shown
 from .checks import check_source
 from .coupling import Teaching, check_divergence, check_weight, couple
 from .reference import MIRROR
@@ -126,6 +126,7 @@ class Edge:
     def __post_init__(self):
         check_weight("weight of an edge", self.weight)
         check_divergence(self.divergence, self.beta)
+        check_flag("detach", self.detach)
         if not self.detach and self.divergence not in MIRROR:
             raise ValueError(
                 f"{self.divergence} has no gradient into its teacher (detach=False), {', '.join(MIRROR)} have"

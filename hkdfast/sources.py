@@ -157,8 +157,8 @@ class Logits:
         kept = torch.float32 if self.dtype == torch.float16 else self.dtype
         self.grad_dtype = kept if x else None
 
-    def leave_out(self, rows):
-        """Rows without a gradient, whatever they hold: the row operation leaves them out."""
+    def leave_out(self, weight):
+        """Rows of weight 0 have no gradient, whatever they hold: the row operation sees to that."""
 
     def reset(self):
         """Gradients of nothing yet."""
@@ -312,9 +312,9 @@ class Projection:
         self.wants = x, weight, bias
         self.apart = any(self.wants) and (apart or self.gemm != self.dtype)
 
-    def leave_out(self, rows):
-        """Rows (a mask) without a gradient, whatever they hold: 0 times NaN would reach the weight."""
-        self.left_out = rows
+    def leave_out(self, weight):
+        """Rows of weight 0 have no gradient, whatever they hold: 0 times a NaN would reach the gradient of the head."""
+        self.left_out = weight == 0 if self.wants[1] else None
 
     def reset(self):
         """Gradients of nothing yet, in float32 or better."""

@@ -181,7 +181,7 @@ def run(call, tensors, weight, wants, metrics, deferred=False):
     for place in trained:
         sides[place].want(*wants[place], apart=read_by_others(place, lessons))
         if weight is not None:
-            sides[place].leave_out(weight == 0)
+            sides[place].leave_out(weight)
     step = plan(sides, rows, memory)
     if deferred:
         for place in trained:

@@ -423,6 +423,7 @@ BAD = {
     ),
     r"hard_weight\[1\] must be .*, got '1'": lambda: coupled_loss([LOGITS, OTHER], COUPLE, hard_weight=[0.0, "1"]),
     "weight of an edge must be finite and not negative, got nan": lambda: Edge(math.nan),
+    "detach must be True or False, got 'no'": lambda: Edge(detach="no"),
     "alpha must be finite and not negative, got '1'": lambda: purify(LOGITS, OTHER, "1"),
     "threshold must be between 0 and 1, got '0.5'": lambda: purify(LOGITS, OTHER, threshold="0.5"),
     "plausibility must be between 0 and 1, got True": lambda: purify(LOGITS, OTHER, plausibility=True),
@@ -456,6 +457,8 @@ def test_numbers_of_numpy_and_tensors_of_one_are_numbers():
             LOGITS, OTHER, temperature=number(2.0), num_items=number(3.0), labels=LABELS, hard_weight=number(0.5)
         )
         assert off(got, expected.double()) < 1e-6
+    again = distill_loss(LOGITS, OTHER, labels=LABELS, ignore_index=np.int64(-100))
+    assert torch.equal(again, distill_loss(LOGITS, OTHER, labels=LABELS))
 
 
 @pytest.mark.parametrize("backend", FAST)
