@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from zoo import Rows, config, one_thread  # noqa: F401
 
 from hkdfast.hf import LanguageHead, SeedConfig, SeedTrainer, answers, as_teacher, language_linears, seed_adapter
+from hkdfast.hf.frozen import settle
 from hkdfast.hf.head import hidden_states
 from hkdfast.seed import answer_rows, identify, mixed, noised
 
@@ -64,7 +65,7 @@ def written_out(trainer, batch, num_items=None):
     kept = log_clean.masked_fill(~inside, -math.inf).logsumexp(-1, keepdim=True)
     odds = ((1 + args.alpha[0]) * clean - args.alpha[0] * noisy).masked_fill(~inside, -math.inf).log_softmax(-1)
     log_p = torch.where(inside, odds + kept, log_clean)
-    model.train()
+    settle(model)  # a frozen part has no dropout of its own
     torch.manual_seed(0)
     log_q = model(**inputs).logits[rows].double().log_softmax(-1)
     loss = (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -161,9 +162,10 @@ def test_an_unknown_target_is_refused():
     [
         (dict(init_lora_weights="pissa"), 1, "changes the frozen weights"),
         (dict(use_dora=True), 2, "is DoRA"),
-        (dict(bias="lora_only"), 2, "trains biases"),
+        (dict(bias="lora_only"), 1, "the frozen teacher computes with it too"),
+        (dict(lora_bias=True), 2, "trains biases"),
     ],
-    ids=["pissa", "dora", "bias"],
+    ids=["pissa", "dora", "bias", "lora_bias"],
 )
 def test_adapters_that_would_teach_wrongly_are_refused(tmp_path, options, rounds, message):
     adapter = peft.LoraConfig(target_modules=["q_proj"], **options)

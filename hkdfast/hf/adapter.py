@@ -6,16 +6,19 @@ import re
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
+from .frozen import check_trained
 from .head import plain
 
-MOVES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that change the frozen weights
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the frozen weights
+OWN_LOSS = ("orth_reg_weight", "kasa_config", "monteclora_config")  # of adapters that have a term of the loss
 
 
 def language_linears(model):
@@ -67,8 +70,26 @@ def seed_adapter(model, *, r=16, alpha=32, dropout=0.0, targets=None):
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern_of(chosen))
 
 
-def check_adapter(model, rounds):
-    """Refuse an adapter that cannot be taught by the model without it, or not in several rounds.
+def adapted(model, config, rounds=1, shared=True):
+    """A model with a new adapter, which is taken off again where `check_adapter` refuses it."""
+    check_config(config)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    made = get_peft_model(model, config)
+    try:
+        check_adapter(made, rounds, shared)
+    except ValueError:
+        made.unload()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    return made
+
+
+def check_adapter(model, rounds=1, shared=True):
+    """Refuse an adapter that cannot be trained as it is, or not in several rounds, or not by the model without it.
+
+    Args:
+        shared: whether the model without the adapter is its teacher.
 
     Raises:
         ValueError: naming what is wrong.
@@ -81,17 +102,24 @@ def check_adapter(model, rounds):
     check_config(config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no parameter of the adapter is trainable: load it with is_trainable=True")
+    if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ValueError("the adapter is merged into the weights below it: unmerge it, so that it can be trained")
+    check_trained(model, shared)
     if rounds == 1:
         return
-    reasons = [
-        (not isinstance(config, LoraConfig), f"is {config.peft_type.value}"),
-        (getattr(config, "use_dora", False), "is DoRA"),
-        (getattr(config, "bias", "none") != "none" or getattr(config, "lora_bias", False), "trains biases"),
-        (any(quantized(layer) for layer in lora_layers(model)), "stands on quantized weights"),
-        (any(tied(model, layer) for layer in adapted_layers(model)), "adapts a weight that the model uses twice"),
-    ]
+    layers = lora_layers(model)
+    reasons = (  # in this order: the last ones take plain LoRA layers
+        (lambda: not isinstance(config, LoraConfig), f"is {config.peft_type.value}"),
+        (lambda: config.use_dora, "is DoRA"),
+        (lambda: config.bias != "none" or config.lora_bias, "trains biases"),
+        (lambda: config.target_parameters, "has target_parameters"),
+        (lambda: config.trainable_token_indices, "trains single tokens (trainable_token_indices)"),
+        (lambda: any(layer.lora_variant for layer in layers), "is a variant of LoRA"),
+        (lambda: any(map(quantized, layers)), "stands on quantized weights"),
+        (lambda: twice(model), "adapts a weight that the model uses twice"),
+    )
     for wrong, what in reasons:
-        if wrong:
+        if wrong():
             raise ValueError(f"rounds={rounds} adds the rounds' LoRA products up, but the adapter {what}: use rounds=1")
 
 
@@ -101,6 +129,11 @@ def check_config(config):
         raise ValueError(
             f"{config.peft_type.value} adds tokens to the prompt: use an adapter of the weights, e.g. LoRA"
         )
+    for name in OWN_LOSS:
+        if getattr(config, name, None) is not None:
+            raise ValueError(
+                f"{config.peft_type.value} with {name} adds a term to the loss, which would be left out here"
+            )
     how = str(getattr(config, "init_lora_weights", True)).lower()
     if how.startswith(MOVES_BASE):
         raise ValueError(f"init_lora_weights {how!r} changes the frozen weights, which are the teacher's: use True")
@@ -112,6 +145,12 @@ def lora_layers(model):
 
 def adapted_layers(model):
     return lora_layers(model) + [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def twice(model):
+    """Whether an adapted weight is in two places, both of them adapted or not."""
+    weights = [id(layer.get_base_layer().weight) for layer in lora_layers(model)]
+    return len(set(weights)) < len(weights) or any(tied(model, layer) for layer in adapted_layers(model))
 
 
 def quantized(layer):
@@ -133,11 +172,13 @@ def absorb(model):
     Weights of 16 bits are rounded once by it, so that the next round stands on the student up to that rounding.
     """
     name = model.active_adapters[0]
+    how = model.peft_config[name].init_lora_weights
+    how = how if how in (True, "gaussian") else True  # others draw B too, or look at data
     for layer in lora_layers(model):
         weight = layer.get_base_layer().weight
         exact = torch.promote_types(weight.dtype, torch.float32)
         weight.copy_(weight.to(exact) + layer.get_delta_weight(name).to(exact))
-        layer.reset_lora_parameters(name, model.peft_config[name].init_lora_weights)
+        layer.reset_lora_parameters(name, how)
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.original_module.load_state_dict(module.modules_to_save[name].state_dict())

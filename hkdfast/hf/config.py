@@ -45,6 +45,24 @@ DECISIVE = (
     "load_best_model_at_end",
 )
 NEUTRAL = ("memory", "backend", "keep_checkpoints", "yes_rate")  # of our own: those that do not
+NO_LOGITS = "no logits are made, and what is logged are means over answer positions"
+CASTS = "it casts the model's weights in place, a teacher's too: load the model in that dtype"
+# of TrainingArguments: those that nothing would read, or that would not do what they say, unless they are as by default
+UNREAD = {
+    "label_smoothing_factor": "distributions of teachers are what smooths",
+    "neftune_noise_alpha": "a frozen embedding gets no noise, and a teacher would not see that of its student",
+    "use_liger_kernel": "it replaces the forward in which the loss is computed",
+    "use_cache": "sequences are run as a whole",
+    "include_for_metrics": NO_LOGITS,
+    "batch_eval_metrics": NO_LOGITS,
+    "eval_do_concat_batches": NO_LOGITS,
+    "bf16_full_eval": CASTS,
+    "fp16_full_eval": CASTS,
+    "auto_find_batch_size": "it would begin again with weights that have been trained: set per_device_train_batch_size",
+    "remove_unused_columns": "it takes away columns that the collator and the loss read",
+}
+FUSED = ("lomo", "adalomo")  # optimizers that keep no gradient
+LABELS = ("labels", "shift_labels")  # the columns that label_names may name
 
 
 def option(default, text, choices=None):
@@ -75,10 +93,23 @@ class Shared:
     learning_rate: float = option(2e-4, "The largest learning rate.")
     num_train_epochs: float = option(1.0, "Passes over the data in each round or stage, unless max_steps says.")
     logging_steps: float = option(10, "Log every so many steps.")
+    logging_nan_inf_filter: bool = option(False, "Log a loss that is not finite as the mean of those before it.")
     remove_unused_columns: bool = option(False, "Datasets keep the columns that only the collator reads.")
 
     def of(self, names):
         return {name: getattr(self, name) for name in names}
+
+    def check_unread(self):
+        """Refuse options of TrainingArguments that would be taken and then ignored.
+
+        Raises:
+            ValueError: naming the option, with the reason.
+        """
+        for name, reason in UNREAD.items():
+            if getattr(self, name, None) not in (type(self).__dataclass_fields__[name].default, None, []):
+                raise ValueError(f"{name} cannot be used here: {reason}")
+        if not set(self.label_names or ()) <= set(LABELS):
+            raise ValueError(f"label_names must be among {', '.join(LABELS)}, got {self.label_names}")
 
     def decisive(self):
         """{name: value} of the options that change what is learnt, for `runs.enter`."""
@@ -122,6 +153,7 @@ class SeedConfig(Shared, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_unread()
         if isinstance(self.alpha, (int, float)):
             self.alpha = [float(self.alpha)]
         for name in ("rounds", "noise_draws"):
@@ -168,7 +200,7 @@ class CoupledConfig(Shared, TrainingArguments):
     )
     lora_r: int | None = option(None, "Train adapters of this rank; by default all weights are trained.")
     frozen: list[str] | None = option(
-        None, "Weights that stay as they are: those with one of these texts in their name, e.g. vision_tower."
+        None, "Weights that stay as they are, adapters on them too: those with one of these texts in their name."
     )
     dtype: str = option("auto", "Of the models that are loaded; auto: as they are saved.", WIDTHS)
     keep_checkpoints: bool = option(
@@ -178,6 +210,7 @@ class CoupledConfig(Shared, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_unread()
         for name in NUMBERS:
             value = getattr(self, name, None)
             if isinstance(value, (int, float)):
@@ -187,8 +220,12 @@ class CoupledConfig(Shared, TrainingArguments):
                 raise ValueError(f"{name} must be numbers that are not negative, at least one, got {value}")
         if self.lora_r is not None and self.lora_r < 1:
             raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor is not read here: distributions of teachers are what smooths")
+        if self.push_to_hub:
+            raise ValueError("push_to_hub would leave the models out, which have a folder each: upload what is saved")
+        if self.optim in FUSED or self.optim.endswith("layerwise"):
+            raise ValueError(
+                f"optim {self.optim.value!r} steps in the backward pass: no rate or norm of one model can be kept to"
+            )
         check_backend(self.backend)
 
     def loss_options(self):

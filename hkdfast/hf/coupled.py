@@ -9,8 +9,10 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from . import runs
+from .adapter import check_adapter
 from .collator import QuestionCollator
-from .family import check_heads
+from .family import check_apart, check_heads
+from .frozen import settle
 from .head import LanguageHead, answers, plain
 from .loading import fill_adapter, load_weights
 from .trainer import AnswerTrainer
@@ -50,6 +52,8 @@ class CoupledModels(torch.nn.Module):
         for role, model in self.models.items():
             if role not in self.learning:
                 model.eval()
+            elif mode:
+                settle(model)
         return self
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **others):
@@ -94,6 +98,9 @@ class CoupledTrainer(AnswerTrainer):
     ):
         if len({id(model) for model in models.values()}) < len(models):
             raise ValueError(f"the models {', '.join(models)} must be different objects: one stands at two places")
+        check_apart(models, args.roles())
+        if args.learning_rates and others.get("optimizers", (None, None))[0] is not None:
+            raise ValueError("learning_rates are not read with an optimizer that is given: set the rates of its groups")
         if data_collator is None and hasattr(processing_class, "tokenizer"):
             data_collator = QuestionCollator(processing_class, answers=True)
         check_heads(models, processing_class)
@@ -109,6 +116,9 @@ class CoupledTrainer(AnswerTrainer):
         """Trainer.train. True for resume_from_checkpoint takes the last checkpoint that is whole; one that stands at
         the end is loaded, and nothing trained: then None is returned. ValueError if it is of another run, or a
         fresh one finds checkpoints of another in its output_dir."""
+        for role in self.model.learning:
+            if isinstance(self.model.models[role], PeftModel):
+                check_adapter(self.model.models[role], shared=False)  # what is trained may be another since
         checkpoint = runs.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
         if self.about is not None:
             runs.enter(self.args.output_dir, self.about, checkpoint, self.args.should_save)
@@ -119,7 +129,8 @@ class CoupledTrainer(AnswerTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.model.verify(inputs)
-        value, metrics = model(inputs, num_items_in_batch)
+        with self.watched(*self.model.models.values()):
+            value, metrics = model(inputs, num_items_in_batch)
         self.note(metrics)
         value = self.over_processes(value, num_items_in_batch)
         return (value, {"loss": value}) if return_outputs else value

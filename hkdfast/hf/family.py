@@ -5,11 +5,11 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoProcessor, set_seed
 
 from . import loading
-from .adapter import check_adapter, check_config, seed_adapter
+from .adapter import adapted, check_adapter, seed_adapter
 from .head import LanguageHead, plain
 from .loading import base_of, is_adapter, reading
 
@@ -79,29 +79,27 @@ def trainable(model, args, peft_config=None):
         peft_config: an adapter of the caller's own making instead of LoRA of rank args.lora_r.
 
     Raises:
-        ValueError: if there is no head, nothing to train, an adapter on an adapter, or a text of args.frozen that is in
-            the name of no weight.
+        ValueError: if there is no head, nothing to train, an adapter on an adapter, weights outside an adapter that
+            would be trained and not saved with it, or a text of args.frozen that is in the name of no weight.
     """
     LanguageHead(model)
     names = [name for name, _ in plain(model).named_parameters()]
     for text in args.frozen or ():
         if not any(text in name for name in names):
             raise ValueError(f"frozen: {text!r} is in the name of no weight of {type(plain(model)).__name__}")
-    for name, parameter in model.named_parameters():
-        if any(text in name for text in args.frozen or ()):
-            parameter.requires_grad_(False)
     if not isinstance(model, PeftModel) and (peft_config is not None or args.lora_r is not None):
-        if peft_config is not None:
-            check_config(peft_config)
         set_seed(args.seed)  # the adapter starts from the same numbers in every process and every run
         lora = {"alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
         # PEFT writes the model's name into the configuration, which may be that of other models too
         config = copy.deepcopy(peft_config) or seed_adapter(model, r=args.lora_r, **lora)
-        model = get_peft_model(model, config)
+        model = adapted(model, config, shared=False)
     elif isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError("the model has an adapter already: pass either the bare model or no peft_config")
+    for name, parameter in model.named_parameters():  # those of an adapter too
+        if any(text in name for text in args.frozen or ()):
+            parameter.requires_grad_(False)
     if isinstance(model, PeftModel):
-        check_adapter(model, 1)
+        check_adapter(model, shared=False)
     elif not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"no weight of {type(model).__name__} is trainable")
     return model
@@ -159,6 +157,25 @@ def check_pixels(first, second):
             f"the image processors of {first[0]!r} and {second[0]!r} differ in {', '.join(differ)} ({name}: "
             f"{one[name]!r} and {two[name]!r}): one batch cannot serve both models"
         )
+
+
+def check_apart(models, roles=None):
+    """Refuse models that share a weight: training one would move the other.
+
+    Args:
+        models: {name: model}; those that are names themselves are loaded apart. One object at two places is left to the
+            caller.
+        roles: {name: whether the model is trained}; two that are not may share. None: all are.
+    """
+    seen = {}
+    for name, model in models.items():
+        for part, parameter in () if isinstance(model, (str, Path)) else model.named_parameters():
+            other = seen.setdefault(id(parameter), name)
+            learns = roles is None or roles[name] or roles[other]
+            if learns and other != name and models[other] is not model:
+                raise ValueError(
+                    f"{other} and {name} share the weight {part}: training one moves the other, load each by itself"
+                )
 
 
 def check_heads(models, processor):

@@ -15,6 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from ..seed import answer_rows
 from ..sources import Head
+from .frozen import flags_kept
 
 # never shown to the model: it would make logits for them, or does not know them
 LABELS = ("labels", "shift_labels", "num_items_in_batch", "distil_only")
@@ -58,7 +59,7 @@ def evaluating(model):
 def as_teacher(model):
     """The frozen model behind a PEFT model: adapter off, no gradients, no dropout. There is one copy of the weights."""
     # not model.disable_adapter(): it inspects every module each time, for longer than a small model runs
-    with evaluating(model):
+    with evaluating(model), flags_kept(model):
         model.base_model.disable_adapter_layers()
         try:
             yield

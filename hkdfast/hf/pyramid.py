@@ -3,10 +3,24 @@
 import gc
 from pathlib import Path
 
+from peft import PeftModel
+
 from . import runs
 from .config import PyramidConfig
 from .coupled import CoupledTrainer, restore, save_model
-from .family import adapters_of, check_family, check_heads, load_model, names_of, outlined, places_of, trainable
+from .family import (
+    adapters_of,
+    check_apart,
+    check_family,
+    check_heads,
+    load_model,
+    names_of,
+    outlined,
+    places_of,
+    trainable,
+)
+from .frozen import flags_kept
+from .trainer import check_parts
 
 
 class PyramidTrainer:
@@ -56,6 +70,7 @@ class PyramidTrainer:
         args = PyramidConfig("pyramid") if args is None else args
         if not isinstance(args, PyramidConfig):
             raise TypeError(f"args must be a PyramidConfig, got {type(args).__name__}")
+        check_parts(args, others)
         if isinstance(models, str) or len(models) < 2:
             raise ValueError(f"a pyramid needs at least two models, from large to small, got {models!r}")
         if others.get("optimizers", (None, None)) != (None, None):
@@ -63,14 +78,16 @@ class PyramidTrainer:
         objects = [id(model) for model in models if not isinstance(model, (str, Path))]
         if len(set(objects)) < len(objects):
             raise ValueError("a model stands twice in the chain: each place needs an object of its own, or a name")
+        check_apart({f"model {place}": model for place, model in enumerate(models, 1)})
         args.check_places(len(models))
         self.adapters, self.names = adapters_of(peft_config, len(models)), names_of(models)
         processing_class = check_family([name for name in self.names if name], processing_class)
         for place, (model, name) in enumerate(zip(models, self.names, strict=True)):
             outline = outlined(name) if name else model
             check_heads({f"model {place + 1}": outline}, processing_class)
-            if name and self.learns(place, args):  # a model that is given would be changed
-                trainable(outline, args, self.adapters[place])
+            if self.learns(place, args) and (name or isinstance(model, PeftModel)):  # another would get its adapter
+                with flags_kept(outline):
+                    trainable(outline, args, self.adapters[place])
         self.given, self.args, self.stages = list(models), args, len(models) - 1
         self.data = {
             "data_collator": data_collator,

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from . import runs
-from .adapter import absorb, save_adapter, state_of
+from .adapter import absorb, check_adapter, save_adapter, state_of
 from .loading import fill_adapter, reading
 from .trainer import AnswerTrainer
 
@@ -46,6 +46,8 @@ class RoundsTrainer(AnswerTrainer):
         """
         if self.states:
             raise ValueError("the model has been through its rounds: make a new trainer for more")
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which hold parts of the weights
+            check_adapter(self.model, self.args.rounds)  # what is trained may be another since
         output_dir, result = self.args.output_dir, None
         checkpoint = runs.checkpoint_of(output_dir, resume_from_checkpoint)
         runs.enter(output_dir, self.args.decisive(), checkpoint, self.args.should_save)

@@ -1,17 +1,19 @@
 """SEED as a Trainer: one copy of the weights, the frozen model teaches the model with the adapter."""
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import set_seed
 
 from ..contrast import purify
 from ..distill import distill_loss
 from ..seed import answer_rows, isolate, mixed
-from .adapter import check_adapter, seed_adapter
+from .adapter import adapted, check_adapter, seed_adapter
 from .collator import QuestionCollator
 from .config import LAW, LOSS, SeedConfig
+from .frozen import settle
 from .head import LanguageHead, as_teacher, hidden_states, inside_head, plain
 from .rounds import RoundsTrainer
+from .trainer import check_parts
 
 
 class SeedTrainer(RoundsTrainer):
@@ -61,15 +63,17 @@ class SeedTrainer(RoundsTrainer):
         args = SeedConfig("seed") if args is None else args
         if not isinstance(args, SeedConfig):
             raise TypeError(f"args must be a SeedConfig, got {type(args).__name__}")
+        check_parts(args, others)
         if args.rounds > 1 and others.get("optimizers", (None, None)) != (None, None):
             raise ValueError("each round has its own optimizer: pass optimizer_cls_and_kwargs instead of optimizers")
         LanguageHead(model)
         if not isinstance(model, PeftModel):
             set_seed(args.seed)
-            model = get_peft_model(model, peft_config or default_adapter(model, args))
+            model = adapted(model, peft_config or default_adapter(model, args), args.rounds)
         elif peft_config is not None:
             raise ValueError("the model has an adapter already: pass either the bare model or no peft_config")
-        check_adapter(model, args.rounds)
+        else:
+            check_adapter(model, args.rounds)
         if data_collator is None and hasattr(processing_class, "tokenizer"):
             data_collator = QuestionCollator(processing_class)
         super().__init__(
@@ -96,6 +100,8 @@ class SeedTrainer(RoundsTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if inputs.get("distil_only") is not None:
             raise ValueError("an example has no answer: SEED learns with all answers or, by a collator without, none")
+        if self.model.training:
+            settle(self.model)
         if not self.head.verified:
             self.head.verify(model, inputs, plain(self.model).config)
         rows, labels = answer_rows(inputs)
@@ -121,7 +127,8 @@ class SeedTrainer(RoundsTrainer):
             )  # fmt: skip
             return value, metrics | self.leaning(student, labels)
 
-        value, metrics = inside_head(model, self.accelerator.unwrap_model(model), self.head, inputs, rows, loss)
+        with self.watched(self.model):
+            value, metrics = inside_head(model, self.accelerator.unwrap_model(model), self.head, inputs, rows, loss)
         self.note({name: rows for name, rows in metrics.items() if name != "cross_entropy" or labels is not None})
         value = self.over_processes(value, num_items_in_batch)
         return (value, {"loss": value}) if return_outputs else value

@@ -2,7 +2,8 @@
 
 from .config import TernaryConfig
 from .coupled import CoupledTrainer, save_model
-from .family import adapters_of, check_family, load_model, names_of, places_of, trainable
+from .family import adapters_of, check_apart, check_family, load_model, names_of, places_of, trainable
+from .trainer import check_parts
 
 
 class TernaryTrainer(CoupledTrainer):
@@ -47,9 +48,11 @@ class TernaryTrainer(CoupledTrainer):
         args = TernaryConfig("ternary") if args is None else args
         if not isinstance(args, TernaryConfig):
             raise TypeError(f"args must be a TernaryConfig, got {type(args).__name__}")
+        check_parts(args, others)
         roles = args.roles()
         if isinstance(models, str) or len(models) != len(roles):
             raise ValueError(f"form {args.form!r} couples {len(roles)} models ({', '.join(roles)}), got {models!r}")
+        check_apart(dict(zip(roles, models, strict=True)), roles)
         adapters, names = adapters_of(peft_config, len(roles)), names_of(models)
         processing_class = check_family([name for name in names if name], processing_class)
         about = {"models": places_of(names), "peft_config": [adapter and adapter.to_dict() for adapter in adapters]}

@@ -1,37 +1,78 @@
 """What the trainers share: a loss that is a mean over answer rows, and its metrics."""
 
+import inspect
 from collections import defaultdict
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME
 
 from ..seed import answer_rows
 from . import runs
+from .frozen import buffers_kept
 from .loading import reading
+
+# parts of a Trainer that nothing here would read
+UNREAD = {
+    "model_init": "it takes a model",
+    "compute_loss_func": "its loss is that of its config's options",
+    "compute_metrics": "it makes no logits, and logs the means over answer positions that its docstring names",
+    "preprocess_logits_for_metrics": "it makes no logits",
+}
+
+
+def check_parts(args, others):
+    """Refuse what a trainer cannot be given, before any work.
+
+    Args:
+        args: its config.
+        others: {name: value} of its arguments that go to Trainer.
+
+    Raises:
+        ValueError: naming the option or argument, with the reason.
+        TypeError: an argument that Trainer does not have.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch")
+    if args.torch_compile:
+        raise ValueError("torch_compile would trace the loss away that runs inside the head: compile layers instead")
+    args.check_unread()
+    for name in others:
+        if name not in inspect.signature(Trainer.__init__).parameters:
+            raise TypeError(f"Trainer has no argument {name!r}")
+        if name in UNREAD and others[name] is not None:
+            raise ValueError(f"{name} is not read by this trainer: {UNREAD[name]}")
 
 
 class AnswerTrainer(Trainer):
     """Trainer whose loss is a mean over the answer rows of a step's batches, over all its processes.
 
     A subclass computes it, divided by num_items_in_batch where that is given, and hands per-row metrics to `note`,
-    whose means are logged beside the loss.
+    whose means are logged beside the loss. No logits are made: `predict` gives metrics, and None for predictions.
     """
 
     loss_is_scaled_for_ga = False  # set anew by every compute_loss
+    watching = True  # until a training step has shown that no buffer changes which is not saved
 
     def __init__(self, model, args, **others):
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch"
-            )
-        if args.torch_compile:
-            raise ValueError(
-                "torch_compile would trace the loss away that runs inside the head: compile layers instead"
-            )
+        check_parts(args, others)
         super().__init__(model, args, **others)
         self.sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    @contextmanager
+    def watched(self, *models):
+        """Around the first run of models in training: what it changes beside what is trained is found before a step."""
+        if not (self.watching and self.model.training):
+            yield
+            return
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(buffers_kept(model))
+            yield
+        self.watching = False
 
     def over_processes(self, value, num_items_in_batch):
         """What this process has to return, so that the mean over processes is the loss of all."""
@@ -100,6 +141,12 @@ class AnswerTrainer(Trainer):
     def stands_at_end(self, checkpoint):
         """Load a checkpoint that stands at the end of its training; False if it does not stand there."""
         if not runs.is_at_end(checkpoint):
+            whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(checkpoint) / OPTIMIZER_NAME).is_file()
+            if not whole:  # Trainer would begin with a new one
+                raise ValueError(
+                    f"{checkpoint} has no {OPTIMIZER_NAME}, so that training cannot go on from it: it was saved with "
+                    "save_only_model, or it is damaged"
+                )
             return False
         self._load_from_checkpoint(checkpoint)
         self.state = type(self.state).load_from_json(str(Path(checkpoint) / runs.STATE))
