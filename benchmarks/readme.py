@@ -7,11 +7,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks/speed"), str(ROOT / "benchmarks/quality")]
 
-import hkd_table  # noqa: E402
-import seed_table  # noqa: E402
 import speed_table  # noqa: E402
 
-SECTIONS = {"speed": speed_table.readme, "seed": seed_table.readme, "hkd": hkd_table.readme}
+import hkd.table  # noqa: E402
+import seed.table  # noqa: E402
+
+SECTIONS = {"speed": speed_table.readme, "seed": seed.table.readme, "hkd": hkd.table.readme}
 
 
 def with_tables(text):

@@ -4,207 +4,49 @@ python benchmarks/quality/run.py seed           one base, one seed: minutes on t
 python benchmarks/quality/run.py seed --full    every base, system and seed; goes on where it was stopped
 python benchmarks/quality/run.py hkd            one track, one chain, three systems: minutes
 python benchmarks/quality/run.py hkd --full     both tracks, every chain and system; goes on where it was stopped
+
+What they use:
+
+python benchmarks/quality/run.py questions 7 out/pope               POPE questions about new images
+python benchmarks/quality/run.py track hallucination 7 out/track    a track of the challenge about new images
+python benchmarks/quality/run.py bases 1 2 3                        train the bases of SEED
+python benchmarks/quality/run.py chains 1 2 3                       train the chains of HKD4VLM
+python benchmarks/quality/run.py cost                               measure a stage with fused and with eager losses
 """
 
 import argparse
-import json
-import platform
-from pathlib import Path
 
-import hkd_study
-import hkd_table
-import numpy as np
-import study
-import torch
-import transformers
-from hkd_bases import CHAINS
-from questions import SPLITS
-from table import RESAMPLES, compare, equal_yes_rate, markdown, read_cell, shifted, tuned_shift
-from tinyllava import question
-from tqdm import tqdm
-from tracks import TRACKS
+import hkd.chains
+import hkd.command
+import hkd.cost
+import seed.bases
+import seed.command
+import world.questions
+import world.tracks
 
-import hkdfast
-
-RESULTS = Path(__file__).parent / "results"
-SEEDS = (1, 2, 3)
+COMMANDS = {
+    "seed": seed.command,
+    "hkd": hkd.command,
+    "questions": world.questions,
+    "track": world.tracks,
+    "bases": seed.bases,
+    "chains": hkd.chains,
+    "cost": hkd.cost,
+}
 
 
-def picture(exam, before, after, noisy, file, count=6):
-    """Draw the first adversarial questions whose answer changed, for better or worse, above the noised view."""
-    from matplotlib import pyplot
-
-    at = SPLITS.index("adversarial")
-    changed = (before[exam.seed][at].argmax(-1) != after[exam.seed][at].argmax(-1)).nonzero()[0][:count]
-    figure, axes = pyplot.subplots(2, count, figsize=(2.4 * count, 5.6))
-    for axis in axes.flat:
-        axis.axis("off")
-    for (top, bottom), row in zip(axes.T, changed, strict=False):
-        image, index, there = exam.splits["adversarial"][row]
-        p = [np.exp(cell[exam.seed][at][row, 0]) for cell in (before, after)]
-        words = [("yes", "no", "?")[cell[exam.seed][at][row].argmax()] for cell in (before, after)]
-        truth = "yes" if there else "no"
-        top.imshow(exam.images[image])
-        top.set_title(
-            f"{question(index)}\n{words[0]} -> {words[1]}, truth: {truth}\np(yes) {p[0]:.2f} -> {p[1]:.2f}", fontsize=9
-        )
-        bottom.imshow(((noisy[image].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy())
-        bottom.set_title("what the noised branch sees", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-
-
-def report(bases, seeds, exams, tuning, work, systems):
-    """Rows of every system whose cells are all there: [(name, forwards, {"pooled": row, base: row, ...})]."""
-    cells = {base: read_cell(study.cell_file(work, base, "base")) for base in bases}
-    sets = [exam.seed for exam in exams]
-
-    def only(cell, names):
-        return {name: cell[name] for name in names}
-
-    def entry(name, forwards, ours, against=None):
-        # ours: {(base, seed): cell}; each is compared with its own base unless told otherwise
-        theirs = against or {key: cells[key[0]] for key in ours}
-        ours, theirs = ({key: only(cell, sets) for key, cell in side.items()} for side in (ours, theirs))
-        row = {"runs": len(ours), "pooled": compare(list(ours.values()), [theirs[key] for key in ours], exams)}
-        for base in bases if len(bases) > 1 else ():
-            keys = [key for key in ours if key[0] == base]
-            row[base] = compare([ours[key] for key in keys], [theirs[key] for key in keys], exams, ["greedy"])
-        return name, forwards, row
-
-    rows = []
-    for name, (forwards, _) in tqdm(study.DECODED.items(), "decoded"):
-        if name in systems:
-            files = {(base, None): study.cell_file(work, base, name) for base in bases}
-            rows.append(entry(name, forwards, {key: read_cell(file) for key, file in files.items()}))
-    shifts = {base: tuned_shift(only(cells[base], [tuning.seed]), [tuning]) for base in bases}
-    told = ", ".join(f"{shift:.1f}" for shift in shifts.values())
-    moved = {(base, None): shifted(cells[base], shift) for base, shift in shifts.items()}
-    rows.append(entry(f"shift of yes by {told}, tuned with labels", 1, moved))
-    for name in tqdm(study.ALL, "trained"):
-        files = {(base, seed): study.cell_file(work, base, name, seed) for base in bases for seed in seeds}
-        # a seed counts once every base has it, so that all bases weigh the same
-        done = [seed for seed in seeds if all(files[base, seed].exists() for base in bases)]
-        if name not in systems or not done:
-            continue
-        ours = {key: read_cell(file) for key, file in files.items() if key[1] in done}
-        rows.append(entry(name, 1, ours))
-        if name.startswith("SEED"):
-            matched = {}
-            for key, cell in ours.items():
-                base = only(cells[key[0]], sets)
-                matched[key] = shifted(base, equal_yes_rate(base, only(cell, sets)))
-            rows.append(entry(f"shift of yes to the yes-rate of {name}", 1, matched))
-            rows.append(entry(f"{name} against that shift", 1, ours, matched))
-    return rows
-
-
-def make_cells(options, bases, seeds, systems, exams, tuning, work):
-    decoded = [(base, system) for system in study.DECODED for base in bases if system in systems]
-    for base, system in tqdm(decoded, "decode"):
-        study.decode(base, system, [*exams, tuning], work, options.device)
-    # the first seed of every system on every base, then more seeds of the one that matters
-    runs = [(base, name, seeds[0]) for name in study.TRAINED if name in systems for base in bases]
-    runs += [(base, "SEED", number) for number in seeds[1:] for base in bases]
-    for base, name, number in tqdm(runs, "train"):
-        rounds = 2 if name in study.TWICE and options.full and number == seeds[0] else 1
-        study.distil(base, name, number, exams, work, options.device, rounds)
-
-
-def seed(options):
-    torch.set_num_threads(options.threads)
-    bases = options.bases or (sorted(folder.name for folder in study.BASES.iterdir()) if options.full else ["seed1"])
-    seeds = options.seeds or (SEEDS if options.full else SEEDS[:1])
-    systems = [*study.DECODED, *study.ALL] if options.full else ["base", "contrast, 1 draw", "SEED"]
-    work = options.work / ("full" if options.full else "quick")
-    fresh = study.FRESH if options.full else study.FRESH[:1]
-    exams = [study.Exam(number, device=options.device) for number in fresh]
-    tuning = study.Exam(study.TUNING, device=options.device)
-    if not options.tables:
-        make_cells(options, bases, seeds, systems, exams, tuning, work)
-    if options.cells:
-        return
-    rows = report(bases, seeds, exams, tuning, work, systems)
-    pooled = [(name, forwards, row["pooled"]) for name, forwards, row in rows]
-    print(markdown(pooled, "greedy"), markdown(pooled, "sampled"), sep="\n\n")
-    before, after = (read_cell(study.cell_file(work, bases[0], *key)) for key in (("base",), ("SEED", seeds[0])))
-    generator = torch.Generator(options.device).manual_seed(0)
-    noisy = hkdfast.diffuse(exams[0].pixels, sigma=study.SIGMA, generator=generator).cpu()
-    picture(exams[0], before, after, noisy, work / "seed.png")
-    about = {
-        "processor": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "versions": {module.__name__: module.__version__ for module in (hkdfast, torch, transformers)},
-        "bases": bases,
-        "seeds": seeds,
-        "sets": fresh,
-        "images": study.IMAGES,
-        "resamples": RESAMPLES,
-    }
-    found = [{"system": name, "forwards": forwards, **row} for name, forwards, row in rows]
-    file = RESULTS / "seed.json" if options.full else work / "seed.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(about | {"rows": found}, indent=1) + "\n")
-    print(f"\n{file}\n{work / 'seed.png'}")
-
-
-def hkd(options):
-    torch.set_num_threads(options.threads)
-    known = sorted(int(folder.name.removeprefix("seed")) for folder in CHAINS.glob("seed*"))
-    chains = options.seeds or (known if options.full else known[:1])
-    if not set(chains) <= set(known):
-        raise SystemExit(f"there are chains {known} in {CHAINS}, asked for {chains}: train more by hkd_bases.py")
-    tracks = options.tracks or (TRACKS if options.full else TRACKS[:1])
-    systems = hkd_study.SYSTEMS if options.full else ["large", "small", "whole"]
-    systems = options.systems or systems
-    work = options.work / "hkd"
-    # the cells of the whole study are small and stay; those of a first look are made anew from the chain
-    cells = RESULTS / "hkd" if options.full else work / "quick"
-    todo = [(track, seed, system) for system in systems for seed in chains for track in tracks]
-    for track, seed, system in tqdm(todo if not options.tables else (), "cells"):
-        hkd_study.make_cell(track, seed, system, work, cells)
-    if options.cells:
-        return
-    found = {track: hkd_table.report(cells, track, chains) for track in tracks}
-    for track in tracks:
-        print(f"\n{track}\n\n{hkd_table.markdown(found[track])}")
-    file = hkd_table.FILE if options.full else work / "hkd.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(facts(chains) | hkd_table.settings() | {"tracks": found}, indent=1) + "\n")
-    print(f"\n{file}")
-
-
-def facts(chains):
-    return {
-        "processor": platform.machine(),
-        "versions": {module.__name__: module.__version__ for module in (hkdfast, torch, transformers)},
-        "chains": chains,
-    }
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.partition("\n")[0]
+        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args()
+    options.run(options)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("seed", help="self-evolving distillation against hallucination")
-    add = command.add_argument
-    add("--full", action="store_true", help="every base, system and seed")
-    add("--bases", nargs="+", help="folders of bases/; default seed1, with --full all")
-    add("--seeds", type=int, nargs="+", help="default 1, with --full 1 2 3: the first for every system, all for SEED")
-    add("--cells", action="store_true", help="stop before the tables: for several processes that share the work")
-    add("--tables", action="store_true", help="make no cell, only the tables of those that are there")
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--threads", type=int, default=1, help="default 1: on a model this small two threads wait for each other")
-    add("--work", type=Path, default=Path("out/quality"), help="where finished cells are kept")
-    command.set_defaults(run=seed)
-    command = commands.add_parser("hkd", help="a chain of models distilled into its smallest")
-    add = command.add_argument
-    add("--full", action="store_true", help="both tracks, every chain and system; cells are kept in results/hkd")
-    add("--tracks", nargs="+", choices=TRACKS)
-    add("--seeds", type=int, nargs="+", help="chains; default 1, with --full all")
-    add("--systems", nargs="+", choices=hkd_study.SYSTEMS)
-    add("--cells", action="store_true", help="stop before the tables: for several processes that share the work")
-    add("--tables", action="store_true", help="make no cell, only the tables of those that are there")
-    add("--threads", type=int, default=1, help="default 1: on a model this small two threads wait for each other")
-    add("--work", type=Path, default=Path("out/quality"), help="where weights of finished stages are kept")
-    command.set_defaults(run=hkd)
-    options = parser.parse_args()
-    options.run(options)
+    main()

@@ -1,49 +1,31 @@
-"""The study of HKD4VLM's reconstruction: pytest benchmarks/quality/test_hkd.py"""
+"""The study of HKD4VLM's reconstruction."""
 
-import sys
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import hkd_study  # noqa: E402
-import hkd_table  # noqa: E402
-from hkd_bases import CHAINS, asking, load  # noqa: E402
-from hkd_study import make_cell, stage_file, tuned  # noqa: E402
-from hkd_tune import SPLITS, Reader, Stage, Track, examine, lessons, pictures, seen  # noqa: E402
-from tinyllava import normalised, prompt, see  # noqa: E402
-from tracks import (  # noqa: E402
-    FACTS,
-    SWAPS,
+from hkd import study, table
+from hkd.chains import CHAINS, asking, load
+from hkd.study import make_cell, stage_file, tuned
+from hkd.tune import SPLITS, Reader, Stage, Track, examine, lessons, pictures, seen
+from hkdfast import UNLABELLED
+from hkdfast.choices import LETTERS
+from hkdfast.evaluate.choices import choice, score
+from hkdfast.seed import answer_rows
+from world.tinyllava import normalised, prompt, see
+from world.tracks import (
     TEMPLATES,
     TRACKS,
     ask,
     file_name,
-    number,
     photos,
-    right_answer,
 )
-from transformers import AutoProcessor  # noqa: E402
-from world import OBJECTS  # noqa: E402
 
-from hkdfast import UNLABELLED  # noqa: E402
-from hkdfast.choices import LETTERS  # noqa: E402
-from hkdfast.evaluate.choices import NONE, choice, example, read, score, write  # noqa: E402
-from hkdfast.evaluate.tasks import record_of  # noqa: E402
-from hkdfast.hf.augment import Augment, ShuffleOptions  # noqa: E402
-from hkdfast.hf.synthetic import Reword  # noqa: E402
-from hkdfast.seed import answer_rows  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def world():
-    return photos(400, 11)
+pytestmark = pytest.mark.study
 
 
 @pytest.fixture
@@ -59,74 +41,15 @@ def small(monkeypatch, tmp_path):
         made.cache_clear()
 
 
-def demanded(record, objects):
-    """The letter that the image and the texts demand, told from the words alone."""
-    seen = {OBJECTS[index] for index in objects}
-    if record.task == "hallucination":
-        phrases = record.statement.replace(" and", ",").split(", ")
-        assert sorted([*phrases, NONE]) == sorted(record.options)
-        (wrong,) = [phrase for phrase in phrases if phrase not in seen] or [NONE]
-        return LETTERS[record.options.index(wrong)]
-    name, claimed = record.statement.split(" in sight and ")
-    pair = FACTS.index(record.context) // 2
-    if FACTS.index(claimed) // 2 != pair:
-        return LETTERS[record.options.index("Not Verifiable")]
-    told = ["False", "Partially True", "True"][(name in seen) + (claimed == record.context)]
-    return LETTERS[record.options.index(told)]
-
-
-@pytest.mark.parametrize("track", TRACKS)
-def test_answers_are_those_that_image_and_context_demand(world, track):
-    _, contents, _ = world
-    records = ask(track, contents, 3)
-    for record in records:
-        objects = contents[number(record.image)]
-        assert record.answer == right_answer(record, objects) == demanded(record, objects)
-    shares = np.bincount([LETTERS.index(record.answer) for record in records]) / len(records)
-    assert (abs(shares - 0.25) < 0.08).all()
-
-
-@pytest.mark.parametrize("track", TRACKS)
-def test_rewrites_have_one_right_answer_that_they_do_not_tell(world, track):
-    _, contents, _ = world
-    rewrite, answers = Augment([Reword(swaps=SWAPS), ShuffleOptions(fixed=())], seed=5), []
-    for index, record in enumerate(ask(track, contents, 3)):
-        made = rewrite(example(record, template=TEMPLATES[track]), index)
-        again, objects = record_of(made), contents[number(record.image)]
-        assert again.answer is None and again.image == record.image and again.statement != record.statement
-        assert right_answer(again, objects) == demanded(again, objects)
-        answers.append(right_answer(again, objects))
-    assert min(Counter(answers).values()) > 0.08 * len(answers)
-
-
-def test_wrong_phrases_are_near_by_the_share_asked_for(world):
-    _, contents, _ = world
-
-    def near(share):
-        records = [r for r in ask("hallucination", contents, 4, near=share) if r.answer != "D"]
-        wrong = [OBJECTS.index(r.options[LETTERS.index(r.answer)]) for r in records]
-        return np.mean([w // 8 == contents[number(r.image)][0] // 8 for w, r in zip(wrong, records, strict=True)])
-
-    assert near(0.0) < 0.25 and near(0.7) > 0.6
-
-
-@pytest.mark.parametrize("track", TRACKS)
-def test_a_track_is_written_as_the_challenge_does(world, tmp_path, track):
-    _, contents, _ = world
-    records = ask(track, contents[:20], 1)
-    write(tmp_path / "questions.json", records)
-    assert read(tmp_path / "questions.json", track) == records
-
-
 @pytest.mark.parametrize("size", "LMS")
-def test_a_chain_loads_as_any_model_and_answers_as_the_study_asks_it(world, size):
-    images, contents, _ = world
+def test_a_chain_loads_as_any_model_and_answers_as_the_study_asks_it(size):
+    images, contents, _ = photos(5, 11)
     model, tokenizer = load(1, size)
     processor = AutoProcessor.from_pretrained(CHAINS / "seed1" / size)
     for track in TRACKS:
-        asked = [choice(record, TEMPLATES[track]) for record in ask(track, contents[:5], 2)]
+        asked = [choice(record, TEMPLATES[track]) for record in ask(track, contents, 2)]
         batch = processor(
-            images=[Image.fromarray(image) for image in images[:5]],
+            images=[Image.fromarray(image) for image in images],
             text=[prompt(one.prompt()) for one in asked],
             return_tensors="pt",
         )
@@ -193,12 +116,12 @@ def test_views_are_of_the_same_images(small):
 
 def test_a_pyramid_stage_is_kept_and_not_run_again(small, monkeypatch):
     for name in ("pyramid M", "pyramid"):
-        monkeypatch.setitem(hkd_study.STAGES, name, replace(hkd_study.STAGES[name], epochs=1))
+        monkeypatch.setitem(study.STAGES, name, replace(study.STAGES[name], epochs=1))
     model, _ = tuned("hallucination", 1, "S", "pyramid", small)
     before = load(1, "S")[0]
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
     assert stage_file(small, "hallucination", 1, "pyramid M/live").exists()
-    monkeypatch.setattr(hkd_study, "fit", None)  # whoever trains now fails
+    monkeypatch.setattr(study, "fit", None)  # whoever trains now fails
     again, _ = tuned("hallucination", 1, "S", "pyramid", small)
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
     assert not torch.equal(
@@ -208,24 +131,24 @@ def test_a_pyramid_stage_is_kept_and_not_run_again(small, monkeypatch):
 
 def test_cells_become_a_table(small, monkeypatch):
     for name in ("small", "large"):
-        monkeypatch.setitem(hkd_study.STAGES, name, replace(hkd_study.STAGES[name], epochs=1))
+        monkeypatch.setitem(study.STAGES, name, replace(study.STAGES[name], epochs=1))
         make_cell("hallucination", 1, name, small, small)
-    found = hkd_table.report(small, "hallucination", [1])
+    found = table.report(small, "hallucination", [1])
     assert list(found["systems"]) == ["large", "small"]
-    right = hkd_table.read_cells(small, "hallucination", [1])["small"]
+    right = table.read_cells(small, "hallucination", [1])["small"]
     records = ask("hallucination", photos(40, 22)[1], 22)
-    answers = np.load(hkd_study.cell_file(small, "hallucination", 1, "small"))["answers"][0, 1]
+    answers = np.load(study.cell_file(small, "hallucination", 1, "small"))["answers"][0, 1]
     expected = score(records, [LETTERS[place] for place in answers])["micro_f1"]
     assert found["systems"]["small"]["chains"] == {1: pytest.approx(100 * expected, abs=0.01)}
     assert right[1].shape == (2, 2, 40)
     assert found["parts"]["pyramid"] == {"added": None, "left out": None}
-    assert "| small |" in hkd_table.markdown(found)
+    assert "| small |" in table.markdown(found)
 
 
 def test_the_shift_left_out_is_the_same_model_asked_once(monkeypatch):
     right = {name: {1: np.random.default_rng(i).random((2, 2, 40)) < 0.8} for i, name in enumerate(("whole", "small"))}
-    monkeypatch.setattr(hkd_table, "read_cells", lambda *where: dict(right))
-    found = hkd_table.report(None, "hallucination", [1])
+    monkeypatch.setattr(table, "read_cells", lambda *where: dict(right))
+    found = table.report(None, "hallucination", [1])
     once = found["systems"]["whole - shift"]["f1"]["fixed"]
     assert once["shift"] == once["no shift"] == found["systems"]["whole"]["f1"]["fixed"]["no shift"]
     assert "distilled - shift" not in found["systems"] and set(right) == {"whole", "small"}
@@ -234,18 +157,18 @@ def test_the_shift_left_out_is_the_same_model_asked_once(monkeypatch):
 def test_an_interval_knows_of_questions_and_of_chains():
     rng = np.random.default_rng(0)
     theirs = rng.random((3, 1000)) < 0.7
-    assert hkd_table.interval(theirs, theirs, 1000) == [0, 0, 0]
+    assert table.interval(theirs, theirs, 1000) == [0, 0, 0]
     better = theirs | (rng.random((3, 1000)) < 0.2)
-    point, low, high = hkd_table.interval(better, theirs, 2000)
+    point, low, high = table.interval(better, theirs, 2000)
     assert low < point < high and abs(point - 100 * (better.mean() - theirs.mean())) < 0.01
     gap = better[0].astype(float) - theirs[0]
-    _, low1, high1 = hkd_table.interval(better[:1], theirs[:1], 2000)
+    _, low1, high1 = table.interval(better[:1], theirs[:1], 2000)
     assert abs((high1 - low1) / (2 * 1.96 * 100 * gap.std() / 1000**0.5) - 1) < 0.1
     # chains that disagree: the same mean, a wider interval
     apart = theirs.copy()
     apart[0] = True
     even = theirs | (rng.random((3, 1000)) < 1 / 3)
-    wide, narrow = (np.diff(hkd_table.interval(x, theirs, 2000)[1:])[0] for x in (apart, even))
+    wide, narrow = (np.diff(table.interval(x, theirs, 2000)[1:])[0] for x in (apart, even))
     assert wide > 2 * narrow
 
 

@@ -5,11 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from hkd_study import STAGES, SYSTEMS, read_cell
-from hkd_tune import EPOCHS, LAYOUTS, RATES, RETOUCH, SPLITS, TAUGHT, TEACH, truths
-from tracks import REWRITE
 
-FILE = Path(__file__).parent / "results" / "hkd.json"
+from hkd.study import STAGES, SYSTEMS, read_cell
+from hkd.tune import EPOCHS, LAYOUTS, RATES, RETOUCH, SPLITS, TAUGHT, TEACH, truths
+from world.tracks import REWRITE
+
+FILE = Path(__file__).parents[1] / "results" / "hkd.json"
 MODES = ("no shift", "shift")  # of a cell's answers
 HEADLINE = (LAYOUTS.index("fixed"), MODES.index("shift"))  # how systems answer where nothing else is said
 RESAMPLES = 2000
@@ -144,7 +145,7 @@ def readme():
     found = json.loads(FILE.read_text())
     count = found["splits"]["test"]["images"]
     shift = [told(found["tracks"][track]["parts"]["shift, fixed layout"]["left out"]) for track in found["tracks"]]
-    where = f"{found['processor']}, `{FILE.relative_to(Path(__file__).parents[2])}`"
+    where = f"{found['processor']}, `{FILE.relative_to(Path(__file__).parents[3])}`"
     lines = [
         f"{len(found['chains'])} chains, {count} fresh test questions a track. Micro-F1 under four cyclic shifts"
         " of the challenge's own layout, and its change against the small model tuned directly with the 95 % interval"

@@ -1,7 +1,7 @@
 """What HKD4VLM's reconstruction does to the smallest model of a chain, cell by cell.
 
 A system is a model trained by one or more stages. Its cell is what that model answers to every question of the test
-set; stages keep their weights, cells their answers, so a stopped study goes on where it was. `hkd_table.py` makes the
+set; stages keep their weights, cells their answers, so a stopped study goes on where it was. `table.py` makes the
 tables of it.
 """
 
@@ -10,11 +10,12 @@ import json
 from dataclasses import asdict, replace
 
 import numpy as np
-from hkd_bases import CHAINS, load
-from hkd_tune import BATCH, RETOUCH, SPLITS, TEACH, Reader, Stage, Track, epochs, examine, fit, rates
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tracks import REWRITE
+
+from hkd.chains import CHAINS, load
+from hkd.tune import BATCH, RETOUCH, SPLITS, TEACH, Reader, Stage, Track, epochs, examine, fit, rates
+from world.tracks import REWRITE
 
 FIRST, SECOND = 12, 30  # epochs of the small model's two stages of distillation
 LONGER = 60  # of the second, with unlabelled questions beside the labelled ones, and as a control without

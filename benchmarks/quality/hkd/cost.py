@@ -1,13 +1,12 @@
 """What one stage of the pyramid costs with fused coupled losses and with eager ones, at a real vocabulary.
 
-    python benchmarks/quality/hkd_cost.py
+    python benchmarks/quality/run.py cost
 
 Two small Llamas over the vocabulary of Qwen2.5 run the same steps on the same tokens: the larger learns by cross
 entropy, the smaller by cross entropy and from the larger. Each way has a process of its own, whose peak memory is the
 kernel's VmHWM. Written to results/hkd_cost.json.
 """
 
-import argparse
 import json
 import platform
 import subprocess
@@ -22,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hkdfast import Head, pyramid
 from hkdfast.seed import answer_rows
 
-FILE = Path(__file__).parent / "results" / "hkd_cost.json"
+FILE = Path(__file__).parents[1] / "results" / "hkd_cost.json"
 VOCABULARY = 151936
 WIDTHS = (512, 256)  # of teacher and student
 BATCH, LENGTH = 8, 64
@@ -67,6 +66,9 @@ def fused(sources, batch):
     return pyramid.loss(sources, batch, "concurrent", **TEACH)[0]
 
 
+WAYS = {"eager": eager, "fused": fused}
+
+
 def stage(way):
     """Run the steps one way: their losses, the seconds of a step, and the peak memory before and after, in MiB."""
     pair = list(models())
@@ -77,7 +79,7 @@ def stage(way):
     for _ in range(STEPS):
         ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
         start = time.perf_counter()
-        loss = {"eager": eager, "fused": fused}[way](sources, {"input_ids": ids, "labels": ids})
+        loss = WAYS[way](sources, {"input_ids": ids, "labels": ids})
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -100,19 +102,17 @@ def peak():
     return int(line.split()[1]) / 1024
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser):
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--way", choices=("eager", "fused"), help="run one of them here and print its figures")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.way:
-        print(json.dumps(stage(options.way)))
-        sys.exit()
+
+
+def run(options):
     found = {}
-    for way in ("eager", "fused"):
-        command = [sys.executable, __file__, "--way", way, "--threads", str(options.threads)]
-        found[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    for way in WAYS:
+        # not through run.py, whose imports would count as memory of the stage
+        command = [sys.executable, "-m", "hkd.cost", way, str(options.threads)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        found[way] = json.loads(done.stdout)
         print(way, json.dumps(found[way]))
     for one, other in zip(found["eager"]["losses"], found["fused"]["losses"], strict=True):
         if abs(one - other) > 1e-4 * abs(one):
@@ -120,3 +120,9 @@ if __name__ == "__main__":
     facts = {"processor": platform.machine(), "torch": torch.__version__, "threads": options.threads}
     facts |= {"vocabulary": VOCABULARY, "widths": WIDTHS, "rows": BATCH * (LENGTH - 1)}
     FILE.write_text(json.dumps(facts | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    way, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps(stage(way)))

@@ -10,17 +10,17 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hkd_bases import asking, load, packed
 from PIL import Image
-from tinyllava import normalised, read, see
-from tracks import REWRITE, TEMPLATES, ask, number, photos, right_answer
 
+from hkd.chains import asking, load, packed
 from hkdfast import Head, pyramid, ternary
 from hkdfast.choices import LETTERS, answer, shuffled
 from hkdfast.evaluate.choices import choice, example
 from hkdfast.evaluate.tasks import record_of
 from hkdfast.hf.augment import Augment, Color, Crop, Flip, Noise, Sometimes
 from hkdfast.seed import IGNORE, answer_rows
+from world.tinyllava import normalised, read, see
+from world.tracks import REWRITE, TEMPLATES, ask, number, photos, right_answer
 
 SPLITS = {  # images and seed of each
     "train": (2800, 8101),

@@ -1,6 +1,6 @@
 """Questions about the picture world: POPE's three splits with answers, and training prompts without.
 
-    python benchmarks/quality/questions.py 1001 /tmp/pope --images 500
+    python benchmarks/quality/run.py questions 1001 /tmp/pope --images 500
     hkdfast evaluate pope ...
 
 POPE (Li et al., 2023, arXiv:2305.10355) asks "Is there a X in the image?", as often about objects that are there as
@@ -8,14 +8,14 @@ about objects that are not. The splits differ in the latter: random ones; those 
 most often accompany what the image shows.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tinyllava import ask, normalised, question
-from world import OBJECTS, company, pictures
+
+from world.scenes import OBJECTS, company, pictures
+from world.tinyllava import ask, normalised, question
 
 SPLITS = ("random", "popular", "adversarial")
 EACH = 2  # objects asked for that are there, and that are not, per image and split
@@ -110,10 +110,11 @@ def write_prompts(images, rows, folder):
             print(json.dumps({"question_id": number, "image": image_name(image), "text": question(index)}), file=file)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser):
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=500)
-    options = parser.parse_args()
+
+
+def run(options):
     write_pope(*pope(options.images, options.seed), options.folder)

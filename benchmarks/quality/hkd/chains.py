@@ -1,6 +1,6 @@
 """Train the chains of the picture world: three LLaVAs each, L > M > S, that share a tokenizer and a vision tower.
 
-    python benchmarks/quality/hkd_bases.py 1 2 3
+    python benchmarks/quality/run.py chains 1 2 3
 
 The tower is that of bases/seed1, frozen. The language models learn an easy version of both tracks, whose wrong objects
 may be of any scene, and to say whether an object is in sight. They differ in size and in how long they learn: that is
@@ -8,7 +8,6 @@ where the gap between them comes from. Folders load with `LlavaForConditionalGen
 kept once for all, as a shard that every folder's index names.
 """
 
-import argparse
 import json
 import random
 import time
@@ -17,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bases import BASES, descend
 from safetensors.torch import load_file, save_file
-from tinyllava import make_model, make_processor, normalised, read, see
-from tracks import ASK, FACTS, TEMPLATES, TRACKS, foreign, photos
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-from world import OBJECTS
 
 from hkdfast.choices import LETTERS, shuffled
 from hkdfast.evaluate.choices import choice
+from seed.bases import BASES, descend
+from world.scenes import OBJECTS
+from world.tinyllava import make_model, make_processor, normalised, read, see
+from world.tracks import ASK, FACTS, TEMPLATES, TRACKS, foreign, photos
 
-CHAINS = Path(__file__).parent / "chains"
+CHAINS = Path(__file__).parents[1] / "chains"
 TOWER = "tower.safetensors"
 SENTENCES = "user assistant : ? a b c d and in sight yes no true false partially not verifiable hallucination"
 WORDS = [*SENTENCES.split(), *FACTS]
@@ -199,13 +198,14 @@ def load(seed, size):
     return model.eval(), AutoProcessor.from_pretrained(folder).tokenizer
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser):
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--work", type=Path, default=Path("/tmp/hkdfast-chains"), help="where finished models are kept")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+
+
+def run(options):
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         for size in options.sizes:

@@ -1,23 +1,17 @@
-"""The picture world's short cuts against the long way round: pytest benchmarks/quality"""
-
-import sys
-from functools import partial
-from pathlib import Path
+"""The picture world's short cuts against the long way round."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
+from hkdfast.evaluate.pope import read_questions
+from seed.study import load
+from world.questions import SPLITS, pope, prompts, write_pope
+from world.scenes import OBJECTS, SCENE_OF, company, pictures
+from world.tinyllava import ask, normalised, prompt, question
 
-from questions import SPLITS, pope, prompts, write_pope  # noqa: E402
-from study import BASES, Exam, load, yes_no  # noqa: E402
-from table import equal_yes_rate, margin, marked, shifted, tuned_shift  # noqa: E402
-from tinyllava import ask, normalised, prompt, question  # noqa: E402
-from world import OBJECTS, SCENE_OF, company, pictures  # noqa: E402
-
-from hkdfast.evaluate.pope import read_questions, score  # noqa: E402
+pytestmark = pytest.mark.study
 
 
 @pytest.fixture(scope="module")
@@ -84,23 +78,3 @@ def test_half_of_the_prompts_are_those_the_model_doubts(base):
     every = torch.cartesian_prod(torch.arange(40), torch.arange(48))
     blind = ask(model, processor.tokenizer, normalised(images), *every.T).softmax(-1).amax(-1)
     assert sure[:, 4:].mean() < blind.mean() - 0.02
-
-
-def test_a_shift_moves_the_margin_alone(base):
-    model, processor = base
-    exam = Exam(5, images=20)
-    cell = {5: exam.take(partial(ask, model, processor.tokenizer), yes_no(processor)).astype(np.float64)}
-    moved = shifted(cell, 0.7)
-    np.testing.assert_allclose(margin(cell) - margin(moved), 0.7, atol=1e-9)
-    np.testing.assert_allclose(moved[5][..., 2] - moved[5][..., 1], cell[5][..., 2] - cell[5][..., 1], atol=1e-9)
-    assert abs(equal_yes_rate(cell, moved) - 0.7) < 0.2
-    assert tuned_shift(cell, [exam]) >= 0
-
-
-def test_the_bases_answer(base):
-    exam = Exam(9, images=100)
-    for folder in BASES.iterdir():
-        model, processor = load(folder.name)
-        cell = {9: exam.take(partial(ask, model, processor.tokenizer), yes_no(processor))}
-        f1 = {split: score(pairs[0])["f1"] for split, pairs in marked(cell, [exam], "greedy").items()}
-        assert f1["random"] > 0.85 and 0.65 < f1["adversarial"] < 0.8

@@ -1,15 +1,27 @@
 """Tables of the study: scores, and differences with 95 % paired bootstrap intervals over images."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
-from questions import SPLITS
 
 from hkdfast.evaluate.bootstrap import paired
 from hkdfast.evaluate.pope import Marks, score
+from world.questions import SPLITS
 
 MODES = {"greedy": 1, "sampled": 5}  # draws of every answer, from the whole vocabulary at temperature 1
 RESAMPLES = 1000
 YES, NO = 0, 1  # columns of a cell, see Exam.take
+FILE = Path(__file__).parents[1] / "results" / "seed.json"  # which `run.py seed --full` writes
+LEFT_OUT = (  # of the README's table, which fills one screen; results/seed.json has them
+    "base",
+    "no plausibility",
+    "blind prompts",
+    "8 draws",
+    "two rounds against",
+    "yes-rate of SEED, two",
+)
 
 
 def read_cell(file):
@@ -137,3 +149,31 @@ def markdown(rows, mode):
     """
     head = f"| {mode} | forwards | " + " | ".join(f"{split} F1" for split in SPLITS) + " | adversarial accuracy |"
     return "\n".join([head, "|" + " --- |" * 6, *(line(*row, mode) for row in rows)])
+
+
+def gain(entry):
+    change, low, high = entry["f1_gain"]
+    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]" if (change, low, high) != (0, 0, 0) else "0"
+
+
+def readme():
+    """The README's table of what SEED does, from results/seed.json."""
+    found = json.loads(FILE.read_text())
+    base = next(row for row in found["rows"] if row["system"] == "base")["pooled"]["greedy"]
+    told = ", ".join(f"{split} {base[split]['f1']:.1f}" for split in SPLITS)
+    where = f"{found['processor']}, `{FILE.relative_to(Path(__file__).parents[3])}`"
+    lines = [
+        f"{len(found['bases'])} bases, {len(found['sets'])} fresh question sets of {found['images']} images; F1 of the"
+        f" bases, greedy: {told}. Change in F1 with its 95 % interval over images; {where}.",
+        "",
+        f"| | runs | forwards | {' | '.join(f'greedy, {split}' for split in SPLITS)} | sampled, adversarial |",
+        "|" + " --- |" * (len(SPLITS) + 4),
+    ]
+    for row in found["rows"]:
+        if any(words in row["system"] for words in LEFT_OUT):
+            continue
+        greedy, sampled = row["pooled"]["greedy"], row["pooled"]["sampled"]
+        cells = [row["system"], str(row.get("runs", row["pooled"].get("runs", ""))), str(row["forwards"])]
+        cells += [gain(greedy[split]) for split in SPLITS] + [gain(sampled["adversarial"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

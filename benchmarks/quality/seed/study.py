@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from questions import SPLITS, pope, prompts
-from tinyllava import ask, normalised, question
 from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback
 
 from hkdfast import Head, contrast, diffuse, purify
 from hkdfast.hf import SeedConfig, SeedTrainer
+from world.questions import SPLITS, pope, prompts
+from world.tinyllava import ask, normalised, question
 
-BASES = Path(__file__).parent / "bases"
+BASES = Path(__file__).parents[1] / "bases"
 TUNING = 1001  # the one question set that anything may be chosen on
 FRESH = (3311, 3312, 3313, 3314, 3315)  # never looked at before the study
 IMAGES = 500  # of a question set

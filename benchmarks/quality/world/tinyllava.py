@@ -12,7 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from world import OBJECTS, SIZE
+
+from world.scenes import OBJECTS, SIZE
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = [

@@ -1,6 +1,6 @@
 """The two tracks of the Responsible-AI challenge, asked about the picture world.
 
-    python benchmarks/quality/tracks.py hallucination 7 out/track --questions 500
+    python benchmarks/quality/run.py track hallucination 7 out/track --questions 500
     hkdfast evaluate choices --task hallucination --data out/track/questions.json --images out/track \\
         --model benchmarks/quality/chains/seed1/L --template $'{statement}?\\n{options}' --output out/choices.json
 
@@ -10,18 +10,17 @@ taken, and the context decides, unless it tells of something else: then the clai
 true, partially true or false as two, one or none of its parts are right.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from world import OBJECTS, PER_SCENE, SCENE_OF, SCENES, render, sample
 
 from hkdfast.choices import LETTERS, MARK
 from hkdfast.evaluate.choices import NONE, TASKS, Record, write
 from hkdfast.hf.augment import ShuffleOptions
 from hkdfast.hf.synthetic import Reword
+from world.scenes import OBJECTS, PER_SCENE, SCENE_OF, SCENES, render, sample
 
 TRACKS = ("hallucination", "factcheck")
 VERDICTS = TASKS["factcheck"].options
@@ -172,14 +171,15 @@ def right_answer(record, objects):
     return LETTERS[record.options.index(right)]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser):
     parser.add_argument("track", choices=TRACKS)
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--first", type=int, default=0, help="number of the first image, beside others in the folder")
-    options = parser.parse_args()
+
+
+def run(options):
     images, contents, _ = photos(options.questions, options.seed)
     options.folder.mkdir(parents=True, exist_ok=True)
     for image, pixels in enumerate(images, options.first):

@@ -1,6 +1,6 @@
 """Train the base models of the picture world: LLaVAs of 1.4 million parameters, each from a seed of its own.
 
-    python benchmarks/quality/bases.py 1 2 3
+    python benchmarks/quality/run.py bases 1 2 3
 
 Five stages: the vision tower learns what is in each quadrant, the language model learns to name one object, to
 caption and to answer questions whose negatives are any absent object (two stages), and last to answer questions
@@ -12,18 +12,18 @@ The result loads with `LlavaForConditionalGeneration.from_pretrained` and `AutoP
 that is done is kept under --work and not run again.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tinyllava import PATCH, WIDTH, make_model, make_processor, named, normalised, question, read
 from torch import nn
-from world import OBJECTS, PER_SCENE, SCENE_OF, SCENES, SIZE, pictures, render
 
-BASES = Path(__file__).parent / "bases"
+from world.scenes import OBJECTS, PER_SCENE, SCENE_OF, SCENES, SIZE, pictures, render
+from world.tinyllava import PATCH, WIDTH, make_model, make_processor, named, normalised, question, read
+
+BASES = Path(__file__).parents[1] / "bases"
 NOISE = 1.5  # largest standard deviation of the noise seen in training, in normalised pixels
 DESCRIBE = "Describe the image"
 
@@ -179,12 +179,13 @@ def train(seed, work):
     return model.requires_grad_(True).eval(), processor
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser):
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--work", type=Path, default=Path("/tmp/hkdfast-bases"), help="where finished stages are kept")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+
+
+def run(options):
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         model, processor = train(seed, options.work)
