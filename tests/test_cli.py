@@ -1,17 +1,21 @@
 """The command hkdfast as a user types it, on files."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import hkdfast
-from hkdfast import bench
+from hkdfast import bench, demo
+from hkdfast.budget import Budget, TooSlow, measure
 from hkdfast.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -252,9 +256,82 @@ def test_demo_measures_both_on_the_same_problem(command):
         assert 0 < float(error) < 1e-4
 
 
+def test_demo_ends_with_what_it_means(command):
+    sizes = ("--rows", 64, "--vocab", 2000, "--hidden", 32, "--repeats", 1, "--dtype", "float32")
+    last = command("demo", *sizes).stdout.splitlines()[-1]
+    share = r"[\d.e-]+ of its time, [\d.e-]+ of its error(, [\d.e-]+ of its memory)?"
+    assert re.fullmatch(f"hkdfast against PyTorch: logits {share}; heads {share}\\.", last), last
+
+
+def test_demo_leaves_out_what_would_not_fit(command, monkeypatch):
+    """As on a processor without 16-bit products: PyTorch's own way takes time with every row."""
+    plain = demo.plain
+
+    def slow(*tensors, dtype=torch.float32):
+        if dtype == torch.float32:
+            time.sleep(0.5 * len(tensors[0]))  # 32 s for all rows
+        return plain(*tensors, dtype=dtype)
+
+    monkeypatch.setattr(demo, "plain", slow)
+    start = time.monotonic()
+    sizes = ("--rows", 64, "--vocab", 500, "--hidden", 16, "--repeats", 1)
+    done = command("demo", *sizes, "--seconds", 12)
+    assert time.monotonic() - start < 14 and done.returncode == 0
+    why = re.findall(r"^(logits|heads), PyTorch +left out: (\d+) of 64 rows took [\d.]+ s", done.stdout, re.M)
+    assert [title for title, _ in why] == ["logits", "heads"] and all(int(rows) < 64 for _, rows in why)
+    assert len(re.findall(r"^\w+, hkdfast.* ms ", done.stdout, re.M)) == 3
+    *_, last = done.stdout.splitlines()
+    assert "Left out: logits, PyTorch; heads, PyTorch; they need more --seconds" in last
+
+
+def test_demo_shows_how_far_it_is(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    sizes = ("--rows", "8", "--vocab", "50", "--hidden", "4", "--repeats", "1", "--dtype", "float32")
+    assert main(["demo", *sizes]) == 0
+    drawn = sys.stderr.getvalue()
+    assert all(f"{i}/6, at most" in drawn for i in range(6)) and "heads, hkdfast" in drawn
+    assert drawn.endswith("\x1b[K")
+
+
+def test_a_part_may_take_what_the_others_left():
+    budget = Budget(100, 4)
+    assert budget.begin("first") == pytest.approx(25, abs=1)
+    budget.end -= 70
+    assert budget.begin("second") == pytest.approx(10, abs=1)
+    budget.end -= 70
+    assert budget.begin("third") == 0
+
+
+def test_runs_that_do_not_fit_are_not_begun():
+    ran = []
+
+    def call(rows):
+        ran.append(rows)
+        time.sleep(0.002 * rows)
+
+    with pytest.raises(TooSlow, match="^8 of 512 rows took 0.0 s, and all of them had 0.0 s"):
+        measure(call, 512, 0.04, 3)
+    assert ran == [8, 8]
+    ran.clear()
+    with pytest.raises(TooSlow, match="^one run took 0.1 s, and 5 of them had 0.4 s"):
+        measure(call, 64, 0.4, 3)
+    assert ran == [1, 1, 4, 16, 64]
+    ran.clear()
+    assert measure(call, 16, 5, 3) == pytest.approx(0.032, abs=0.02)
+    assert ran == [1, 1, 4, 16, 16, 16, 16]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--rows", "0"], "--rows is 0, expected at least 1"), (["--device", "tpu"], "no device 'tpu' here")],
+    [
+        (["--rows", "0"], "--rows is 0, expected at least 1"),
+        (["--device", "tpu"], "no device 'tpu' here"),
+        (["--seconds", "nan"], "--seconds is nan, expected a finite number above 0"),
+    ],
 )
 def test_demo_refuses(command, options, message):
     assert message in refused(command("demo", *options))
@@ -264,6 +341,7 @@ def test_bench_runs_what_lies_beside_the_package_or_says_where_it_is(command, mo
     assert (bench.FOLDER / "bench_logits.py").is_file()
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "benchmarks" / "speed")
     assert "they come with the repository" in refused(command("bench"))  # as from a wheel
+    assert "--seconds is 0.0, expected" in refused(command("bench", "--seconds", 0))
     bench.FOLDER.mkdir(parents=True)
     (bench.FOLDER / "bench_sum.py").write_text(SUM)
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")

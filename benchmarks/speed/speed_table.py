@@ -18,7 +18,10 @@ TABLED = ("logits", "SEED", "heads", "coupled")  # the rest are sweeps, for the 
 def cell(ours, peers, failures):
     """How many times a peer's time is ours, and its error; why it has none."""
     if not peers:
-        return "out of memory" if any("OutOfMemory" in why for why in failures) else "failed" if failures else "-"
+        for word, told in (("OutOfMemory", "out of memory"), ("TooSlow", "too slow"), ("", "failed")):
+            if any(word in why for why in failures):
+                return told
+        return "-"
     peer = min(peers, key=lambda one: one["stats"]["median"])
     return f"{peer['stats']['median'] / ours['stats']['median']:.1f}x ({error_of(peer)})"
 

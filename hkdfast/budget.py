@@ -1,0 +1,70 @@
+"""Time that is shared among the parts of a measurement, so that the whole ends even where one part would take hours."""
+
+import sys
+import time
+
+
+class TooSlow(Exception):
+    """A part would take more than its share of the time; says what was seen of it."""
+
+
+class Budget:
+    """Seconds for a number of parts: each may take an equal share of what the ones before it have left.
+
+    Draws a bar on stderr where that is a terminal.
+    """
+
+    def __init__(self, seconds, parts):
+        self.seconds, self.parts, self.begun = seconds, parts, 0
+        self.end = time.monotonic() + seconds
+
+    def left(self):
+        return max(0.0, self.end - time.monotonic())
+
+    def begin(self, name):
+        """Begin the next part. Returns its share in seconds."""
+        share = self.left() / max(1, self.parts - self.begun)
+        self.draw(name)
+        self.begun += 1
+        return share
+
+    def draw(self, name):
+        if sys.stderr.isatty():
+            bar = ("#" * round(20 * self.begun / self.parts)).ljust(20, ".")
+            text = f"[{bar}] {self.begun}/{self.parts}, at most {self.left():.0f} s left: {name}"
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    def clear(self):
+        """Take the bar away, for what is printed next."""
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def measure(call, size, share, repeats, wait=lambda: None):
+    """Seconds of the fastest of `repeats` runs of call(size) after a first, if they and one more fit into the share.
+
+    It is tried on ever more of its size first. Time grows with the size at most in proportion, so a step that could not
+    fit is not taken: the share is exceeded by no more than two runs of a 64th of the size.
+
+    Raises:
+        TooSlow: if they do not fit.
+    """
+    end, part = time.monotonic() + share, max(1, size // 64)
+
+    def seconds(part):
+        wait()
+        start = time.perf_counter()
+        call(part)
+        wait()
+        return time.perf_counter() - start
+
+    seconds(part)  # builds and caches are not timed
+    taken = seconds(part)
+    while part < size:
+        more = min(4 * part, size)
+        if time.monotonic() + taken * more / part > end:
+            raise TooSlow(f"{part} of {size} rows took {taken:.1f} s, and all of them had {share:.1f} s")
+        part, taken = more, seconds(more)
+    if time.monotonic() + (repeats + 1) * taken > end:
+        raise TooSlow(f"one run took {taken:.1f} s, and {repeats + 2} of them had {share:.1f} s")
+    return min((seconds(size) for _ in range(repeats)), default=taken)
