@@ -17,7 +17,15 @@ from transformers import HfArgumentParser, LlavaForConditionalGeneration
 from zoo import Rows, one_thread  # noqa: F401
 
 from hkdfast import UNLABELLED
-from hkdfast.hf import PyramidConfig, PyramidTrainer, QuestionCollator, TernaryConfig, TernaryTrainer, family
+from hkdfast.hf import (
+    PyramidConfig,
+    PyramidTrainer,
+    QuestionCollator,
+    SeedTrainer,
+    TernaryConfig,
+    TernaryTrainer,
+    family,
+)
 from hkdfast.hf.adapter import seed_adapter
 from hkdfast.hf.coupled import CoupledTrainer
 from hkdfast.seed import answer_rows
@@ -581,6 +589,39 @@ if torch.distributed.get_rank() == 0:
         assert ours == pytest.approx(theirs, rel=1e-3)
     ended = sorted(each.name for each in (tmp_path / "two/stage-2").iterdir())
     assert ended == ["done.json", "run.json", "student", "teacher"]
+
+
+def evaluated(folder, kind, **options):
+    """Metrics of five examples, with and without labels, and of as many answers."""
+    if kind == "stage":
+        found = batch(size=5, unlabelled=(1,))
+        return stage(folder, chain(2), found, **options).evaluate(Rows(found))
+    found = zoo.batch(size=5, answers=2 if kind == "labels" else None)
+    return SeedTrainer(zoo.build("llava"), zoo.config(folder, **options)).evaluate(Rows(found))
+
+
+KINDS = ("prompts", "labels", "stage")
+
+
+def test_an_evaluation_by_two_processes_counts_each_example_once(tmp_path):
+    """Of five examples in batches of two, one process gets three and the other two: the last batches are filled up."""
+    zoo.two_processes(
+        tmp_path,
+        """
+import test_hf_hkd as tests
+found = {kind: tests.evaluated(f"{FOLDER}/{kind}", kind, ddp_backend="gloo", per_device_eval_batch_size=2)
+    for kind in tests.KINDS}
+if torch.distributed.get_rank() == 0:
+    torch.save(found, FOLDER + "/found.pt")
+""",
+    )
+    found = torch.load(tmp_path / "found.pt")
+    for kind in KINDS:
+        expected = evaluated(tmp_path / "one" / kind, kind, per_device_eval_batch_size=5)
+        names = [name for name in expected if not name.endswith(("runtime", "per_second", "preparation_time"))]
+        assert len(names) > 4
+        for name in names:
+            assert found[kind][name] == pytest.approx(expected[name], rel=1e-4), (kind, name)
 
 
 # from pictures

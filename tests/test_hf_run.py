@@ -127,6 +127,8 @@ def test_resuming_looks_at_what_it_finds(tmp_path, rounds):
         trainer_of(tmp_path, batch, **options | {"max_steps": 4}).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="another run, alpha was .1.5, 1.0. and is .2.0. now"):
         trainer_of(tmp_path, batch, **options, alpha=2.0).train(resume_from_checkpoint=str(last))
+    with pytest.raises(ValueError, match="another run, dataloader_drop_last was False and is True now"):
+        trainer_of(tmp_path, batch, **options, dataloader_drop_last=True).train(resume_from_checkpoint=str(last))
     with pytest.raises(ValueError, match="has been trained in: resume it, or name another output_dir"):
         trainer_of(tmp_path, batch, **options).train()
     with pytest.raises(ValueError, match="no whole checkpoint in .*nowhere"):

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from .frozen import check_trained
-from .head import plain
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the frozen weights
 OWN_LOSS = ("orth_reg_weight", "kasa_config", "monteclora_config")  # of adapters that have a term of the loss
@@ -143,26 +143,16 @@ def lora_layers(model):
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def adapted_layers(model):
-    return lora_layers(model) + [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-
-
 def twice(model):
-    """Whether an adapted weight is in two places, both of them adapted or not."""
-    weights = [id(layer.get_base_layer().weight) for layer in lora_layers(model)]
-    return len(set(weights)) < len(weights) or any(tied(model, layer) for layer in adapted_layers(model))
+    """Whether an adapted weight has two places in a model: what is merged into it at one would act at both."""
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    bases = [layer.get_base_layer() for layer in lora_layers(model)]
+    bases += [module.original_module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return any(places[id(parameter)] > 1 for base in bases for parameter in base.parameters())
 
 
 def quantized(layer):
     return not layer.get_base_layer().weight.is_floating_point()
-
-
-def tied(model, layer):
-    base = layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer.get_base_layer()
-    inner = plain(model)
-    ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
-    weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in ends]
-    return weights[0] is weights[1] and getattr(base, "weight", None) is weights[0]
 
 
 @torch.no_grad()

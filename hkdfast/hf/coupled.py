@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
+from ..seed import IGNORE
 from . import runs
 from .adapter import check_adapter
 from .collator import QuestionCollator
@@ -129,11 +130,20 @@ class CoupledTrainer(AnswerTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.model.verify(inputs)
+        if not self.model.training:
+            inputs = self.without_copies(inputs)
         with self.watched(*self.model.models.values()):
             value, metrics = model(inputs, num_items_in_batch)
         self.note(metrics)
         value = self.over_processes(value, num_items_in_batch)
         return (value, {"loss": value}) if return_outputs else value
+
+    def without_copies(self, inputs):
+        """The batch with no labels where `counted` counts no rows."""
+        out = ~self.counted(torch.ones_like(inputs["input_ids"], dtype=torch.bool))
+        nothing = {"labels": IGNORE, "shift_labels": IGNORE, "distil_only": False}
+        masked = {name: inputs[name].masked_fill(out, x) for name, x in nothing.items() if inputs.get(name) is not None}
+        return dict(inputs) | masked
 
     def log(self, logs, *rest):
         if "grad_norm" in logs:

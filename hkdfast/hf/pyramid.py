@@ -42,9 +42,13 @@ class PyramidTrainer:
     Raises:
         ValueError: before any work: a chain of one model, a model twice, tokenizers or image processors that differ
             (both named), a head with fewer words than the tokenizer, weights to freeze or layers to adapt that a model
-            does not have, output_dir with stages of another run (the first difference named); at the first batch, a
-            head that is not what it seems.
+            does not have, models that share a weight, one that is trained outside an adapter and not saved with it, an
+            option or argument that would be ignored, output_dir with stages of another run (the first difference
+            named); at the first batch, a head that is not what it seems, or a buffer that training changes and an
+            adapter does not save.
         OSError: before any work: no model or processor under a name.
+
+    Modules without a trained parameter run in evaluation mode, dropout and running statistics included.
 
     Each stage has a folder output_dir/stage-k: what it is (run.json), its checkpoints, and when it is finished in their
     place "teacher" and "student", those that learn, as ordinary Hugging Face folders, or PEFT adapters with lora_r.

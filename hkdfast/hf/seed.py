@@ -34,8 +34,15 @@ class SeedTrainer(RoundsTrainer):
         peft_config: an adapter of the caller's own making instead of the default LoRA.
 
     Raises:
-        ValueError: before any work, if the model has no head or the adapter cannot be used; at the first batch, if the
-            head's scale or softcap cannot be told, or the batch has no images.
+        ValueError: before any work, if the model has no head, the adapter cannot be used, a weight outside it would be
+            trained, or an option or argument would be ignored; at the first batch, if the head's scale or softcap
+            cannot be told, the batch has no images, or training changes a buffer that is not saved.
+
+    The adapter alone is trained. To train more of the model, name it in modules_to_save of peft_config, e.g.
+    ["multi_modal_projector"]: then a copy is trained and saved with the adapter, and the teacher keeps the original.
+    Modules without a trained parameter run in evaluation mode, so that student and teacher see the same features of a
+    frozen vision tower. Frozen layers stay checkpointed if transformers checkpoints layer by layer
+    (GradientCheckpointingLayer); in the few models that do it otherwise frozen parts are not.
 
     The result is one ordinary PEFT adapter on the original model, whatever the number of rounds: save it with
     save_model(folder), load it with PeftModel.from_pretrained(model, folder). Round n's product stands beside the
@@ -104,7 +111,9 @@ class SeedTrainer(RoundsTrainer):
             settle(self.model)
         if not self.head.verified:
             self.head.verify(model, inputs, plain(self.model).config)
-        rows, labels = answer_rows(inputs)
+        answers, labels = answer_rows(inputs)
+        rows = self.counted(answers)
+        labels = labels if labels is None else labels[rows[answers]]
         noise = self.next_noise(len(rows))
         with as_teacher(self.model):
             clean = hidden_states(model, self.head, inputs, rows)

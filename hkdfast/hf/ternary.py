@@ -23,7 +23,9 @@ class TernaryTrainer(CoupledTrainer):
 
     Raises:
         ValueError: before any work: another number of models than the form couples, a model twice, tokenizers or image
-            processors that differ (both named); at the first batch, a head that is not what it seems.
+            processors that differ (both named), an option or argument that would be ignored, models that share a
+            weight, one that is trained outside an adapter and not saved with it; at the first batch, a head that is not
+            what it seems, or a buffer that training changes and an adapter does not save.
         OSError: before any work: no model or processor under a name.
 
     Checkpoints hold each model that learns in a folder of its role; beside them run.json tells what the run is, and one

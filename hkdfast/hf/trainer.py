@@ -95,9 +95,21 @@ class AnswerTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
         # Trainer's own would be a mean over batches, whatever their numbers of answers
-        count = answer_rows(inputs)[0].sum()
+        count = self.counted(answer_rows(inputs)[0]).sum()
         self.add("loss", loss * count, count)
         return loss, None, None
+
+    def counted(self, rows):
+        """The (B, T) rows of a batch, in an evaluation without those of examples that are there for a second time.
+
+        Processes get as many batches of one size each, for which the last ones are filled up with the first examples.
+        """
+        state, size = self.accelerator.gradient_state, len(rows)
+        single = self.accelerator.num_processes == 1
+        if self.model.training or single or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        first = torch.arange(size, device=rows.device) + self.accelerator.process_index * size
+        return rows & (first < state.remainder)[:, None]
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **others):
         sums = self.sums["eval"]
