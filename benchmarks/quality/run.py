@@ -1,9 +1,9 @@
 """What hkdfast's systems do to the small models of the picture world.
 
 python benchmarks/quality/run.py seed           one base, one seed: minutes on two CPU cores
-python benchmarks/quality/run.py seed --full    every base, system and seed; goes on where it was stopped
+python benchmarks/quality/run.py seed --full    every base, system and seed; continues where it was stopped
 python benchmarks/quality/run.py hkd            one track, one chain, three systems: minutes
-python benchmarks/quality/run.py hkd --full     both tracks, every chain and system; goes on where it was stopped
+python benchmarks/quality/run.py hkd --full     both tracks, every chain and system; continues where it was stopped
 
 What they use:
 
@@ -11,6 +11,7 @@ python benchmarks/quality/run.py questions 7 out/pope               POPE questio
 python benchmarks/quality/run.py track hallucination 7 out/track    a track of the challenge about new images
 python benchmarks/quality/run.py bases 1 2 3                        train the bases of SEED
 python benchmarks/quality/run.py chains 1 2 3                       train the chains of HKD4VLM
+python benchmarks/quality/run.py export chains/seed1/S              write a stored model as an ordinary model folder
 python benchmarks/quality/run.py cost                               measure a stage with fused and with eager losses
 """
 
@@ -19,6 +20,7 @@ import argparse
 import hkd.chains
 import hkd.command
 import hkd.cost
+import hkd.export
 import seed.bases
 import seed.command
 import world.questions
@@ -31,6 +33,7 @@ COMMANDS = {
     "track": world.tracks,
     "bases": seed.bases,
     "chains": hkd.chains,
+    "export": hkd.export,
     "cost": hkd.cost,
 }
 

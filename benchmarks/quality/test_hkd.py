@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from hkd import study, table
-from hkd.chains import CHAINS, asking, load
+from hkd import export, study, table
+from hkd.cells import Cells
+from hkd.chains import asking, load
 from hkd.study import make_cell, stage_file, tuned
 from hkd.tune import SPLITS, Reader, Stage, Track, examine, lessons, pictures, seen
 from hkdfast import UNLABELLED
 from hkdfast.choices import LETTERS
 from hkdfast.evaluate.choices import choice, score
 from hkdfast.seed import answer_rows
+from world.results import RESULTS
 from world.tinyllava import normalised, prompt, see
 from world.tracks import (
     TEMPLATES,
@@ -42,10 +44,12 @@ def small(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("size", "LMS")
-def test_a_chain_loads_as_any_model_and_answers_as_the_study_asks_it(size):
+def test_an_exported_chain_loads_as_any_model_and_answers_as_the_study_asks_it(size, tmp_path):
     images, contents, _ = photos(5, 11)
     model, tokenizer = load(1, size)
-    processor = AutoProcessor.from_pretrained(CHAINS / "seed1" / size)
+    export.write(f"chains/seed1/{size}", tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    exported = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     for track in TRACKS:
         asked = [choice(record, TEMPLATES[track]) for record in ask(track, contents, 2)]
         batch = processor(
@@ -54,7 +58,7 @@ def test_a_chain_loads_as_any_model_and_answers_as_the_study_asks_it(size):
             return_tensors="pt",
         )
         with torch.no_grad():
-            expected = model(**batch).logits[:, -1]
+            expected = exported(**batch).logits[:, -1]
             reader = Reader(tokenizer, type("Few", (), {"seen": see(model, batch["pixel_values"])[None]}))
             head = reader.rows(model)(reader([one.prompt() for one in asked], [one.about for one in asked]))
         torch.testing.assert_close(head.hidden @ head.weight.T, expected, atol=1e-4, rtol=1e-4)
@@ -129,15 +133,53 @@ def test_a_pyramid_stage_is_kept_and_not_run_again(small, monkeypatch):
     )
 
 
+def test_every_cell_of_the_results_is_of_this_study():
+    cells = Cells(RESULTS / "hkd", RESULTS / "none")
+    for track in TRACKS:
+        for seed in (1, 2, 3):
+            for system in study.SYSTEMS:
+                answers = study.read_cell(cells, track, seed, system)  # an error where the recipe is another
+                assert answers.shape == (2, 2, SPLITS["test"][0]) and answers.dtype == np.int8
+
+
+def test_new_cells_are_gathered_and_those_of_another_recipe_are_refused(tmp_path):
+    cells, one, two = Cells(tmp_path, tmp_path / "new"), np.int8([[[1, 2]]]), np.int8([[[3, 0]]])
+    file = tmp_path / "factcheck.npz"
+    assert cells.read("factcheck", 1, "whole - ternary", "a") is None
+    cells.gather("factcheck", {(1, "whole - ternary"): "a"})
+    assert not file.exists()
+    cells.write("factcheck", 1, "whole - ternary", "a", one)
+    cells.write("factcheck", 2, "whole - ternary", "b", two)
+    cells.gather("factcheck", {(1, "whole - ternary"): "a"})
+    cells.gather("factcheck", {(2, "whole - ternary"): "b", (3, "whole - ternary"): "c"})
+    for fresh in (tmp_path / "new", tmp_path / "none"):  # as long as the new cells are there, and after
+        cells = Cells(tmp_path, fresh)
+        assert (cells.read("factcheck", 1, "whole - ternary", "a") == one).all()
+        assert (cells.read("factcheck", 2, "whole - ternary", "b") == two).all()
+    assert cells.read("factcheck", 1, "whole", "a") is None and cells.read("hallucination", 1, "whole", "a") is None
+    with pytest.raises(ValueError, match=r"factcheck\.npz holds answers of 'whole - ternary', seed 2.*--remake"):
+        cells.read("factcheck", 2, "whole - ternary", "c")
+    assert cells.read("factcheck", 2, "whole - ternary", "c", remake=True) is None
+    cells.write("factcheck", 2, "whole - ternary", "c", one)
+    assert (cells.read("factcheck", 2, "whole - ternary", "c") == one).all()
+    before = file.read_bytes()
+    cells.gather("factcheck", {(2, "whole - ternary"): "b"})  # what is gathered already is not written again
+    assert file.read_bytes() == before
+    cells.gather("factcheck", {(2, "whole - ternary"): "c"})
+    assert (Cells(tmp_path, tmp_path / "nowhere").read("factcheck", 2, "whole - ternary", "c") == one).all()
+
+
 def test_cells_become_a_table(small, monkeypatch):
+    cells = Cells(small, small / "new")
     for name in ("small", "large"):
         monkeypatch.setitem(study.STAGES, name, replace(study.STAGES[name], epochs=1))
-        make_cell("hallucination", 1, name, small, small)
-    found = table.report(small, "hallucination", [1])
+        make_cell("hallucination", 1, name, small, cells)
+    study.gather(cells, "hallucination", [1])
+    found = table.report(cells, "hallucination", [1])
     assert list(found["systems"]) == ["large", "small"]
-    right = table.read_cells(small, "hallucination", [1])["small"]
+    right = table.read_cells(cells, "hallucination", [1])["small"]
     records = ask("hallucination", photos(40, 22)[1], 22)
-    answers = np.load(study.cell_file(small, "hallucination", 1, "small"))["answers"][0, 1]
+    answers = np.load(small / "hallucination.npz")["1/small/answers"][0, 1]
     expected = score(records, [LETTERS[place] for place in answers])["micro_f1"]
     assert found["systems"]["small"]["chains"] == {1: pytest.approx(100 * expected, abs=0.01)}
     assert right[1].shape == (2, 2, 40)

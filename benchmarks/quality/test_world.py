@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hkdfast.evaluate.pope import read_questions
-from seed.study import load
+from seed.bases import load
 from world.questions import SPLITS, pope, prompts, write_pope
 from world.scenes import OBJECTS, SCENE_OF, company, pictures
 from world.tinyllava import ask, normalised, prompt, question

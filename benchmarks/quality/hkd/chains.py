@@ -4,11 +4,10 @@
 
 The tower is that of bases/seed1, frozen. The language models learn an easy version of both tracks, whose wrong objects
 may be of any scene, and to say whether an object is in sight. They differ in size and in how long they learn: that is
-where the gap between them comes from. Folders load with `LlavaForConditionalGeneration.from_pretrained`; the tower is
-kept once for all, as a shard that every folder's index names.
+where the gap between them comes from. The weights are stored in chains/, the tower once for all; `run.py export`
+writes ordinary model folders.
 """
 
-import json
 import random
 import time
 from pathlib import Path
@@ -16,18 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from safetensors.torch import save_file
 
 from hkdfast.choices import LETTERS, shuffled
 from hkdfast.evaluate.choices import choice
-from seed.bases import BASES, descend
+from seed.bases import descend
+from seed.bases import load as load_base
 from world.scenes import OBJECTS
-from world.tinyllava import make_model, make_processor, normalised, read, see
+from world.tinyllava import load_model, make_model, make_processor, normalised, read, see, stored
 from world.tracks import ASK, FACTS, TEMPLATES, TRACKS, foreign, photos
 
 CHAINS = Path(__file__).parents[1] / "chains"
-TOWER = "tower.safetensors"
+TOWER = CHAINS / "tower.safetensors"
 SENTENCES = "user assistant : ? a b c d and in sight yes no true false partially not verifiable hallucination"
 WORDS = [*SENTENCES.split(), *FACTS]
 SIZES = {  # layers and width of the language model; images, steps and learning rate of its pretraining
@@ -133,24 +132,39 @@ def learn(model, tokenizer, seen, contents, rng, steps, lr, stage, batch=32):
     descend([p for p in model.parameters() if p.requires_grad], lr, int(share * steps), 0.01, losses(), stage)
 
 
+def processor():
+    """The processor of every chain."""
+    return make_processor(WORDS, silent=".,")
+
+
+def sizes(size):
+    """Options of `make_model` for a size."""
+    recipe = SIZES[size]
+    return {"layers": recipe["layers"], "width": recipe["width"], "spread": recipe["width"] ** -0.5}
+
+
+def weights_file(seed, size):
+    """Where a model's weights are stored, but for the tower."""
+    return CHAINS / f"seed{seed}" / f"{size}.safetensors"
+
+
 def tower():
     """The state of the vision tower of bases/seed1."""
-    return LlavaForConditionalGeneration.from_pretrained(BASES / "seed1").model.vision_tower.state_dict()
+    return load_base("seed1")[0].model.vision_tower.state_dict()
 
 
 def train(seed, size, work):
-    """A pretrained model of a chain and its processor; what is done is kept under `work`."""
-    processor = make_processor(WORDS, silent=".,")
-    tokenizer, rng = processor.tokenizer, np.random.default_rng([seed, list(SIZES).index(size)])
+    """A pretrained model of a chain; what is done is kept under `work`."""
+    tokenizer, rng = processor().tokenizer, np.random.default_rng([seed, list(SIZES).index(size)])
     torch.manual_seed(1000 * seed + list(SIZES).index(size))
     recipe = SIZES[size]
-    model = make_model(tokenizer, recipe["layers"], recipe["width"], spread=recipe["width"] ** -0.5)
+    model = make_model(tokenizer, **sizes(size))
     model.model.vision_tower.load_state_dict(tower())
     model.model.vision_tower.requires_grad_(False)
     done = work / f"seed{seed}-{size}.pt"
     if done.exists():
         model.load_state_dict(torch.load(done))
-        return model.eval(), processor
+        return model.eval()
     print(
         f"chain {seed}, {size}: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e3:.0f} k", flush=True
     )
@@ -161,7 +175,7 @@ def train(seed, size, work):
     for stage in STAGES:
         learn(model, tokenizer, seen, contents, rng, recipe["steps"], recipe["lr"], stage)
     torch.save(model.state_dict(), done)
-    return model.eval(), processor
+    return model.eval()
 
 
 def pool(model, seed, work):
@@ -174,28 +188,22 @@ def pool(model, seed, work):
     return torch.load(file)
 
 
-def save(model, processor, folder):
-    """Write a model in half the bytes; its tower goes to one file for all, which its index names."""
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder, state_dict={name: weight.half() for name, weight in model.state_dict().items()})
-    whole = folder / "model.safetensors"
-    weights = load_file(whole)
+def save(model, seed, size):
+    """Store a model in half the bytes, its tower in one file for all."""
+    weights = stored(model)
     shared = {name: weight for name, weight in weights.items() if "vision_tower" in name}
-    save_file(shared, CHAINS / TOWER, {"format": "pt"})
-    save_file(
-        {name: weights[name] for name in weights.keys() - shared}, folder / "language.safetensors", {"format": "pt"}
-    )
-    index = {name: f"../../{TOWER}" if name in shared else "language.safetensors" for name in weights}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
-    whole.unlink()  # it would be read instead of the index
+    file = weights_file(seed, size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(shared, TOWER, {"format": "pt"})
+    save_file({name: weights[name] for name in weights.keys() - shared}, file, {"format": "pt"})
 
 
 def load(seed, size):
-    """A pretrained model of a chain and its tokenizer, as any user would load them."""
-    folder = CHAINS / f"seed{seed}" / size
-    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    """The model that chains/ stores, its tower frozen, and its tokenizer."""
+    tokenizer = processor().tokenizer
+    model = load_model([TOWER, weights_file(seed, size)], tokenizer, **sizes(size))
     model.model.vision_tower.requires_grad_(False)
-    return model.eval(), AutoProcessor.from_pretrained(folder).tokenizer
+    return model, tokenizer
 
 
 def add_arguments(parser):
@@ -209,4 +217,4 @@ def run(options):
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         for size in options.sizes:
-            save(*train(seed, size, options.work), CHAINS / f"seed{seed}" / size)
+            save(train(seed, size, options.work), seed, size)

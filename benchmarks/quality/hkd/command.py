@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from hkd import study, table
+from hkd.cells import Cells
 from hkd.chains import CHAINS
 from world.results import RESULTS, machine
 from world.tracks import TRACKS
@@ -19,9 +20,10 @@ def add_arguments(parser):
     add("--seeds", type=int, nargs="+", help="chains; default 1, with --full all")
     add("--systems", nargs="+", choices=study.SYSTEMS)
     add("--cells", action="store_true", help="stop before the tables: for several processes that share the work")
+    add("--remake", action="store_true", help="make cells again whose settings have changed; otherwise an error")
     add("--tables", action="store_true", help="make no cell, only the tables of those that are there")
     add("--threads", type=int, default=1, help="default 1: on a model this small two threads wait for each other")
-    add("--work", type=Path, default=Path("out/quality"), help="where weights of finished stages are kept")
+    add("--work", type=Path, default=Path("out/quality"), help="where finished stages and new cells are kept")
 
 
 def run(options):
@@ -29,18 +31,21 @@ def run(options):
     known = sorted(int(folder.name.removeprefix("seed")) for folder in CHAINS.glob("seed*"))
     chains = options.seeds or (known if options.full else known[:1])
     if not set(chains) <= set(known):
-        raise SystemExit(f"there are chains {known} in {CHAINS}, not {chains}: run.py chains trains more")
+        raise SystemExit(f"--seeds: {CHAINS} holds chains {known}, not {chains}; run.py chains trains more")
     tracks = options.tracks or (TRACKS if options.full else TRACKS[:1])
     systems = study.SYSTEMS if options.full else ["large", "small", "whole"]
     systems = options.systems or systems
     work = options.work / "hkd"
-    # the cells of the whole study are small and stay; those of a first look are made anew from the chain
-    cells = RESULTS / "hkd" if options.full else work / "quick"
+    # the answers of the whole study are small and committed; those of a first look are not
+    folder = RESULTS / "hkd" if options.full else work / "quick"
+    cells = Cells(folder, work / "cells" if options.full else folder / "cells")
     todo = [(track, seed, system) for system in systems for seed in chains for track in tracks]
     for track, seed, system in tqdm(todo if not options.tables else (), "cells"):
-        study.make_cell(track, seed, system, work, cells)
+        study.make_cell(track, seed, system, work, cells, options.remake)
     if options.cells:
         return
+    for track in tracks:
+        study.gather(cells, track, chains)
     found = {track: table.report(cells, track, chains) for track in tracks}
     for track in tracks:
         print(f"\n{track}\n\n{table.markdown(found[track])}")

@@ -9,11 +9,11 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 
-import numpy as np
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hkd.chains import CHAINS, load
+from hkd.cells import plain
+from hkd.chains import load, weights_file
 from hkd.tune import BATCH, RETOUCH, SPLITS, TEACH, Reader, Stage, Track, epochs, examine, fit, rates
 from world.tracks import REWRITE
 
@@ -69,16 +69,6 @@ def stage_file(work, track, seed, stage):
     return work / track / f"seed{seed}" / f"{plain(stage)}.safetensors"
 
 
-def cell_file(cells, track, seed, system):
-    return cells / track / f"seed{seed}" / f"{plain(system)}.npz"
-
-
-def plain(name):
-    for sign, word in ((" - ", "_without_"), ("+ ", "with_"), ("/", "-"), (",", ""), (" ", "_")):
-        name = name.replace(sign, word)
-    return name
-
-
 def grounds(name):
     """The models that a stage begins with or learns from, as (size, stage or None)."""
     stage = STAGES[name]
@@ -93,11 +83,10 @@ def recipe(track, seed, name):
     told = [track, seed, given, SPLITS["train"], BATCH, rates(track, stage), TEACH]
     told += [repr(REWRITE)] * bool(stage.rewrites) + [repr(RETOUCH)] * (stage.views > 1) + more
     for size, before in grounds(name):
-        weights = CHAINS / f"seed{seed}" / size / "language.safetensors"
         told.append(
             recipe(track, seed, before.removesuffix("/live"))
             if before
-            else hashlib.blake2b(weights.read_bytes()).hexdigest()
+            else hashlib.blake2b(weights_file(seed, size).read_bytes()).hexdigest()
         )
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=12).hexdigest()
 
@@ -144,33 +133,24 @@ def keep(model, file, digest):
     draft.replace(file)
 
 
-def read_cell(cells, track, seed, system):
-    """(layouts, 2, questions) int8 of a system, or None if its cell is not there.
-
-    Raises:
-        ValueError: if the cell was made under other settings, on other questions or from another chain.
-    """
-    file = cell_file(cells, track, seed, system)
-    if not file.exists():
-        return None
-    with np.load(file) as found:
-        if str(found["recipe"]) != cell_recipe(track, seed, system):
-            raise ValueError(f"{file} was made by another recipe than this study's: remove it, and it is made anew")
-        return found["answers"]
+def read_cell(cells, track, seed, system, remake=False):
+    """(layouts, 2, questions) int8 of a system, or None if its cell is not there; the rest as in `Cells.read`."""
+    return cells.read(track, seed, system, cell_recipe(track, seed, system), remake)
 
 
 def cell_recipe(track, seed, system):
     return f"{recipe(track, seed, system)} on {SPLITS['test']}"
 
 
-def make_cell(track, seed, system, work, cells):
+def make_cell(track, seed, system, work, cells, remake=False):
     """Make the cell of a system, unless it is there."""
-    if read_cell(cells, track, seed, system) is not None:
+    if read_cell(cells, track, seed, system, remake) is not None:
         return
-    file = cell_file(cells, track, seed, system)
     model, tokenizer = tuned(track, seed, STAGES[system].size, system, work)
     found = examine(model, Reader(tokenizer, Track(track, "test")))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".draft.npz")
-    np.savez_compressed(draft, answers=found, recipe=cell_recipe(track, seed, system))
-    draft.replace(file)
+    cells.write(track, seed, system, cell_recipe(track, seed, system), found)
+
+
+def gather(cells, track, seeds):
+    """Take the new cells of this study into the track's file."""
+    cells.gather(track, {(seed, system): cell_recipe(track, seed, system) for seed in seeds for system in SYSTEMS})

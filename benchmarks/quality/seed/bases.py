@@ -8,8 +8,8 @@ whose negatives never belong to the scene. The last stage is short and is what i
 the model can tell apart the objects of a scene, but no longer needs to, and the prior of the scene grows over the
 evidence.
 
-The result loads with `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`. A stage
-that is done is kept under --work and not run again.
+The weights are stored in bases/, `run.py export` writes ordinary model folders. A stage that is done is kept under
+--work and not run again.
 """
 
 import time
@@ -18,12 +18,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from world.scenes import OBJECTS, PER_SCENE, SCENE_OF, SCENES, SIZE, pictures, render
-from world.tinyllava import PATCH, WIDTH, make_model, make_processor, named, normalised, question, read
+from world.tinyllava import (
+    PATCH,
+    WIDTH,
+    load_model,
+    make_model,
+    make_processor,
+    named,
+    normalised,
+    question,
+    read,
+    stored,
+)
 
 BASES = Path(__file__).parents[1] / "bases"
+WEIGHTS = "model.safetensors"
 NOISE = 1.5  # largest standard deviation of the noise seen in training, in normalised pixels
 DESCRIBE = "Describe the image"
 
@@ -161,11 +174,11 @@ STAGES = {
 
 
 def train(seed, work):
-    """The base model of one seed, and its processor."""
+    """The base model of one seed."""
     work.mkdir(parents=True, exist_ok=True)
-    processor = make_processor()
+    tokenizer = make_processor().tokenizer
     torch.manual_seed(seed)
-    model = make_model(processor.tokenizer)
+    model = make_model(tokenizer)
     print(f"base {seed}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     for number, (stage, learn) in enumerate(STAGES.items()):
         done = work / f"seed{seed}-{stage}.pt"
@@ -173,10 +186,16 @@ def train(seed, work):
             model.load_state_dict(torch.load(done))
         else:
             torch.manual_seed(1000 * seed + number)
-            learn(model, processor.tokenizer, np.random.default_rng([seed, number]))
+            learn(model, tokenizer, np.random.default_rng([seed, number]))
             torch.save(model.state_dict(), done)
         model.model.vision_tower.requires_grad_(False)
-    return model.requires_grad_(True).eval(), processor
+    return model.requires_grad_(True).eval()
+
+
+def load(name, device="cpu"):
+    """The base model that bases/ stores under this name, and its processor."""
+    processor = make_processor()
+    return load_model([BASES / name / WEIGHTS], processor.tokenizer).to(device), processor
 
 
 def add_arguments(parser):
@@ -188,8 +207,6 @@ def add_arguments(parser):
 def run(options):
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
-        model, processor = train(seed, options.work)
-        # half the bytes; the configuration still says float32, so that is what it loads as
-        halves = {name: weight.half() for name, weight in model.state_dict().items()}
-        model.save_pretrained(BASES / f"seed{seed}", state_dict=halves)
-        processor.save_pretrained(BASES / f"seed{seed}")
+        file = BASES / f"seed{seed}" / WEIGHTS
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(stored(train(seed, options.work)), file, {"format": "pt"})

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import hkdfast
 from seed import study
+from seed.bases import BASES
 from seed.table import RESAMPLES, compare, equal_yes_rate, markdown, read_cell, shifted, tuned_shift
 from world.questions import SPLITS
 from world.results import RESULTS, machine
@@ -112,7 +113,7 @@ def add_arguments(parser):
 
 def run(options):
     torch.set_num_threads(options.threads)
-    bases = options.bases or (sorted(folder.name for folder in study.BASES.iterdir()) if options.full else ["seed1"])
+    bases = options.bases or (sorted(folder.name for folder in BASES.iterdir()) if options.full else ["seed1"])
     seeds = options.seeds or (SEEDS if options.full else SEEDS[:1])
     systems = [*study.DECODED, *study.ALL] if options.full else ["base", "contrast, 1 draw", "SEED"]
     work = options.work / ("full" if options.full else "quick")

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback
+from transformers import TrainerCallback
 
 from hkdfast import Head, contrast, diffuse, purify
 from hkdfast.hf import SeedConfig, SeedTrainer
+from seed.bases import load
 from world.questions import SPLITS, pope, prompts
-from world.tinyllava import ask, normalised, question
+from world.tinyllava import ask, make_processor, normalised, question
 
-BASES = Path(__file__).parents[1] / "bases"
 TUNING = 1001  # the one question set that anything may be chosen on
 FRESH = (3311, 3312, 3313, 3314, 3315)  # never looked at before the study
 IMAGES = 500  # of a question set
@@ -83,13 +83,6 @@ class Exam:
         yes_no = log_p[:, words]
         log_p[:, words] = -torch.inf
         return torch.cat([yes_no, log_p.amax(-1, keepdim=True)], 1).numpy()[self.place]
-
-
-def load(name, device="cpu"):
-    """A base model and its processor, as any user would load them."""
-    folder = BASES / name
-    model = LlavaForConditionalGeneration.from_pretrained(folder).to(device).eval()
-    return model, AutoProcessor.from_pretrained(folder)
 
 
 def yes_no(processor):
@@ -224,7 +217,7 @@ def distil(base, system, seed, exams, work, device="cpu", rounds=1):
     files = [cell_file(work, base, name, seed) for name in (system, system + SECOND)[:rounds]]
     if all(file.exists() for file in files):
         return
-    processor = AutoProcessor.from_pretrained(BASES / base)
+    processor = make_processor()
 
     def after(round_, model):
         answer = partial(ask, model.get_base_model(), processor.tokenizer)

@@ -1,7 +1,11 @@
 """A small LLaVA, 1.4 million parameters unless told otherwise: its processor, its prompt, and a fast way to ask it
 many questions."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
@@ -100,8 +104,8 @@ def make_processor(words=WORDS, silent=""):
     )
 
 
-def make_model(tokenizer, layers=3, width=WIDTH, spread=0.02):
-    """A LLaVA with random weights.
+def make_config(tokenizer, layers=3, width=WIDTH, spread=0.02):
+    """The configuration of a LLaVA.
 
     Args:
         tokenizer: of its processor.
@@ -127,7 +131,7 @@ def make_model(tokenizer, layers=3, width=WIDTH, spread=0.02):
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
     )
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -135,7 +139,34 @@ def make_model(tokenizer, layers=3, width=WIDTH, spread=0.02):
         vision_feature_select_strategy="default",
         image_seq_length=PATCHES,
     )
-    return LlavaForConditionalGeneration(config)
+
+
+def make_model(tokenizer, **sizes):
+    """A LLaVA with random weights; sizes are options of `make_config`."""
+    return LlavaForConditionalGeneration(make_config(tokenizer, **sizes))
+
+
+def load_model(files, tokenizer, **sizes):
+    """A model with the weights that files hold under the names of `stored`, in float32 whatever they are stored in."""
+    model, report = LlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=make_config(tokenizer, **sizes),
+        state_dict={name: weight for file in files for name, weight in load_file(file).items()},
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    wrong = {what: names for what, names in report.items() if names}
+    if wrong:
+        raise ValueError(f"{' and '.join(map(str, files))} do not hold this model's weights: {wrong}")
+    return model.eval()
+
+
+def stored(model):
+    """{name: weight} as `save_pretrained` names them, in half the bytes."""
+    halves = {name: weight.half() for name, weight in model.state_dict().items()}
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict=halves)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 def normalised(images):

@@ -1,8 +1,9 @@
 """The two tracks of the Responsible-AI challenge, asked about the picture world.
 
     python benchmarks/quality/run.py track hallucination 7 out/track --questions 500
+    python benchmarks/quality/run.py export chains/seed1/L --output out/models
     hkdfast evaluate choices --task hallucination --data out/track/questions.json --images out/track \\
-        --model benchmarks/quality/chains/seed1/L --template $'{statement}?\\n{options}' --output out/choices.json
+        --model out/models/chains/seed1/L --template $'{statement}?\\n{options}' --output out/choices.json
 
 "hallucination": which phrase of a caption is not in the image, A to D, D being "No hallucination". "factcheck": a claim
 of two parts. The first names an object in sight, and the image decides. The second says when or where the photo was
