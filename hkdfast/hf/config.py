@@ -204,7 +204,9 @@ class CoupledConfig(Shared, TrainingArguments):
     )
     lora_r: int | None = option(None, "Train adapters of this rank; by default all weights are trained.")
     frozen: list[str] | None = option(
-        None, "Weights that stay as they are, adapters on them too: those with one of these texts in their name."
+        None,
+        "Weights that stay as they are, and get no adapter that is trained: those with one of these texts in their "
+        "name, e.g. vision_tower.",
     )
     dtype: str = option("auto", "Of the models that are loaded; auto: as they are saved.", WIDTHS)
     keep_checkpoints: bool = option(

@@ -62,6 +62,9 @@ def settle(model):
     A module is trained if a parameter below it is. One without parameters (dropout, an activation) is in the mode of
     the module around it; unless it has buffers that no adapter saves, as the running statistics of a normalization.
     Frozen layers that transformers checkpoints stay checkpointed, see FrozenCheckpoint.
+
+    Args:
+        model: a PEFT model, or another, all of whose buffers are saved.
     """
     saved = not isinstance(model, PeftModel)
     trained, held = set(), set()
