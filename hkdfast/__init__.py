@@ -1,19 +1,19 @@
 """Vocabulary-wide distillation at the cost of its matrix products."""
 
-from .backends import backends
-from .contrast import contrast, purify
-from .distill import Edge, coupled_loss, distill_loss
+from .contrastive import contrast, purify
+from .heads import Head
+from .losses import Edge, coupled_loss, distill_loss
 from .noise import diffuse
-from .objective import UNLABELLED
-from .reference import DIVERGENCES
-from .sources import Head
+from .ops.dispatch import backends
+from .ops.objective import UNLABELED
+from .ops.reference import DIVERGENCES
 
 __version__ = "0.1.0"
 __all__ = [
     "DIVERGENCES",
     "Edge",
     "Head",
-    "UNLABELLED",
+    "UNLABELED",
     "backends",
     "contrast",
     "coupled_loss",

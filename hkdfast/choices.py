@@ -1,13 +1,13 @@
 """Multiple choice under a shifted letter-to-option map: reconstruction of HKD4VLM's mapping shift (arXiv:2506.13038).
 
-    questions = [Choice("What does the image show?", ("a cat", "a dog", "a cow"), about="1.png"), ...]
+    questions = [Choice("What does the image show?", ("a cat", "a dog", "a cow"), image="1.png"), ...]
     found = answer(model, encode, questions, shifts="cyclic")       # found.scores (N, n), found.choice (N,)
 
 A model prefers some letters whatever they stand for. Each question is therefore asked several times with its options
 behind other letters; what the model gives a letter goes back to the option that stood there, and is averaged.
 
 A model is any function of a batch that returns what comes next at the batch's answer rows, in the order of
-`hkdfast.seed.answer_rows`: logits (N, V) or a `Head`. `encode(prompts, abouts, answers)` makes the batch, a dict with
+`hkdfast.batch.answer_rows`: logits (N, V) or a `Head`. `encode(prompts, images, answers)` makes the batch, a dict with
 at least "input_ids" (B, T): of prompts alone where answers is None, else of prompts with their answers and "labels" at
 the answers' tokens. `hkdfast.hf.choices.encoder` makes one of a Hugging Face processor.
 """
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from .words import SCORINGS, Scorer, choose_tokens
+from .option_scores import SCORINGS, Scorer, choose_tokens
 
 LETTERS = string.ascii_uppercase
 SHIFTS = ("cyclic", "all", "none")
-COMBINES = ("mean", "vote")
-FORMS = ("letters", "each", "calibrated")
-MARK = "{options}"  # where in a question's text its options stand
-FREE = "N/A"  # a text without content, as in Zhao et al., 2021
+AGGREGATES = ("mean", "vote")
+FORMS = ("letters", "per_option", "calibrated")
+OPTIONS_PLACEHOLDER = "{options}"  # where in a question's text its options stand
+CONTENT_FREE = "N/A"  # a text without content, as in Zhao et al., 2021
 EACH = "\nProposed answer: {option}\nIs it right? Answer Yes or No."
 YES_NO = ("Yes", "No")
 
@@ -42,8 +42,8 @@ class Choice:
             follow the text on new lines. What stands behind it may ask for a letter: where the options are put one by
             one, it is left out.
         options: 2 to 26 texts without letters.
-        about: what the question is about (an image, its path, ...), handed to `encode` and not looked at here.
-        blank: the text without its content, which the form "calibrated" asks with "N/A" for every option.
+        image: the image (or its path, or anything else) that `encode` is given; it is not read here.
+        content_free: the text without its content, which the method "calibrated" asks with "N/A" for every option.
 
     Raises:
         ValueError: on another number of options, or one that is not a text or is empty.
@@ -51,8 +51,8 @@ class Choice:
 
     text: str
     options: tuple[str, ...]
-    about: Any = None
-    blank: str = FREE
+    image: Any = None
+    content_free: str = CONTENT_FREE
 
     def __post_init__(self):
         object.__setattr__(self, "options", tuple(self.options))
@@ -66,13 +66,13 @@ class Choice:
         """The question as it is asked, option order[place] behind the letter of each place."""
         places = range(len(self.options)) if order is None else order
         lines = "\n".join(f"{LETTERS[place]}. {self.options[option]}" for place, option in enumerate(places))
-        before, mark, after = self.text.rpartition(MARK)
+        before, mark, after = self.text.rpartition(OPTIONS_PLACEHOLDER)
         return f"{before}{lines}{after}" if mark else f"{self.text}\n{lines}"
 
     @property
     def stem(self):
         """The text before the options."""
-        before, mark, _ = self.text.rpartition(MARK)
+        before, mark, _ = self.text.rpartition(OPTIONS_PLACEHOLDER)
         return before.rstrip() if mark else self.text
 
 
@@ -174,8 +174,8 @@ def answer(
     questions,
     *,
     shifts="cyclic",
-    combine="mean",
-    form="letters",
+    aggregate="mean",
+    method="letters",
     fixed=(),
     batch_size=8,
     scoring="auto",
@@ -183,7 +183,7 @@ def answer(
     seed=0,
     each=EACH,
     words=YES_NO,
-    tell=None,
+    on_batch=None,
 ):
     """Answer multiple-choice questions: reconstruction of HKD4VLM's mapping-shift inference (arXiv:2506.13038).
 
@@ -192,19 +192,19 @@ def answer(
 
     Args:
         model: function of a batch, see the head of this module. No gradient passes.
-        encode: function of (prompts, abouts, answers) to a batch on the model's device, see the head of this module.
+        encode: function of (prompts, images, answers) to a batch on the model's device, see the head of this module.
         questions: list of Choice; their numbers of options may differ.
         shifts: as in `shifts`. The form "each" has no letters to shift, and nothing to combine.
-        combine: "mean": the shifts' log-probabilities are averaged, then normalised. "vote": each shift has one vote,
+        combine: "mean": the shifts' log-probabilities are averaged, then normalized. "vote": each shift has one vote,
             the score is the logarithm of the share of votes (-inf without one); equal votes are decided by the higher
             mean log-probability, then by the first option.
         form: "letters": which letter follows the prompt. "calibrated": the same minus the letters' log-probabilities
             after a prompt without content (Zhao et al., 2021, arXiv:2102.09690), once a question. "each": every option
-            is put alone, and its score is log p(yes), not normalised over the options.
+            is put alone, and its score is log p(yes), not normalized over the options.
         fixed: options that keep their place, by index or by text (upper and lower case are the same).
         batch_size: questions in one forward.
         scoring: "token": log softmax over the one token of each letter. "sequence": sum of the log-probabilities of all
-            tokens of each letter (to the end of its turn) over the whole vocabulary, then normalised over the letters;
+            tokens of each letter (to the end of its turn) over the whole vocabulary, then normalized over the letters;
             a prompt per shift and letter. "auto": "token" wherever every letter is one token of its own.
         tokens: ids of the letters' tokens (of the words' tokens in the form "each"), or None to find them by `encode`.
         seed: of a number of shifts.
@@ -219,13 +219,13 @@ def answer(
         ValueError: on an unknown option, no questions, a letter that is not one token under scoring "token", tokens
             that are too few, a model that does not return one row per answer token, or scores that are NaN.
     """
-    check_options(combine, form, scoring, batch_size)
+    check_options(aggregate, method, scoring, batch_size)
     questions = list(questions)
     if not questions:
         raise ValueError("there are no questions")
     most = max(len(question.options) for question in questions)
-    asked = [Asked(question, form, plan(question, shifts, fixed, seed), each) for question in questions]
-    words = words if form == "each" else LETTERS[:most]
+    asked = [Asked(question, method, plan(question, shifts, fixed, seed), each) for question in questions]
+    words = words if method == "per_option" else LETTERS[:most]
     with torch.no_grad():
         scorer = Scorer(model, encode, words, choose_tokens(encode, asked[0].lines[0], words, tokens, scoring))
         found = []
@@ -234,23 +234,27 @@ def answer(
             rows = scorer([line for one in batch for line in one.lines])
             parts = rows.split([len(one.lines) for one in batch])
             found += [one.back(part) for one, part in zip(batch, parts, strict=True)]
-            if tell is not None:
-                tell(collected(found[start:], combine, form))
-    return collected(found, combine, form)
+            if on_batch is not None:
+                on_batch(collected(found[start:], aggregate, method))
+    return collected(found, aggregate, method)
 
 
-def check_options(combine, form, scoring, batch_size):
+def check_options(aggregate, method, scoring, batch_size):
     """Those options of `answer` that can be wrong whatever the questions."""
-    for name, value, known in (("combine", combine, COMBINES), ("form", form, FORMS), ("scoring", scoring, SCORINGS)):
+    for name, value, known in (
+        ("aggregate", aggregate, AGGREGATES),
+        ("method", method, FORMS),
+        ("scoring", scoring, SCORINGS),
+    ):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
-def collected(by_shift, combine, form):
+def collected(by_shift, aggregate, method):
     """The Answers of several questions."""
-    combined = [combined_scores(one, combine, form) for one in by_shift]
+    combined = [combined_scores(one, aggregate, method) for one in by_shift]
     scores = [score for score, _ in combined]
     width = max(len(score) for score in scores)
     scores = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=-math.inf) for one in scores])
@@ -269,38 +273,38 @@ class Asked:
     """A question as the lines that the model is shown, and the way back from their scores to its options."""
 
     question: Choice
-    form: str
+    method: str
     orders: list  # of the shifts
     each: str
 
     def __post_init__(self):
         question, count = self.question, len(self.question.options)
-        if self.form == "each":
+        if self.method == "per_option":
             texts = [question.stem + self.each.replace("{option}", option) for option in question.options]
             count = 2
         else:
             texts = [question.prompt(order) for order in self.orders]
-            if self.form == "calibrated":
-                texts.append(Choice(question.blank, (FREE,) * count).prompt())
-        self.lines = [(text, question.about, count) for text in texts]
+            if self.method == "calibrated":
+                texts.append(Choice(question.content_free, (CONTENT_FREE,) * count).prompt())
+        self.lines = [(text, question.image, count) for text in texts]
 
     def back(self, rows):
         """(shifts, options) log-probabilities of the lines' (lines, words)."""
         n = len(self.question.options)
-        if self.form == "each":
+        if self.method == "per_option":
             return rows[:, 0].view(1, n)
-        if self.form == "calibrated":
+        if self.method == "calibrated":
             rows = (rows[:-1, :n] - rows[-1, :n]).log_softmax(-1)
         order = torch.tensor(self.orders)
         return torch.empty_like(rows[:, :n]).scatter_(1, order, rows[:, :n])
 
 
-def combined_scores(by_shift, combine, form):
+def combined_scores(by_shift, aggregate, method):
     """((options,) scores, the option chosen) of the shifts' log-probabilities."""
     mean = by_shift.mean(0)
-    if form == "each":
+    if method == "per_option":
         return mean, mean.argmax().item()
-    if combine == "mean":
+    if aggregate == "mean":
         return mean.log_softmax(0), mean.argmax().item()
     votes = by_shift.argmax(1).bincount(minlength=len(mean))
     tied = mean.masked_fill(votes < votes.max(), -math.inf)

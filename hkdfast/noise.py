@@ -25,10 +25,10 @@ def diffuse(images, step=500, *, sigma=None, generator=None):
     """Images under Gaussian noise, by VCD's diffusion schedule or with a given standard deviation.
 
     Args:
-        images: (..., C, H, W) normalised pixels, as a processor's pixel_values, any float dtype. No gradient passes.
+        images: (..., C, H, W) normalized pixels, as a processor's pixel_values, any float dtype. No gradient passes.
         step: 0 to 999 on VCD's schedule: sqrt(s) * images + sqrt(1 - s) * noise, where s falls from 1 to 0.08. VCD uses
             500 or 999. Not read when sigma is given.
-        sigma: if given, images + sigma * noise instead: the signal keeps its strength. In units of normalised pixels.
+        sigma: if given, images + sigma * noise instead: the signal keeps its strength. In units of normalized pixels.
         generator: a torch.Generator on the images' device, for reproducible noise.
 
     Returns:
@@ -49,7 +49,7 @@ def diffuse(images, step=500, *, sigma=None, generator=None):
 def check_images(name, images):
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         what = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"{name} must be a floating point tensor, as a processor normalises them, got {what}")
+        raise ValueError(f"{name} must be a floating point tensor, as a processor normalizes them, got {what}")
 
 
 def check_noise(step, sigma):

@@ -10,9 +10,9 @@ A model is any function of a batch that returns logits or a `Head` at the batch'
 `hkdfast.hf.PyramidTrainer` runs the whole chain.
 """
 
-from .arguments import check_word
-from .distill import Edge
-from .parties import learn, numbers, table
+from .engine.arguments import check_word
+from .losses import Edge
+from .mutual import learn, numbers, table
 
 __all__ = ["MODES", "coupling", "loss"]
 
@@ -20,7 +20,9 @@ MODES = ("concurrent", "mutual", "frozen")
 ROLES = ("teacher", "student")
 
 
-def coupling(mode="concurrent", weight=1.0, divergence="forward_kl", beta=0.5, hard_weight=(1.0, 1.0), *, detach=True):
+def coupling(
+    mode="concurrent", divergence_weight=1.0, divergence="forward_kl", beta=0.5, hard_weight=(1.0, 1.0), *, detach=True
+):
     """How teacher and student of one stage learn, for `hkdfast.coupled_loss`.
 
     Args:
@@ -43,7 +45,11 @@ def coupling(mode="concurrent", weight=1.0, divergence="forward_kl", beta=0.5, h
     check_word("mode", mode, MODES)
     if mode == "frozen" and not detach:
         raise ValueError("detach=False gives the teacher a gradient, which mode 'frozen' forbids")
-    up, down = numbers("weight", weight, ROLES) if mode == "mutual" else (0.0, *numbers("weight", weight, ROLES[1:]))
+    up, down = (
+        numbers("divergence_weight", divergence_weight, ROLES)
+        if mode == "mutual"
+        else (0.0, *numbers("divergence_weight", divergence_weight, ROLES[1:]))
+    )
     teacher, student = numbers("hard_weight", hard_weight, ROLES)
     edges = {(0, 1): Edge(up, divergence, beta, detach), (1, 0): Edge(down, divergence, beta, detach)}
     return table(2, edges), [0.0 if mode == "frozen" else teacher, student]
@@ -54,22 +60,22 @@ def loss(
     batch,
     mode="concurrent",
     *,
-    weight=1.0,
+    divergence_weight=1.0,
     divergence="forward_kl",
     beta=0.5,
     hard_weight=(1.0, 1.0),
     detach=True,
-    unlabelled_weight=1.0,
+    unlabeled_weight=1.0,
     **options,
 ):
     """The loss of one stage on one batch: the sum of the teacher's and the student's.
 
     Args:
         models: (teacher, student), functions of a batch. Who learns gets a gradient; a frozen teacher is run without.
-        batch: dict of tensors. At rows that it marks "distil_only" there is no cross entropy.
+        batch: dict of tensors. At rows that it marks "distill_only" there is no cross entropy.
         mode, weight, divergence, beta, hard_weight, detach: as in `coupling`.
-        unlabelled_weight: times the loss of the rows that are "distil_only".
-        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, floor, tiles, memory, backend,
+        unlabeled_weight: times the loss of the rows that are "distill_only".
+        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, teacher_floor, precision, tile_memory, backend,
             as in `hkdfast.coupled_loss`.
 
     Returns:
@@ -81,5 +87,5 @@ def loss(
     """
     if len(models) != 2:
         raise ValueError(f"a stage couples two models, teacher and student, got {len(models)}")
-    how = coupling(mode, weight, divergence, beta, hard_weight, detach=detach)
-    return learn(models, batch, *how, roles=ROLES, unlabelled_weight=unlabelled_weight, **options)
+    how = coupling(mode, divergence_weight, divergence, beta, hard_weight, detach=detach)
+    return learn(models, batch, *how, roles=ROLES, unlabeled_weight=unlabeled_weight, **options)

@@ -2,143 +2,27 @@
 
     clean, confidence = identify(teacher, batch)              where is the model unsure of its answers?
     noisy = isolate(teacher, batch)                           what would it say without a clear view?
-    loss, metrics = distil(student, batch, purify(clean, noisy, alpha=1.5))
+    loss, metrics = distill(student, batch, purify(clean, noisy, alpha=1.5))
 
 A batch is a dict of tensors, as a processor makes it. A model is any function of a batch that returns what comes next
 at the batch's answer rows, in the order of `answer_rows`: logits (N, V) or a `Head`. `hkdfast.hf.answers` makes such a
 function of a Hugging Face model. Teacher and student may be one model, with its adapter off and on.
 """
 
-import hashlib
 import math
 
 import torch
 
-from .arguments import check_word
-from .contrast import WORDS, purify
-from .distill import distill_loss
-from .noise import blend, check_images, check_noise, normal
-from .objective import UNLABELLED
-from .pixels import keep_padding, rows_of_examples, share_copies
+from .batch import answer_rows, noised
+from .contrastive import WORDS, purify
+from .engine.arguments import check_word
+from .losses import distill_loss
+from .ops.objective import UNLABELED
 
-__all__ = ["answer_rows", "distil", "identify", "isolate", "noised", "purify"]
-
-IGNORE = -100  # the label of a position that is not an answer
+__all__ = ["answer_rows", "distill", "identify", "isolate", "noised", "purify"]
 
 
-def answer_rows(batch):
-    """The positions whose next token is (part of) an answer.
-
-    With "shift_labels" or "labels" in the batch: those whose next label is not -100, and those that "distil_only"
-    marks: what comes next there is not known, but a teacher is asked. Without labels: the last token of each prompt, by
-    "attention_mask" (padding on either side); in a packed batch (1, T) by the restarts of "position_ids".
-
-    Args:
-        batch: dict with "input_ids" (B, T) and, where there are some, the above, all (B, T) int64; distil_only bool.
-
-    Returns:
-        rows (B, T) bool, and the next labels (N,) int64 of those rows, `hkdfast.UNLABELLED` where it is not known; None
-        without labels.
-    """
-    if batch.get("shift_labels") is not None:
-        labels = batch["shift_labels"]
-    elif batch.get("labels") is not None:
-        labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
-    elif batch.get("distil_only") is not None:
-        labels = torch.full_like(batch["input_ids"], IGNORE)
-    else:
-        return last_tokens(batch), None
-    rows = labels != IGNORE
-    if batch.get("distil_only") is not None:
-        unknown = batch["distil_only"] & ~rows
-        rows, labels = rows | unknown, labels.masked_fill(unknown, UNLABELLED)
-    return rows, labels[rows]
-
-
-def last_tokens(batch):
-    """(B, T) bool: the last token of each prompt that is not padding."""
-    ids, mask, positions = (batch.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    if mask is not None and mask.dim() == 2:
-        mask = mask.bool()
-    else:
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        if positions is not None and positions.shape == ids.shape:
-            # one token before each restart, and the very last
-            return torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (0, 1), value=True)
-    left = mask.flip(1).cumsum(1).flip(1)  # tokens from here to the end
-    return mask & (left == 1)
-
-
-def mixed(*numbers):
-    """One seed made of several numbers: 63 bits that depend on all of them."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def noised(batch, step=500, *, sigma=None, seed=None, first=0, draw=0, placeholders=None):
-    """The batch with noise on its images: all floating-point tensors whose name has "pixel_values" in it.
-
-    Every picture, tile and frame of a video has noise of its own, each at the strength that was requested: so has the
-    thumbnail that shows the same again as a picture's tiles do, and the same picture at another resolution. Copies of
-    one picture share their noise: Qwen2-VL's relatives hand each still picture over twice, as two frames of a patch.
-    Pictures and tiles of zeros, where there may be several in a row of the batch, are padding and stay zero.
-
-    Args:
-        batch: dict of tensors. Not changed. What holds the images may be a list as well, of a floating-point tensor (or
-            of a list of those) for each example.
-        step, sigma: as in `hkdfast.diffuse`.
-        seed: of the noise, or None to draw from torch's own generator. With a seed, the noise of example i, row i of
-            "input_ids", depends on (seed, first + i, draw) alone, and on its own images: not on the other examples, on
-            how they are split into batches, nor on padding. Packed prompts, several in a row, are one example.
-        first: index of the batch's first example.
-        draw: number of the draw.
-        placeholders: {"image": id, "video": id} of the tokens in "input_ids" that are replaced by what the model sees.
-            Read, with a seed, where images are laid out by picture, tile or patch and not by example, to tell which are
-            whose; without it "mm_token_type_ids" is. Examples of exactly one image each need neither.
-
-    Raises:
-        ValueError: if the batch has no images, or they are not floating point; if a step or sigma is out of range; with
-            a seed, if it cannot be told which images belong to which example, as with several images of unequal sizes
-            per example in LLaVA-NeXT's layout: a batch of one example always can.
-    """
-    check_noise(step, sigma)
-    names = [name for name, x in batch.items() if "pixel_values" in name and x is not None]
-    if not names:
-        raise ValueError(f"the batch has no images: expected 'pixel_values', got {', '.join(batch)} alone")
-    return batch | {name: noisy(name, batch, step, sigma, seed, first, draw, placeholders) for name in names}
-
-
-def noisy(name, batch, step, sigma, seed, first, draw, placeholders):
-    images, examples = batch[name], len(batch["input_ids"])
-
-    def drawn(x, *place):
-        if seed is None:
-            return torch.randn(x.shape, dtype=torch.float32, device=x.device)
-        return normal(x.shape, mixed(seed, name, first + place[0], draw, *place[1:]), x.device)
-
-    def each(x, *place):
-        if isinstance(x, list | tuple):
-            return [each(one, *place, i) for i, one in enumerate(x)]
-        return blend(x, drawn(x, *place), step, sigma)
-
-    if isinstance(images, list | tuple):
-        if len(images) != examples:
-            raise ValueError(f"{name} is a list of {len(images)}, expected one entry for each of {examples} examples")
-        check_list(name, images)
-        return each(images)
-    check_images(name, images)
-    rows = [len(images)] if seed is None else rows_of_examples(name, images, batch, placeholders)
-    noise = torch.cat([drawn(part, i) for i, part in enumerate(images.split(rows))])
-    share_copies(noise, name, images, batch)
-    return keep_padding(blend(images, noise, step, sigma), images)
-
-
-def check_list(name, images):
-    for i, x in enumerate(images):
-        (check_list if isinstance(x, list | tuple) else check_images)(f"{name}[{i}]", x)
-
-
-def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=None, backend=None):
+def identify(model, batch, *, confidence="max_prob", precision="float32", tile_memory=None, backend=None):
     """How sure the model is of its answers.
 
     Args:
@@ -146,7 +30,7 @@ def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=Non
         batch: dict of tensors.
         confidence: "max_prob": the largest probability. "entropy": 1 - H / log V. "target": the probability of the
             label; the batch then needs labels.
-        tiles, memory, backend: as in `distill_loss`.
+        precision, tile_memory, backend: as in `distill_loss`.
 
     Returns:
         what the model returned, and the confidence of each answer row: (N,) float32 between 0 and 1.
@@ -158,12 +42,18 @@ def identify(model, batch, *, confidence="max_prob", tiles="float32", memory=Non
     labels = answer_rows(batch)[1]
     # only where a row may be without one does the host wait for a look
     asks = confidence == "target"
-    if asks and (labels is None or batch.get("distil_only") is not None and (labels == UNLABELLED).any()):
+    if asks and (labels is None or batch.get("distill_only") is not None and (labels == UNLABELED).any()):
         raise ValueError('confidence "target" needs labels in the batch, of every answer row')
     with torch.no_grad():
         clean = model(batch)
         _, metrics = distill_loss(
-            clean, clean, labels=labels, metrics=True, tiles=tiles, memory=memory, backend=backend
+            clean,
+            clean,
+            labels=labels,
+            return_metrics=True,
+            precision=precision,
+            tile_memory=tile_memory,
+            backend=backend,
         )
     if confidence == "entropy":
         return clean, 1 - metrics["teacher_entropy"] / math.log(max(clean.shape[-1], 2))
@@ -190,7 +80,7 @@ def isolate(model, batch, *, step=500, sigma=None, draws=1, seed=None, first=0, 
         ]
 
 
-def distil(model, batch, teacher, divergence="reverse_kl", **options):
+def distill(model, batch, teacher, divergence="reverse_kl", **options):
     """The student's loss against the purified teacher, mode-seeking unless another divergence is named.
 
     Args:
@@ -203,4 +93,4 @@ def distil(model, batch, teacher, divergence="reverse_kl", **options):
         the loss and a dict of per-row metrics, as `distill_loss` with metrics=True.
     """
     labels = answer_rows(batch)[1]
-    return distill_loss(model(batch), teacher, divergence, labels=labels, metrics=True, **options)
+    return distill_loss(model(batch), teacher, divergence, labels=labels, return_metrics=True, **options)

@@ -8,13 +8,13 @@ A model is any function of a batch that returns logits or a `Head` at the batch'
 `hkdfast.hf.TernaryTrainer` trains with it.
 """
 
-from .arguments import check_word
-from .distill import Edge
-from .parties import learn, numbers, table
+from .engine.arguments import check_word
+from .losses import Edge
+from .mutual import learn, numbers, table
 
 __all__ = ["FORMS", "coupling", "loss", "roles"]
 
-TEACHERS = ("frozen", "live")
+TEACHERS = ("frozen", "trained")
 # the roles of the models, and which of them stands at each place of the coupling table
 FORMS = {
     "two_teachers": (("teacher1", "teacher2", "student"), (0, 1, 2)),
@@ -32,13 +32,13 @@ def roles(form):
 
 def coupling(
     form="two_teachers",
-    weight=1.0,
+    divergence_weight=1.0,
     divergence="forward_kl",
     beta=0.5,
     hard_weight=1.0,
     *,
     teachers="frozen",
-    between=0.0,
+    teacher_coupling=0.0,
     detach=True,
 ):
     """How three parties learn, for `hkdfast.coupled_loss`.
@@ -52,8 +52,8 @@ def coupling(
         divergence, beta: as in `distill_loss`. one_pair does not read them.
         hard_weight: of the cross entropies: one number, or one per model, in order of `roles`. That of a frozen
             teacher is 0 whatever is given.
-        teachers: "frozen", or "live": they learn too, by their own cross entropy. mutual does not read it.
-        between: weight of what two live teachers learn from each other, for two_teachers alone.
+        teachers: "frozen", or "trained": they learn too, by their own cross entropy. mutual does not read it.
+        between: weight of what two trained teachers learn from each other, for two_teachers alone.
         detach: whether a source is a constant to its learner. False: the divergences have gradients into both.
 
     Returns:
@@ -67,27 +67,27 @@ def coupling(
     """
     names = roles(form)
     check_word("teachers", teachers, TEACHERS)
-    (between,) = numbers("between", between, ("teachers",))
+    (teacher_coupling,) = numbers("teacher_coupling", teacher_coupling, ("teachers",))
     frozen = teachers == "frozen" and form != "mutual"
-    if between and (frozen or form != "two_teachers"):
+    if teacher_coupling and (frozen or form != "two_teachers"):
         raise ValueError(
-            f"between={between} is for two live teachers, not for form {form!r} with teachers {teachers!r}"
+            f"teacher_coupling={teacher_coupling} is for two trained teachers, not for form {form!r} with teachers {teachers!r}"
         )
     if frozen and not detach:
-        raise ValueError("detach=False gives the teachers a gradient: take teachers='live'")
+        raise ValueError("detach=False gives the teachers a gradient: take teachers='trained'")
     hard = numbers("hard_weight", hard_weight, names)
     if frozen:
         hard[:-1] = [0.0] * (len(names) - 1)
     if form == "one_pair":
-        forward, reverse = numbers("weight", weight, ("forward", "reverse"))
+        forward, reverse = numbers("divergence_weight", divergence_weight, ("forward", "reverse"))
         edges = {(2, 0): Edge(forward, "forward_kl", beta, detach), (2, 1): Edge(reverse, "reverse_kl", beta, detach)}
         return table(3, edges), [hard[0], 0.0, hard[1]]
     if form == "mutual":
-        weights = numbers("weight", weight, names)
+        weights = numbers("divergence_weight", divergence_weight, names)
         pairs = {(i, j): weights[j] for i in range(3) for j in range(3) if i != j}
     else:
-        first, second = numbers("weight", weight, names[:2])
-        pairs = {(2, 0): first, (2, 1): second, (0, 1): between, (1, 0): between}
+        first, second = numbers("divergence_weight", divergence_weight, names[:2])
+        pairs = {(2, 0): first, (2, 1): second, (0, 1): teacher_coupling, (1, 0): teacher_coupling}
     return table(3, {pair: Edge(number, divergence, beta, detach) for pair, number in pairs.items()}), hard
 
 
@@ -96,14 +96,14 @@ def loss(
     batch,
     form="two_teachers",
     *,
-    weight=1.0,
+    divergence_weight=1.0,
     divergence="forward_kl",
     beta=0.5,
     hard_weight=1.0,
     teachers="frozen",
-    between=0.0,
+    teacher_coupling=0.0,
     detach=True,
-    unlabelled_weight=1.0,
+    unlabeled_weight=1.0,
     **options,
 ):
     """The loss of all that learn on one batch.
@@ -111,14 +111,14 @@ def loss(
     Args:
         models: functions of a batch, in the order of `roles`: (teacher1, teacher2, student), three models, or (teacher,
             student) for one_pair. Who learns gets a gradient; frozen teachers are run without.
-        batch: dict of tensors. At rows that it marks "distil_only" there is no cross entropy.
+        batch: dict of tensors. At rows that it marks "distill_only" there is no cross entropy.
         form, weight, divergence, beta, hard_weight, teachers, between, detach: as in `coupling`.
-        unlabelled_weight: times the loss of the rows that are "distil_only".
-        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, floor, tiles, memory, backend,
+        unlabeled_weight: times the loss of the rows that are "distill_only".
+        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, teacher_floor, precision, tile_memory, backend,
             as in `hkdfast.coupled_loss`.
 
     Returns:
-        scalar loss in nats per answer row, and {name: (n,) tensor} without gradient, as `hkdfast.parties.learn`: e.g.
+        scalar loss in nats per answer row, and {name: (n,) tensor} without gradient, as `hkdfast.mutual.learn`: e.g.
         student_cross_entropy, student_divergence_teacher1, student_divergence_forward_kl in one_pair.
 
     Raises:
@@ -127,7 +127,14 @@ def loss(
     names = roles(form)
     if len(models) != len(names):
         raise ValueError(f"form {form!r} couples {len(names)} models ({', '.join(names)}), got {len(models)}")
-    how = coupling(form, weight, divergence, beta, hard_weight, teachers=teachers, between=between, detach=detach)
-    return learn(
-        models, batch, *how, roles=names, places=FORMS[form][1], unlabelled_weight=unlabelled_weight, **options
+    how = coupling(
+        form,
+        divergence_weight,
+        divergence,
+        beta,
+        hard_weight,
+        teachers=teachers,
+        teacher_coupling=teacher_coupling,
+        detach=detach,
     )
+    return learn(models, batch, *how, roles=names, places=FORMS[form][1], unlabeled_weight=unlabeled_weight, **options)

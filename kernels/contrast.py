@@ -44,7 +44,7 @@ def contrast_kernel(
     target = 0.0
     if CONFIDENCE == "target":
         target = word_at(tiles, tl.maximum(tl.load(labels_ptr + row), 0), False).teacher
-    if WEIGHT == "rows":
+    if WEIGHT == "per_row":
         alpha = tl.load(alpha_ptr + row).to(tl.float32)
     found = statistics(
         tiles, vocab, rate, None, False, False, True, CONFIDENCE == "entropy", True, False, False,
@@ -85,7 +85,7 @@ def arguments(objective, clean, noisy, alpha, labels, out):
 
 
 def contrast(objective, clean, noisy, alpha, labels, out):
-    """Purified log-probabilities; `hkdfast.reference.contrast` states the contract."""
+    """Purified log-probabilities; `hkdfast.ops.reference.contrast` states the contract."""
     given = arguments(objective, clean, noisy, alpha, labels, out)
     with torch.cuda.device_of(clean):
         contrast_kernel[(len(clean),)](*given, **tile_choice((clean, noisy, out)))

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..objective import METRICS
+from ..ops.objective import METRICS
 from . import divergence as divergences
 from .contrast import contrast  # noqa: F401  a backend is one module
 from .launch import law_numbers, law_words, tile_choice, transforms
@@ -138,7 +138,7 @@ def sweep(
     vocab,
     side,
     branches,  # or None
-    centre,
+    center,
     peak_tilt,
     gradient,  # or None
     divergence: tl.constexpr,
@@ -171,7 +171,7 @@ def sweep(
         teacher_entropy -= tl.sum(tl.where(p > 0, p * each.log_p, 0.0), 1)
         value, tilt = divergence(each.p, each.q, each.gap, side.beta)
         if side.floor is not None:
-            value -= centre * each.lifted  # a floor breaks the sum over which CENTRE * (p - q) vanishes
+            value -= center * each.lifted  # a floor breaks the sum over which CENTRE * (p - q) vanishes
         values += tl.sum(value, 1)
         if KIND == "slope":
             slope = tilt
@@ -235,7 +235,7 @@ def rows_kernel(
     noisy_cap,
     rate,  # 1 / temperature
     beta,
-    centre,  # divergence.CENTRE
+    center,  # divergence.CENTRE
     floor,  # or None
     soft_weight,
     hard_weight,  # or None
@@ -263,11 +263,11 @@ def rows_kernel(
     MATE: tl.constexpr = KIND != "slope" and grad_ptr is not None
     MEAN: tl.constexpr = MATE and KNOWN
     # whether the weight of the disturbed branch is known before the first sweep, which then takes in the contrast
-    JOINT: tl.constexpr = LAW and (WEIGHT == "constant" or WEIGHT == "rows") and least is None
+    JOINT: tl.constexpr = LAW and (WEIGHT == "constant" or WEIGHT == "per_row") and least is None
     STRAIGHT: tl.constexpr = DIFFERENCE and not LAW and student_cap is None and teacher_cap is None
 
     label = 0
-    labelled = True
+    labeled = True
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         if label == ignore_index:
@@ -278,7 +278,7 @@ def rows_kernel(
             if grad_ptr is not None and not ACCUMULATE:
                 fill(grad_ptr + row * grad_stride, 0.0, vocab, BLOCK)
             return
-        labelled = label >= 0
+        labeled = label >= 0
         label = tl.maximum(label, 0)
 
     noisy_tile = None
@@ -300,7 +300,7 @@ def rows_kernel(
     a = 0.0
     branches = None
     if LAW:
-        if WEIGHT == "rows":
+        if WEIGHT == "per_row":
             alpha = tl.load(alpha_ptr + row).to(tl.float32)
         if JOINT:
             # the peaks are not known yet: those of the first block are near enough
@@ -358,7 +358,7 @@ def rows_kernel(
         branches = Branches(branches.clean, branches.noisy, a, kept, None, 0.0)
     hard = 0.0
     if HARD:
-        hard = tl.where(labelled, found.hard_sum - (target - student.peak), 0.0)
+        hard = tl.where(labeled, found.hard_sum - (target - student.peak), 0.0)
 
     side = facing(student, teacher, mate, rate, beta, floor, STRAIGHT)
     peak_tilt = 0.0
@@ -368,7 +368,7 @@ def rows_kernel(
         _, peak_tilt = divergence(peak.p, peak.q, peak.gap, beta)
     if grad_ptr is None or not KNOWN:
         sums = sweep(
-            tiles, vocab, side, branches, centre, peak_tilt, None,
+            tiles, vocab, side, branches, center, peak_tilt, None,
             divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, False, not LAW or JOINT, BLOCK,
         )  # fmt: skip
         total = sums.tilt
@@ -385,7 +385,7 @@ def rows_kernel(
                 sound = tl.abs(most) + student.total + teacher.total < float("inf")
                 if not sound:
                     first = sweep(
-                        tiles, vocab, side, branches, centre, peak_tilt, None,
+                        tiles, vocab, side, branches, center, peak_tilt, None,
                         divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, False, True, BLOCK,
                     )  # fmt: skip
                     sound = tl.abs(row_loss(first.value, hard, soft_weight, hard_weight)) < float("inf")
@@ -394,12 +394,12 @@ def rows_kernel(
             end = tl.where(sound & (tl.abs(factor) < float("inf")), vocab, 0)
         hard_factor = None
         if hard_weight is not None:
-            hard_factor = tl.where(labelled, hard_weight * factor, 0.0)
+            hard_factor = tl.where(labeled, hard_weight * factor, 0.0)
         gradient = Gradient(
             grad_ptr + row * grad_stride, total, soft_weight * rate * factor, hard_factor, found.hard_sum, label, end
         )
         final = sweep(
-            tiles, vocab, side, branches, centre, peak_tilt, gradient,
+            tiles, vocab, side, branches, center, peak_tilt, gradient,
             divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, ADDED, (LAW and not JOINT) != KNOWN, BLOCK,
         )  # fmt: skip
         if KNOWN:
@@ -445,8 +445,8 @@ def more_devices():
     return ("cpu",) if INTERPRETED.value else ()
 
 
-def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics):
-    """What rows_kernel is launched with, in its order; tests/compile_triton.py compiles for the same."""
+def arguments(objective, student, teacher, noisy, alpha, labels, row_weight, loss, grad, metrics):
+    """What rows_kernel is launched with, in its order; tests/tools/compile_triton.py compiles for the same."""
     law = objective.law
     name = divergences.ENDS.get((objective.divergence, objective.beta), objective.divergence)
     tiles = (student, teacher, noisy, grad, metrics)
@@ -456,7 +456,7 @@ def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, g
         noisy,
         alpha,
         labels,
-        weight,
+        row_weight,
         loss,
         grad,
         metrics,
@@ -466,7 +466,7 @@ def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, g
         1 / objective.temperature,
         float(objective.beta),
         divergences.CENTRE[name](float(objective.beta)),
-        None if objective.floor == float("-inf") else float(objective.floor),
+        None if objective.teacher_floor == float("-inf") else float(objective.teacher_floor),
         float(objective.soft_weight),
         float(objective.hard_weight) or None,
         objective.ignore_index,
@@ -481,14 +481,14 @@ def arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, g
 
 def choice(objective, tiles, labels):
     """tile_choice for rows_kernel."""
-    return tile_choice(tiles, labels is not None or objective.floor > float("-inf"))
+    return tile_choice(tiles, labels is not None or objective.teacher_floor > float("-inf"))
 
 
-def rows(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics):
-    """The row operation; `hkdfast.reference.rows` states the contract. CUDA tensors, or any under TRITON_INTERPRET=1.
+def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, grad, metrics):
+    """The row operation; `hkdfast.ops.reference.rows` states the contract. CUDA tensors, or any under TRITON_INTERPRET=1.
 
     grad may be the student tile: a block is read whole before it is stored, and no other block is.
     """
-    given = arguments(objective, student, teacher, noisy, alpha, labels, weight, loss, grad, metrics)
+    given = arguments(objective, student, teacher, noisy, alpha, labels, row_weight, loss, grad, metrics)
     with torch.cuda.device_of(student):
         rows_kernel[(len(student),)](*given, **choice(objective, (student, teacher, noisy, grad), labels))

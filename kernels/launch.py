@@ -38,4 +38,4 @@ def law_numbers(law):
 
 
 def law_words(law):
-    return (None,) * 4 if law is None else (law.weight, law.confidence, law.mode, law.outside)
+    return (None,) * 4 if law is None else (law.schedule, law.confidence, law.mode, law.outside)

@@ -1,6 +1,6 @@
 """What the sweeps over a row are made of.
 
-A block is (lanes, 8) words. The eight neighbours of a lane are read by one thread as one or two 16-byte loads and
+A block is (lanes, 8) words. The eight neighbors of a lane are read by one thread as one or two 16-byte loads and
 reduced there; what a sweep gathers is kept per lane and folded once at its end. So no loop meets a barrier.
 """
 

@@ -13,10 +13,10 @@ from hkd.cells import Cells
 from hkd.chains import asking, load
 from hkd.study import make_cell, stage_file, tuned
 from hkd.tune import SPLITS, Reader, Stage, Track, examine, lessons, pictures, seen
-from hkdfast import UNLABELLED
+from hkdfast import UNLABELED
+from hkdfast.batch import answer_rows
 from hkdfast.choices import LETTERS
 from hkdfast.evaluate.choices import choice, score
-from hkdfast.seed import answer_rows
 from world.results import RESULTS
 from world.tinyllava import normalised, prompt, see
 from world.tracks import (
@@ -60,7 +60,7 @@ def test_an_exported_chain_loads_as_any_model_and_answers_as_the_study_asks_it(s
         with torch.no_grad():
             expected = exported(**batch).logits[:, -1]
             reader = Reader(tokenizer, type("Few", (), {"seen": see(model, batch["pixel_values"])[None]}))
-            head = reader.rows(model)(reader([one.prompt() for one in asked], [one.about for one in asked]))
+            head = reader.rows(model)(reader([one.prompt() for one in asked], [one.image for one in asked]))
         torch.testing.assert_close(head.hidden @ head.weight.T, expected, atol=1e-4, rtol=1e-4)
         assert tokenizer.unk_token_id not in batch["input_ids"]
 
@@ -87,7 +87,7 @@ def test_rewrites_change_no_labelled_question(small):
     open_ = next(lessons(reader, Stage("S", 1, teachers=(("L", None),), rewrites=2), 1, 7))
     assert torch.equal(answer_rows(plain)[1], answer_rows(true)[1][::3])
     assert torch.equal(answer_rows(plain)[1], answer_rows(open_)[1][::3])
-    assert (answer_rows(open_)[1] == UNLABELLED).view(-1, 3).tolist() == [[False, True, True]] * 64
+    assert (answer_rows(open_)[1] == UNLABELED).view(-1, 3).tolist() == [[False, True, True]] * 64
     with torch.no_grad():
         alone, beside = reader.rows(model)(plain), reader.rows(model)(open_)
     torch.testing.assert_close(beside.hidden[::3], alone.hidden, atol=1e-5, rtol=1e-4)
@@ -99,10 +99,10 @@ def test_unlabelled_questions_go_beside_the_labelled_ones_and_tell_no_answer(sma
     reader = Reader(load(1, "S")[1], Track("hallucination", "train"))
     stage = Stage("S", 1, teachers=(("L", None),), rewrites=1)
     for plain, both in zip(lessons(reader, stage, 3, 7), lessons(reader, stage, 3, 7, more), strict=True):
-        for name in ("input_ids", "seen", "shift_labels", "distil_only"):
+        for name in ("input_ids", "seen", "shift_labels", "distill_only"):
             assert len(both[name]) == 128 and torch.equal(both[name][:64], plain[name])
         labels = answer_rows(both)[1].view(128, 2)
-        assert (labels[64:] == UNLABELLED).all() and (labels[:64, 0] >= 0).all()
+        assert (labels[64:] == UNLABELED).all() and (labels[:64, 0] >= 0).all()
         assert not torch.equal(both["seen"][64:], plain["seen"])
 
 

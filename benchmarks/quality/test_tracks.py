@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from hkdfast.choices import LETTERS
-from hkdfast.evaluate.choices import NONE, example, read, write
-from hkdfast.evaluate.tasks import record_of
-from hkdfast.hf.augment import Augment, ShuffleOptions
-from hkdfast.hf.synthetic import Reword
+from hkdfast.data.augment import Augment, ShuffleOptions
+from hkdfast.data.challenge import read, write
+from hkdfast.data.synthetic import RewriteStatement
+from hkdfast.data.tasks import record_of
+from hkdfast.evaluate.choices import NONE, example
 from world.scenes import OBJECTS
 from world.tracks import (
     FACTS,
@@ -60,7 +61,7 @@ def test_answers_are_those_that_image_and_context_demand(world, track):
 @pytest.mark.parametrize("track", TRACKS)
 def test_rewrites_have_one_right_answer_that_they_do_not_tell(world, track):
     _, contents, _ = world
-    rewrite, answers = Augment([Reword(swaps=SWAPS), ShuffleOptions(fixed=())], seed=5), []
+    rewrite, answers = Augment([RewriteStatement(swaps=SWAPS), ShuffleOptions(fixed=())], seed=5), []
     for index, record in enumerate(ask(track, contents, 3)):
         made = rewrite(example(record, template=TEMPLATES[track]), index)
         again, objects = record_of(made), contents[number(record.image)]

@@ -40,9 +40,9 @@ def heads(tensors):
     return [Head(*tensors[i : i + 2]) for i in (0, 2, 4)]
 
 
-def ours(divergence, *tensors, tiles="float32", backend=None, **options):
+def ours(divergence, *tensors, precision="float32", backend=None, **options):
     table = [[Edge(1.0, divergence) if i != j else None for j in range(3)] for i in range(3)]
-    return coupled_loss(heads(tensors), table, tiles=tiles, backend=backend, **options)
+    return coupled_loss(heads(tensors), table, precision=precision, backend=backend, **options)
 
 
 def pairwise(divergence, *tensors):
@@ -59,7 +59,7 @@ def eager(divergence, *tensors):
 
 WHO = {
     **{f"{name}, float32 tiles": loss for name, loss in by_backend(ours).items()},
-    "hkdfast, bfloat16 tiles": partial(ours, tiles="bfloat16"),
+    "hkdfast, bfloat16 tiles": partial(ours, precision="bfloat16"),
     "pairwise distill_loss": pairwise,
     "eager": eager,
 } | ({} if TINY else {"torch.compile": torch.compile(eager, dynamic=False)})
@@ -68,7 +68,7 @@ WHO = {
 @lru_cache(maxsize=1)  # on a GPU one truth at a time leaves the others their room
 def truth(divergence, shape, dtype):
     leaves = [t.double().requires_grad_() for t in inputs(shape, DTYPES[dtype])]
-    ours(divergence, *leaves, backend="reference", memory=2 << 30).backward()
+    ours(divergence, *leaves, backend="reference", tile_memory=2 << 30).backward()
     return [leaf.grad for leaf in leaves]
 
 

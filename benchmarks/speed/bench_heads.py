@@ -17,14 +17,14 @@ NARROW = ("bfloat16", "difference")
 TRAINED = ("trained", "frozen") if DEVICE == "cuda" or TINY else ("trained",)  # of the heads
 
 
-def ours(divergence, hidden, weight, hidden_t, weight_t, tiles="float32", backend=None):
-    same = weight if tiles == "difference" else weight_t  # differences need one head for both
-    return distill_loss(Head(hidden, weight), Head(hidden_t, same), divergence, tiles=tiles, backend=backend)
+def ours(divergence, hidden, weight, hidden_t, weight_t, precision="float32", backend=None):
+    same = weight if precision == "difference" else weight_t  # differences need one head for both
+    return distill_loss(Head(hidden, weight), Head(hidden_t, same), divergence, precision=precision, backend=backend)
 
 
 WHO = {
     **{f"{name}, float32 tiles": loss for name, loss in by_backend(ours).items()},
-    **{f"hkdfast, {tiles} tiles": partial(ours, tiles=tiles) for tiles in NARROW},
+    **{f"hkdfast, {tiles} tiles": partial(ours, precision=tiles) for tiles in NARROW},
     **peers.HEADS,
 }
 
@@ -34,7 +34,7 @@ def truth(divergence, size, dtype, trained, apart=0.1, spread=3.0):
     """Gradients of hidden states and weight in float64, in a few row blocks."""
     hidden, weight, *teacher = (t.double() for t in heads(size, DTYPES[dtype], apart, spread))
     leaves = [hidden.requires_grad_(), weight.requires_grad_(trained == 2)]
-    loss = distill_loss(Head(*leaves), Head(*teacher), divergence, backend="reference", memory=2 << 30)
+    loss = distill_loss(Head(*leaves), Head(*teacher), divergence, backend="reference", tile_memory=2 << 30)
     loss.backward()
     return loss.item(), [leaf.grad for leaf in leaves[:trained]]
 

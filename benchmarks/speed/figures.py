@@ -28,7 +28,7 @@ def read(path):
 
 
 def style(who):
-    """Ours blue and thick, each peer with a colour that it keeps from figure to figure."""
+    """Ours blue and thick, each peer with a color that it keeps from figure to figure."""
     peers = ("eager", "torch.compile", "Liger", "TRL")
     if who.startswith("hkdfast"):
         pattern = next(
@@ -83,8 +83,8 @@ def bars(found, prefix, y, log=False):
         width = 0.8 / len(found[what])
         for i, (who, runs) in enumerate(found[what].items()):
             heights = {shapes.index(run["shape"]) + i * width: y[1](run) for run in runs if y[1](run) is not None}
-            colour, hatch = style(who)["color"], HATCHES[style(who)["linestyle"]]
-            panel.bar(list(heights), list(heights.values()), width, label=who, color=colour, hatch=hatch)
+            color, hatch = style(who)["color"], HATCHES[style(who)["linestyle"]]
+            panel.bar(list(heights), list(heights.values()), width, label=who, color=color, hatch=hatch)
         panel.set(title=what, ylabel=y[0])
         if log:
             panel.set_yscale("log")

@@ -72,21 +72,21 @@ tests() { # pytest on several processes where pytest-xdist is there: most of the
 
 correct() {
     if [ -n "${HKDFAST_TINY:-}" ]; then
-        tests tests/test_device.py -k decoding
+        tests tests/engine/test_device.py -k decoding
     else
-        tests tests/test_rows.py tests/test_device.py tests/test_triton.py $(compgen -G "tests/test_cuda*.py")
+        tests tests/ops/test_rows.py tests/engine/test_device.py tests/ops/test_triton.py $(compgen -G "tests/ops/test_cuda*.py")
     fi
 }
 
-watched() { # BACKEND DIVERGENCE OPERATION KERNEL, as tests/sanitize.py --list has them
+watched() { # BACKEND DIVERGENCE OPERATION KERNEL, as tests/tools/sanitize.py --list has them
     if [ -n "${HKDFAST_TINY:-}" ]; then
-        $python tests/sanitize.py --few "$@"
+        $python tests/tools/sanitize.py --few "$@"
         return
     fi
     local tool
     for tool in memcheck racecheck; do # addresses; shared memory. The kernels of torch are not watched.
         echo "$tool: $*"
-        compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex "kns=$4" $python tests/sanitize.py "$@"
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex "kns=$4" $python tests/tools/sanitize.py "$@"
     done
 }
 
@@ -98,7 +98,7 @@ sanitize() {
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor an allocation of its own, so that a step beyond it is seen
     local status=0 logs
     logs=$(mktemp -d)
-    $python tests/sanitize.py --list > "$logs/runs"
+    $python tests/tools/sanitize.py --list > "$logs/runs"
     if [ -n "${HKDFAST_TINY:-}" ]; then sed -i -n '1p;$p' "$logs/runs"; fi
     # each run in a process with a log of its own, told as it ends: most of the time goes into compiling for Triton
     limited xargs -P "$(nproc)" -L 1 bash -c \

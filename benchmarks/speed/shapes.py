@@ -8,7 +8,7 @@ import os
 import torch
 
 from hkdfast import backends
-from hkdfast.backends import ORDER
+from hkdfast.ops.dispatch import ORDER
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = os.environ.get("HKDFAST_TINY") == "1"

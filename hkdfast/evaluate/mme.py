@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from . import jsonl
+from ..data import jsonl
 
-# The subset on which SEED's neighbours report hallucination.
+# The subset on which SEED's neighbors report hallucination.
 HALLUCINATION = ("existence", "count", "position", "color")
 
 

@@ -2,7 +2,7 @@
 
 Li et al., 2023 (arXiv:2305.10355). Two scripts are in use and do not agree on every answer; both are here, by rule:
 
-    "vcd"   eval_pope.py of VCD (arXiv:2311.16922), which the tables of SEED and its neighbours follow. An answer is
+    "vcd"   eval_pope.py of VCD (arXiv:2311.16922), which the tables of SEED and its neighbors follow. An answer is
             right if the lower-case label is a substring of the lower-case answer. So "no" is found in "not", "know"
             and "snow", an answer may be right under either label, and one with neither word is wrong under both.
     "pope"  evaluate.py of POPE itself. The answer up to its first full stop, without commas, split at spaces, is "no"
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import jsonl
+from ..data import jsonl
 
 RULES = ("vcd", "pope")
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_rate")
@@ -136,9 +136,9 @@ def mark(questions, answers, rule="vcd", source=""):
         raise ValueError(f"unknown rule {rule!r}, expected one of {', '.join(RULES)}")
     if len(questions) != len(answers):
         raise ValueError(f"{len(answers)} answers for {len(questions)} questions")
-    unlabelled = [question.question_id for question in questions if question.label is None]
-    if unlabelled:
-        raise ValueError(f"{len(unlabelled)} questions have no label, the first is {unlabelled[0]!r}")
+    unlabeled = [question.question_id for question in questions if question.label is None]
+    if unlabeled:
+        raise ValueError(f"{len(unlabeled)} questions have no label, the first is {unlabeled[0]!r}")
     right = [is_right(answer, question.label, rule) for question, answer in zip(questions, answers, strict=True)]
     return Marks(
         tuple(source + question.image for question in questions),

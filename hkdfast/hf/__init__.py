@@ -7,9 +7,9 @@ try:
 except ImportError as error:
     raise ImportError(f'hkdfast.hf needs Hugging Face libraries: pip install "hkdfast[hf]" ({error})') from error
 
-from .adapter import language_linears, seed_adapter
+from .adapter import language_linear_names, seed_lora_config
 from .collator import QuestionCollator
-from .config import PyramidConfig, SeedConfig, TernaryConfig
+from .configs import PyramidConfig, SeedConfig, TernaryConfig
 from .head import LanguageHead, answers, as_teacher
 from .pyramid import PyramidTrainer
 from .seed import SeedTrainer
@@ -26,6 +26,6 @@ __all__ = [
     "TernaryTrainer",
     "answers",
     "as_teacher",
-    "language_linears",
-    "seed_adapter",
+    "language_linear_names",
+    "seed_lora_config",
 ]

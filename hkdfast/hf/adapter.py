@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .frozen import check_trained
 
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the frozen weights
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the frozen weights
 OWN_LOSS = ("orth_reg_weight", "kasa_config", "monteclora_config")  # of adapters that have a term of the loss
 
 
-def language_linears(model):
+def language_linear_names(model):
     """Names of the linear layers of a model's language model: not of its vision tower, projector or head.
 
     The language model is what directly holds the input embeddings.
@@ -47,7 +47,7 @@ def pattern_of(names):
     return start + "(" + "|".join(sorted(form.removeprefix(start) for form in forms)) + ")"
 
 
-def seed_adapter(model, *, r=16, alpha=32, dropout=0.0, targets=None):
+def seed_lora_config(model, *, r=16, alpha=32, dropout=0.0, targets=None):
     """LoraConfig of the Hallucination Elimination Adapter for a model.
 
     Args:
@@ -59,7 +59,7 @@ def seed_adapter(model, *, r=16, alpha=32, dropout=0.0, targets=None):
     Raises:
         ValueError: if a target is not among the language model's linear layers.
     """
-    linears = language_linears(model)
+    linears = language_linear_names(model)
     last = sorted({name.rpartition(".")[2] for name in linears})
     unknown = [name for name in targets or () if name not in last]
     if unknown or not last:
@@ -175,7 +175,7 @@ def absorb(model):
 
 
 def state_of(model):
-    """What the active adapter has learnt: {PEFT's name: CPU tensor}."""
+    """What the active adapter has learned: {PEFT's name: CPU tensor}."""
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
     return {name: x.detach().cpu().clone() for name, x in state.items() if ".base_layer." not in name}
 

@@ -9,14 +9,14 @@ from PIL import Image
 
 from .. import choices
 from ..choices import LETTERS
-from ..evaluate import tasks
-from . import answer
+from ..data import tasks
+from . import generate
 from .collator import QuestionCollator
 from .head import answers as model_answers
 
-INFERENCE = tasks.Inference()
+INFERENCE = tasks.ChoiceInference()
 # those of it that choices.answer takes
-ANSWERED = tuple(name for name in tasks.Inference.__annotations__ if name not in ("template", "several"))
+ANSWERED = tuple(name for name in tasks.ChoiceInference.__annotations__ if name not in ("template", "multi_answer"))
 
 
 def encoder(processor, model=None, folder=None, instruction=""):
@@ -25,7 +25,7 @@ def encoder(processor, model=None, folder=None, instruction=""):
     Args:
         processor: of images and text, as AutoProcessor.from_pretrained gives.
         model: what the batches are for; None: they stay as the processor makes them.
-        folder: of the images, where a question is about a file name; else it is about a path or a PIL image.
+        folder: of the images, if images are file names; else they are paths or PIL images.
         instruction: follows every prompt after a space.
 
     Raises:
@@ -33,12 +33,12 @@ def encoder(processor, model=None, folder=None, instruction=""):
     """
     collators = {kind: QuestionCollator(processor, kind, instruction) for kind in (False, True)}
 
-    def encode(prompts, abouts, answers=None):
+    def encode(prompts, images, answers=None):
         pictures = {}  # an image is decoded once for all the prompts about it
-        for about in abouts:
-            if id(about) not in pictures:
-                pictures[id(about)] = picture(about, folder)
-        examples = [{"image": pictures[id(about)], "text": text} for text, about in zip(prompts, abouts, strict=True)]
+        for image in images:
+            if id(image) not in pictures:
+                pictures[id(image)] = picture(image, folder)
+        examples = [{"image": pictures[id(image)], "text": text} for text, image in zip(prompts, images, strict=True)]
         if answers is not None:
             examples = [each | {"answer": text} for each, text in zip(examples, answers, strict=True)]
         batch = collators[answers is not None](examples)
@@ -47,10 +47,10 @@ def encoder(processor, model=None, folder=None, instruction=""):
     return encode
 
 
-def picture(about, folder):
-    if isinstance(about, Image.Image):
-        return about.convert("RGB")
-    return answer.read_image(about if folder is None else Path(folder).expanduser() / about)
+def picture(image, folder):
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    return generate.read_image(image if folder is None else Path(folder).expanduser() / image)
 
 
 def placed(x, model):
@@ -72,7 +72,7 @@ def answer_file(model, processor, records, images, path, inference=INFERENCE, *,
         records: list of `evaluate.tasks.Record`.
         images: folder of their images.
         path: the JSON-lines file to write. Until it is whole, what is done stands in `path` with ".partial" added.
-        inference: `evaluate.tasks.Inference`.
+        inference: `evaluate.tasks.ChoiceInference`.
         name: model_id of each line.
         resume: take over what a run that was stopped left, if questions, name and settings are the same.
         progress: show a bar.
@@ -92,7 +92,7 @@ def answer_file(model, processor, records, images, path, inference=INFERENCE, *,
     ]
     blanks = ("choice", "unshifted", "scores")
     size = inference.batch_size
-    with answer.filling(path, lines, blanks, size, resume=resume, progress=progress) as (done, write):
+    with generate.filling(path, lines, blanks, size, resume=resume, progress=progress) as (done, write):
         rest = [tasks.choice(one, inference.template) for one in records[len(done) :]]
         if rest:
             options = {name: getattr(inference, name) for name in ANSWERED}
@@ -100,13 +100,13 @@ def answer_file(model, processor, records, images, path, inference=INFERENCE, *,
 
             def tell(found):
                 asked = records[len(done) : len(done) + len(found.choice)]
-                write(filled(asked, found, inference.several))
+                write(filled(asked, found, inference.multi_answer))
 
-            choices.answer(model_answers(model), encode, rest, tell=tell, **options)
+            choices.answer(model_answers(model), encode, rest, on_batch=tell, **options)
     return done
 
 
-def filled(records, found, several):
+def filled(records, found, multi_answer):
     """The blanks of these records' lines, which their `Answers` fill in."""
     lines = []
     rows = zip(records, found.choice.tolist(), found.by_shift, found.scores.tolist(), strict=True)
@@ -114,7 +114,7 @@ def filled(records, found, several):
         scores = scores[: len(record.options)]
         lines.append(
             {
-                "choice": tasks.named(record, place, scores, several),
+                "choice": tasks.named(record, place, scores, multi_answer),
                 "unshifted": LETTERS[by_shift[0].argmax()],
                 "scores": [score if score > -math.inf else None for score in scores],
             }

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..seed import IGNORE
-from .answer import read_image, tokenize
+from ..batch import IGNORE_INDEX
+from .generate import read_image, tokenize
 from .templates import answered, prompts
 
 
@@ -20,12 +20,12 @@ class QuestionCollator:
     An example is a dict with "image" (a PIL image or a path) and "text" (the question), and with "answer" (the text to
     be answered, or None where nobody knows it) if `answers` is set. A batch holds what the processor makes of them,
     padded on the left; with answers also "labels" (B, T): the tokens of the answer and of the end of its turn, -100
-    elsewhere; and if some are None "distil_only" (B, T) bool: where such an answer would begin, the end of its prompt.
+    elsewhere; and if some are None "distill_only" (B, T) bool: where such an answer would begin, the end of its prompt.
 
     Args:
         processor: of images and text, as AutoProcessor.from_pretrained gives.
         answers: whether the answers belong into the batch.
-        instruction: follows every question after a space, as `Decoding.instruction` does in `hkdfast evaluate`.
+        instruction: follows every question after a space, as `GenerationOptions.instruction` does in `hkdfast evaluate`.
 
     Raises:
         ValueError: if the processor has no tokenizer, or that has neither pad nor eos token; while batching, for an
@@ -63,8 +63,8 @@ class QuestionCollator:
         batch = dict(tokenize(self.processor, whole, images))
         batch["labels"] = self.labels(batch, asked, whole, answers)
         if None in answers:
-            batch["distil_only"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
-            batch["distil_only"][:, -1] = torch.tensor([answer is None for answer in answers])
+            batch["distill_only"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+            batch["distill_only"][:, -1] = torch.tensor([answer is None for answer in answers])
         return batch
 
     def labels(self, batch, asked, answered, answers):
@@ -73,7 +73,7 @@ class QuestionCollator:
         They are counted in the texts, where an image is one token: all of its tokens stand in the prompt.
         """
         ids = batch["input_ids"]
-        labels = ids.new_full(ids.shape, IGNORE)
+        labels = ids.new_full(ids.shape, IGNORE_INDEX)
         encoded = (self.processor.tokenizer(texts).input_ids for texts in (asked, answered))
         for row, (prompt, whole) in enumerate(zip(*encoded, strict=True)):
             if answers[row] is None:

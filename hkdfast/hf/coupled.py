@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from ..seed import IGNORE
-from . import runs
+from ..batch import IGNORE_INDEX
+from . import run_state
 from .adapter import check_adapter
 from .collator import QuestionCollator
 from .family import check_apart, check_heads
@@ -120,9 +120,9 @@ class CoupledTrainer(AnswerTrainer):
         for role in self.model.learning:
             if isinstance(self.model.models[role], PeftModel):
                 check_adapter(self.model.models[role], shared=False)  # what is trained may be another since
-        checkpoint = runs.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
+        checkpoint = run_state.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
         if self.about is not None:
-            runs.enter(self.args.output_dir, self.about, checkpoint, self.args.should_save)
+            run_state.enter(self.args.output_dir, self.about, checkpoint, self.args.should_save)
         if checkpoint and self.stands_at_end(checkpoint):
             return None
         set_seed(self.args.seed)
@@ -141,7 +141,7 @@ class CoupledTrainer(AnswerTrainer):
     def without_copies(self, inputs):
         """The batch with no labels where `counted` counts no rows."""
         out = ~self.counted(torch.ones_like(inputs["input_ids"], dtype=torch.bool))
-        nothing = {"labels": IGNORE, "shift_labels": IGNORE, "distil_only": False}
+        nothing = {"labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "distill_only": False}
         masked = {name: inputs[name].masked_fill(out, x) for name, x in nothing.items() if inputs.get(name) is not None}
         return dict(inputs) | masked
 
@@ -202,8 +202,8 @@ class CoupledTrainer(AnswerTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.save_models(self.args.output_dir)
-            runs.finish(self.args.output_dir, self.marks | {"history": self.state.log_history})
-            for checkpoint in () if self.args.keep_checkpoints else runs.checkpoints(self.args.output_dir):
+            run_state.finish(self.args.output_dir, self.marks | {"history": self.state.log_history})
+            for checkpoint in () if self.args.keep_checkpoints else run_state.checkpoints(self.args.output_dir):
                 shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
 

@@ -5,11 +5,12 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from transformers import AutoProcessor, set_seed
 
 from . import loading
-from .adapter import adapted, check_adapter, seed_adapter
+from .adapter import adapted, check_adapter, seed_lora_config
 from .head import LanguageHead, plain
 from .loading import base_of, is_adapter, reading
 
@@ -84,19 +85,19 @@ def trainable(model, args, peft_config=None):
     """
     LanguageHead(model)
     names = [name for name, _ in plain(model).named_parameters()]
-    for text in args.frozen or ():
+    for text in args.freeze or ():
         if not any(text in name for name in names):
             raise ValueError(f"frozen: {text!r} is in the name of no weight of {type(plain(model)).__name__}")
     if not isinstance(model, PeftModel) and (peft_config is not None or args.lora_r is not None):
         set_seed(args.seed)  # the adapter starts from the same numbers in every process and every run
         lora = {"alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
         # PEFT writes the model's name into the configuration, which may be that of other models too
-        config = copy.deepcopy(peft_config) or seed_adapter(model, r=args.lora_r, **lora)
+        config = copy.deepcopy(peft_config) or seed_lora_config(model, r=args.lora_r, **lora)
         model = adapted(model, config, shared=False)
     elif isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError("the model has an adapter already: pass either the bare model or no peft_config")
     for name, parameter in model.named_parameters():  # those of an adapter too
-        if any(text in name for text in args.frozen or ()):
+        if any(text in name for text in args.freeze or ()):
             parameter.requires_grad_(False)
     if isinstance(model, PeftModel):
         check_adapter(model, shared=False)
@@ -187,3 +188,8 @@ def check_heads(models, processor):
         words = len(LanguageHead(model).base().weight)
         if words < len(tokenizer):
             raise ValueError(f"the head of {name} has {words} words, the tokenizer {len(tokenizer)}: another family")
+
+
+def free_memory():
+    """Collect what is no longer used and return the device's cached memory, so that the next model has room."""
+    clear_device_cache(garbage_collection=True)

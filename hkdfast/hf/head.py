@@ -1,7 +1,7 @@
 """A model's language-model head: where it is, what it computes, and how to work inside its forward.
 
 The forward of the head, inside the forward of whatever wraps the model (DDP, FSDP, autocast), is the one place where
-the head's weight is whole, cast and synchronised. Its forward is therefore replaced for one call at a time: to take the
+the head's weight is whole, cast and synchronized. Its forward is therefore replaced for one call at a time: to take the
 hidden states out, or to turn them into the loss there and then. No logits are made either way.
 """
 
@@ -13,12 +13,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 
-from ..seed import answer_rows
-from ..sources import Head
+from ..batch import answer_rows
+from ..heads import Head
 from .frozen import flags_kept
 
 # never shown to the model: it would make logits for them, or does not know them
-LABELS = ("labels", "shift_labels", "num_items_in_batch", "distil_only")
+LABELS = ("labels", "shift_labels", "num_items_in_batch", "distill_only")
 PROBE = 60.0  # the probe's logits run from -60 to 60: a softcap shows there
 WORDS = 1024  # of the vocabulary that the probe compares: all of them in float64 would be a second head
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from . import runs
-from .config import PyramidConfig
+from . import run_state
+from .configs import PyramidConfig
 from .coupled import CoupledTrainer, restore, save_model
 from .family import (
     adapters_of,
@@ -144,18 +144,20 @@ class PyramidTrainer:
         if resume not in (True, False, None):
             raise ValueError(f"resume_from_checkpoint must be True or False, got {resume!r}: output_dir says how far")
         output_dir = Path(self.args.output_dir)
-        begun = [str(folder) for folder in sorted(output_dir.glob("stage-*")) if runs.used(folder)]
+        begun = [str(folder) for folder in sorted(output_dir.glob("stage-*")) if run_state.used(folder)]
         if begun and not resume:
             raise ValueError(f"{begun[-1]} has been trained in: resume it, or name another output_dir")
         if resume and not output_dir.is_dir():
             raise ValueError(f"nothing to resume: no folder {output_dir}")
         for stage in range(1, self.stages + 1):
-            if runs.used(self.folder(stage)):
-                runs.compare(self.folder(stage), self.about(stage))
+            if run_state.used(self.folder(stage)):
+                run_state.compare(self.folder(stage), self.about(stage))
         done = []
-        while len(done) < self.stages and (about := runs.finished(self.folder(len(done) + 1))) is not None:
+        while len(done) < self.stages and (about := run_state.finished(self.folder(len(done) + 1))) is not None:
             done.append(about)
-        late = [self.folder(stage) for stage in range(len(done) + 2, self.stages + 1) if runs.used(self.folder(stage))]
+        late = [
+            self.folder(stage) for stage in range(len(done) + 2, self.stages + 1) if run_state.used(self.folder(stage))
+        ]
         if late:
             missing = self.folder(len(done) + 1)
             raise ValueError(f"{late[0]} has been trained in, but {missing} is not finished: name another output_dir")
@@ -199,7 +201,7 @@ class PyramidTrainer:
             callbacks=[*self.callbacks],
             **self.data,
         )
-        trainer.train(resume_from_checkpoint=runs.last_checkpoint(args.output_dir) if resume else None)
+        trainer.train(resume_from_checkpoint=run_state.last_checkpoint(args.output_dir) if resume else None)
         trainer.finish()
         trainer.accelerator.free_memory()
         return trainer.state.log_history

@@ -6,12 +6,12 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
-from . import runs
+from . import run_state
 from .adapter import absorb, check_adapter, save_adapter, state_of
 from .loading import fill_adapter, reading
 from .trainer import AnswerTrainer
 
-ROUNDS = "rounds"  # folder beside a saved adapter: what each round has learnt, where there was more than one
+ROUNDS = "rounds"  # folder beside a saved adapter: what each round has learned, where there was more than one
 HISTORY = "history.json"  # in it: what earlier rounds have logged
 
 
@@ -26,7 +26,7 @@ class RoundsTrainer(AnswerTrainer):
 
     def __init__(self, *args, **others):
         super().__init__(*args, **others)
-        self.states, self.history = [], []  # of the rounds before this one: what they learnt and logged
+        self.states, self.history = [], []  # of the rounds before this one: what they learned and logged
         if self.args.rounds > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(f"rounds={self.args.rounds} merges whole weights, which FSDP and DeepSpeed split: use DDP")
 
@@ -49,8 +49,8 @@ class RoundsTrainer(AnswerTrainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which hold parts of the weights
             check_adapter(self.model, self.args.rounds)  # what is trained may be another since
         output_dir, result = self.args.output_dir, None
-        checkpoint = runs.checkpoint_of(output_dir, resume_from_checkpoint)
-        runs.enter(output_dir, self.args.decisive(), checkpoint, self.args.should_save)
+        checkpoint = run_state.checkpoint_of(output_dir, resume_from_checkpoint)
+        run_state.enter(output_dir, self.args.decisive(), checkpoint, self.args.should_save)
         set_seed(self.args.seed)
         if self.args.rounds == 1:
             return self.train_round(checkpoint, others)
@@ -120,4 +120,4 @@ def round_of(checkpoint):
 
 
 def read_history(checkpoint):
-    return runs.read(Path(checkpoint) / ROUNDS / HISTORY) or []
+    return run_state.read(Path(checkpoint) / ROUNDS / HISTORY) or []

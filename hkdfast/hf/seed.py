@@ -4,12 +4,13 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from ..contrast import purify
-from ..distill import distill_loss
-from ..seed import answer_rows, isolate, mixed
-from .adapter import adapted, check_adapter, seed_adapter
+from ..batch import answer_rows, derive_seed
+from ..contrastive import purify
+from ..losses import distill_loss
+from ..seed import isolate
+from .adapter import adapted, check_adapter, seed_lora_config
 from .collator import QuestionCollator
-from .config import LAW, LOSS, SeedConfig
+from .configs import LOSS, SeedConfig
 from .frozen import settle
 from .head import LanguageHead, as_teacher, hidden_states, inside_head, plain
 from .rounds import RoundsTrainer
@@ -22,7 +23,7 @@ class SeedTrainer(RoundsTrainer):
 
     At every answer position the frozen model is run on the image and on a noised image; the second is subtracted from
     the first, and the model with its adapter learns what is left. Batches need "pixel_values". With labels the answer
-    positions are the labelled ones; without, the last token of each prompt, so that unlabelled questions suffice.
+    positions are the labeled ones; without, the last token of each prompt, so that unlabeled questions suffice.
 
     Args:
         model: a Hugging Face model with vision and a language-model head, which gets a LoRA adapter on its language
@@ -105,7 +106,7 @@ class SeedTrainer(RoundsTrainer):
     # the loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if inputs.get("distil_only") is not None:
+        if inputs.get("distill_only") is not None:
             raise ValueError("an example has no answer: SEED learns with all answers or, by a collator without, none")
         if self.model.training:
             settle(self.model)
@@ -131,7 +132,7 @@ class SeedTrainer(RoundsTrainer):
             student = self.head.source(hidden)
             teacher = [self.head.source(x, adapted=False) for x in (clean, *noisy)]
             value, metrics = distill_loss(
-                student, self.purify(*teacher), labels=labels, num_items=num_items_in_batch, metrics=True,
+                student, self.purify(*teacher), labels=labels, num_items=num_items_in_batch, return_metrics=True,
                 **self.args.of(LOSS),
             )  # fmt: skip
             return value, metrics | self.leaning(student, labels)
@@ -143,7 +144,7 @@ class SeedTrainer(RoundsTrainer):
         return (value, {"loss": value}) if return_outputs else value
 
     def purify(self, clean, *noisy):
-        return purify(clean, list(noisy), self.args.alpha_of(self.round), **self.args.of(LAW))
+        return purify(clean, list(noisy), self.args.alpha_of(self.round), **self.args.contrast_options())
 
     def next_noise(self, examples):
         """Seed and index of a batch's first example. They follow from the place of the example in its step alone, not
@@ -156,7 +157,7 @@ class SeedTrainer(RoundsTrainer):
         batch = last[1] + 1 if last and last[0] == step else 0
         self.places[mode] = (step, batch)
         return {
-            "seed": mixed(self.args.seed, mode, *step),
+            "seed": derive_seed(self.args.seed, mode, *step),
             "first": (batch * self.accelerator.num_processes + self.accelerator.process_index) * size,
         }
 
@@ -184,7 +185,7 @@ class SeedTrainer(RoundsTrainer):
 
 
 def default_adapter(model, args):
-    return seed_adapter(
+    return seed_lora_config(
         model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets
     )
 

@@ -1,6 +1,6 @@
 """The ternary refinement as a Trainer."""
 
-from .config import TernaryConfig
+from .configs import TernaryConfig
 from .coupled import CoupledTrainer, save_model
 from .family import adapters_of, check_apart, check_family, load_model, names_of, places_of, trainable
 from .trainer import check_parts

@@ -10,8 +10,8 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
 
-from ..seed import answer_rows
-from . import runs
+from ..batch import answer_rows
+from . import run_state
 from .frozen import buffers_kept
 from .loading import reading
 
@@ -82,7 +82,7 @@ class AnswerTrainer(Trainer):
         return value
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        # Trainer counts labels only, and not for every model: answers are counted here, labelled or not
+        # Trainer counts labels only, and not for every model: answers are counted here, labeled or not
         if not batch_samples:
             return None
         count = sum(answer_rows(batch)[0].sum() for batch in batch_samples).to(device)
@@ -152,7 +152,7 @@ class AnswerTrainer(Trainer):
 
     def stands_at_end(self, checkpoint):
         """Load a checkpoint that stands at the end of its training; False if it does not stand there."""
-        if not runs.is_at_end(checkpoint):
+        if not run_state.is_at_end(checkpoint):
             whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(checkpoint) / OPTIMIZER_NAME).is_file()
             if not whole:  # Trainer would begin with a new one
                 raise ValueError(
@@ -161,7 +161,7 @@ class AnswerTrainer(Trainer):
                 )
             return False
         self._load_from_checkpoint(checkpoint)
-        self.state = type(self.state).load_from_json(str(Path(checkpoint) / runs.STATE))
+        self.state = type(self.state).load_from_json(str(Path(checkpoint) / run_state.STATE))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
         return True

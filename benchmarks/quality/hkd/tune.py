@@ -14,11 +14,11 @@ from PIL import Image
 
 from hkd.chains import asking, load, packed
 from hkdfast import Head, pyramid, ternary
+from hkdfast.batch import IGNORE_INDEX, answer_rows
 from hkdfast.choices import LETTERS, answer, shuffled
+from hkdfast.data.augment import Augment, Color, Crop, Flip, Noise, RandomApply
+from hkdfast.data.tasks import record_of
 from hkdfast.evaluate.choices import choice, example
-from hkdfast.evaluate.tasks import record_of
-from hkdfast.hf.augment import Augment, Color, Crop, Flip, Noise, Sometimes
-from hkdfast.seed import IGNORE, answer_rows
 from world.tinyllava import normalised, read, see
 from world.tracks import REWRITE, TEMPLATES, ask, number, photos, right_answer
 
@@ -39,7 +39,7 @@ EPOCHS = {  # of tuning directly: where each has its plateau on the dev question
     "factcheck": {"L": 6, "M": 14, "S": 30},
 }
 TEACH = {"weight": 4.0, "temperature": 2.0, "t_squared": True}
-RETOUCH = (Sometimes(Flip()), Sometimes(Crop()), Sometimes(Color()), Noise(0.25))
+RETOUCH = (RandomApply(Flip()), RandomApply(Crop()), RandomApply(Color()), Noise(0.25))
 LAYOUTS = ("fixed", "shuffled")  # the options as the challenge orders them, or in an order drawn once a question
 
 
@@ -143,13 +143,13 @@ class Reader:
     def taught(self, lines, answers, seen):
         """A batch with the letters' tokens as labels; None is a question without a label."""
         batch = self.batch(lines, seen)
-        labels = torch.full_like(batch["input_ids"], IGNORE)
+        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
         unknown = torch.zeros_like(labels, dtype=torch.bool)
-        letters = [[IGNORE if place is None else self.letters[place] for place in row] for row in answers]
+        letters = [[IGNORE_INDEX if place is None else self.letters[place] for place in row] for row in answers]
         labels[:, batch["last"]] = torch.tensor(letters)
-        unknown[:, batch["last"]] = torch.tensor(letters) == IGNORE
+        unknown[:, batch["last"]] = torch.tensor(letters) == IGNORE_INDEX
         batch["shift_labels"] = labels
-        return batch | {"distil_only": unknown} if unknown.any() else batch
+        return batch | {"distill_only": unknown} if unknown.any() else batch
 
     def rows(self, model):
         """The model as hkdfast takes it: a function of a batch that returns the head of its answer rows."""

@@ -96,7 +96,7 @@ def make_cells(options, bases, seeds, systems, exams, tuning, work):
     runs += [(base, "SEED", number) for number in seeds[1:] for base in bases]
     for base, name, number in tqdm(runs, "train"):
         rounds = 2 if name in study.TWICE and options.full and number == seeds[0] else 1
-        study.distil(base, name, number, exams, work, options.device, rounds)
+        study.distill(base, name, number, exams, work, options.device, rounds)
 
 
 def add_arguments(parser):

@@ -212,7 +212,7 @@ def decode(base, system, exams, work, device="cpu"):
     keep(file, exams, answer, yes_no(processor))
 
 
-def distil(base, system, seed, exams, work, device="cpu", rounds=1):
+def distill(base, system, seed, exams, work, device="cpu", rounds=1):
     """Make the cells of a system of TRAINED, one per round, unless they are there."""
     files = [cell_file(work, base, name, seed) for name in (system, system + SECOND)[:rounds]]
     if all(file.exists() for file in files):

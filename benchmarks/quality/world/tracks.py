@@ -17,23 +17,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hkdfast.choices import LETTERS, MARK
-from hkdfast.evaluate.choices import NONE, TASKS, Record, write
-from hkdfast.hf.augment import ShuffleOptions
-from hkdfast.hf.synthetic import Reword
+from hkdfast.choices import LETTERS, OPTIONS_PLACEHOLDER
+from hkdfast.data.augment import ShuffleOptions
+from hkdfast.data.challenge import write
+from hkdfast.data.synthetic import RewriteStatement
+from hkdfast.evaluate.choices import NONE, TASKS, Record
 from world.scenes import OBJECTS, PER_SCENE, SCENE_OF, SCENES, render, sample
 
 TRACKS = ("hallucination", "factcheck")
 VERDICTS = TASKS["factcheck"].options
 FACTS = ("morning", "evening", "summer", "winter", "monday", "sunday", "berlin", "tokyo")  # by twos: one or the other
 TEMPLATES = {  # of the prompts: few words, all of this world
-    "hallucination": f"{{statement}}?\n{MARK}",
-    "factcheck": f"{{context}}. {{statement}}?\n{MARK}",
+    "hallucination": f"{{statement}}?\n{OPTIONS_PLACEHOLDER}",
+    "factcheck": f"{{context}}. {{statement}}?\n{OPTIONS_PLACEHOLDER}",
 }
 SWAPS = {  # what a rewrite may put in a phrase's place: another object of its scene, the other fact
     name: [other for other in names if other != name] for names in SCENES.values() for name in names
 } | {fact: [FACTS[place ^ 1]] for place, fact in enumerate(FACTS)}
-REWRITE = (Reword(swaps=SWAPS), ShuffleOptions(fixed=()))  # without a look at the image
+REWRITE = (RewriteStatement(swaps=SWAPS), ShuffleOptions(fixed=()))  # without a look at the image
 NOISE = 0.7  # largest standard deviation of the pixel noise, in normalised pixels
 NEAR = 0.7  # share of wrong objects that belong to the scene
 

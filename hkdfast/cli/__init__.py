@@ -1,0 +1,74 @@
+"""The command hkdfast. A subcommand is `add_arguments(parser, ...)` and `run(args)` of the module that does it."""
+
+import argparse
+import importlib
+import sys
+
+import torch
+
+from .. import __version__
+from . import bench, demo, doctor, evaluate, extras, user_modules
+
+EXPLAIN = argparse.ArgumentDefaultsHelpFormatter
+COMMANDS = {
+    "seed": "distill a vision-language model's hallucinations out of it (SEED)",
+    "hkd": "distill a chain of vision-language models into its smallest (HKD4VLM)",
+    "evaluate": "score a model, or answers that exist, on POPE, MME or multiple choice",
+    "doctor": "what is installed here, which backends run, and why one does not",
+    "demo": "distill_loss against plain PyTorch on this machine: time, error, memory",
+    "bench": "run the speed benchmarks of a checkout",
+}
+TRAINING = {"seed": ".seed", "hkd": ".hkd"}  # modules that need transformers
+
+
+def main(argv=None):
+    """Run one command. Returns the exit code: 0 for success, 2 for bad input, told in one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        args = make_parser(argv).parse_args(argv)
+        user_modules.load(getattr(args, "modules", ()))
+        return args.run(args) or 0
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        text = message(error)
+        if debug or text is None:
+            raise
+        print(f"hkdfast: error: {' '.join(text.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def message(error):
+    """What to say of an error that is not a fault of ours; None for one that is."""
+    # torch has no kind of its own for a lack of memory on the CPU
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        what = str(error).splitlines()[0] if str(error) else "on the CPU"
+        return f"out of memory: {what}; smaller batches take less, and so does a --dtype of 16 bits"
+    if isinstance(error, ImportError):
+        return f"{error}{extras.hint(error)}"
+    return None if isinstance(error, RuntimeError) else str(error)
+
+
+def make_parser(argv):
+    """The parser of all commands. Those that train are filled only when they are asked for: they need transformers."""
+    parser = argparse.ArgumentParser("hkdfast", description="Distillation of language and vision-language models.")
+    parser.add_argument("--version", action="version", version=f"hkdfast {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    made = {
+        name: commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=EXPLAIN
+        )
+        for name, text in COMMANDS.items()
+    }
+    evaluate.add_arguments(made["evaluate"], EXPLAIN)
+    for name, module in (("doctor", doctor), ("demo", demo), ("bench", bench)):
+        module.add_arguments(made[name])
+        made[name].set_defaults(run=module.run)
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    if asked in TRAINING:
+        module = importlib.import_module(TRAINING[asked], __package__)
+        module.add_arguments(made[asked])
+        made[asked].set_defaults(run=module.run)
+    return parser

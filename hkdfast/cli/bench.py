@@ -1,0 +1,40 @@
+"""hkdfast bench: the speed benchmarks, which come with a checkout and not with the wheel."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "speed"
+
+
+def add_arguments(parser):
+    parser.add_argument("-k", dest="select", metavar="WORDS", help="only benchmarks whose name fits, as pytest's -k")
+    parser.add_argument("--json", metavar="FILE", help="where pytest-benchmark writes its figures")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1800,
+        help="time for all of it; what would take more than its share is left out, and why is said at the end",
+    )
+    parser.add_argument("--list", action="store_true", help="name the benchmarks and run none")
+
+
+def run(args):
+    if not 0 < args.seconds < float("inf"):
+        raise ValueError(f"--seconds is {args.seconds}, expected a finite number above 0")
+    if not any(FOLDER.glob("bench_*.py")):
+        raise FileNotFoundError(
+            f"no benchmarks in {FOLDER}: they come with the repository. "
+            "In a clone of it: pip install -e '.[bench]' && hkdfast bench"
+        )
+    for module in ("pytest", "pytest_benchmark"):
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"the benchmarks need {module}", name=module)
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-rs", "--benchmark-group-by=param:shape"]
+    command += ["-k", args.select] if args.select else []
+    command += ["--benchmark-json", str(Path(args.json).expanduser().resolve())] if args.json else []
+    command += ["--collect-only", "-q"] if args.list else []
+    environment = os.environ | {"HKDFAST_SECONDS": f"{args.seconds:g}"}
+    return subprocess.run(command, cwd=FOLDER.parents[1], env=environment, check=False).returncode

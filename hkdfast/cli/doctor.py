@@ -1,0 +1,75 @@
+"""hkdfast doctor: what is installed, which backends run here, and why one does not."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .. import __version__, backends
+from .extras import extras, version
+
+
+def add_arguments(parser):
+    pass
+
+
+def run(args):
+    for title, rows in report().items():
+        print(title)
+        width = max(map(len, rows))
+        for name, fact in rows.items():
+            print(f"  {name.ljust(width)}  {fact}")
+
+
+def report():
+    """{title: {name: fact}}, all of it text."""
+    return {
+        "versions": {
+            "hkdfast": f"{__version__} in {Path(__file__).parent}",
+            "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+            "torch": torch.__version__,
+            "triton": version("triton") or version("pytorch-triton") or "not installed",
+        },
+        "backends": backends() | {"HKDFAST_BACKEND": os.environ.get("HKDFAST_BACKEND") or "not set"},
+        "processor": processor(),
+        "GPU": gpus() or {"none": gpu_reason()},
+        "extras": {extra: extra_fact(extra, packages) for extra, packages in extras().items()}
+        or {"unknown": "hkdfast is not installed (pip install -e .), so it has no metadata to read them from"},
+    }
+
+
+def processor():
+    try:
+        from .. import _cpu
+
+        used = ", ".join(_cpu.instruction_sets()) + " (the first is used)"
+    except ImportError:
+        used = "none, the cpu backend is missing"
+    return {
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "instructions of hkdfast": used,
+        "instructions of torch": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def gpus():
+    """{"0": "NVIDIA H200, sm_90, 141 GB", ...}"""
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        arch = getattr(facts, "gcnArchName", None) if torch.version.hip else f"sm_{facts.major}{facts.minor}"
+        found[str(index)] = f"{facts.name}, {arch}, {facts.total_memory / 1e9:.0f} GB"
+    return found
+
+
+def gpu_reason():
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built for the CPU only"
+    return "torch finds no device"
+
+
+def extra_fact(extra, packages):
+    missing = [name for name, installed in packages.items() if installed is None]
+    facts = ", ".join(f"{name} {installed or 'missing'}" for name, installed in packages.items())
+    return facts + (f" (pip install 'hkdfast[{extra}]')" if missing else "")

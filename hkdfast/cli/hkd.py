@@ -1,0 +1,243 @@
+"""hkdfast hkd: pyramid, ternary refinement and mapping-shift evaluation of a chain of models on one's own questions."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from torch.utils.data import ConcatDataset
+
+from ..choices import LETTERS
+from ..data import challenge, jsonl
+from ..data.augment import Augment, Augmented, Color, Crop, Flip, Noise, Paraphrase, RandomApply, ShuffleOptions
+from ..data.synthetic import RewriteStatement
+from ..data.tasks import TASKS, ChoiceInference, choice, example, is_none
+from ..hf import generate, loading, run_state
+from ..hf.choices import encoder
+from ..hf.configs import CoupledConfig, PyramidConfig, TernaryConfig, nth
+from ..hf.family import free_memory, places_of
+from ..hf.loading import base_of, is_adapter
+from ..hf.options import TRAINING, add_options, check_output, own
+from ..hf.pyramid import PyramidTrainer
+from ..hf.ternary import TernaryTrainer
+from ..option_scores import choose_tokens
+from . import choices, user_modules
+
+AUGMENT = {
+    "shuffle": ShuffleOptions(),
+    "paraphrase": RandomApply(Paraphrase()),
+    "flip": RandomApply(Flip()),
+    "crop": RandomApply(Crop()),
+    "color": RandomApply(Color()),
+    "noise": RandomApply(Noise()),
+}
+FILES = {"data": True, "unlabeled": False, "dev": None}  # options of files of questions: whether answers are read
+SHARED = tuple(name for name in own(CoupledConfig) if name != "vocab")
+PYRAMID, TERNARY = own(PyramidConfig, CoupledConfig), own(TernaryConfig, CoupledConfig)
+TRAINED = (*TRAINING, "save_total_limit", "weight_decay", "max_grad_norm")
+DEFAULTS = {"save_total_limit": 1}  # a checkpoint holds the models of a stage and their optimizer
+INFERENCE = ("shifts", "aggregate", "scoring", "template")  # "form" is the refinement's here
+
+
+def add_arguments(parser):
+    """Options of the command. Their help shows the defaults if the parser's formatter does."""
+    add = parser.add_argument
+    add(
+        "--models",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="from large to small: folders or Hub names; unchanged",
+    )
+    add("--task", required=True, choices=tuple(TASKS), help="track of the challenge")
+    add("--data", required=True, metavar="FILE", help="questions with answers, in the challenge's JSON")
+    add("--images", required=True, metavar="DIR", help="folder of the questions' images")
+    add("--output", required=True, metavar="DIR", help="new folder for models and answers")
+    add("--unlabeled", metavar="FILE", help="more questions, of which no answer is read: teachers give them")
+    add("--dev", metavar="FILE", help="questions that the student answers at the end, scored if they have answers")
+    add(
+        "--augment",
+        nargs="*",
+        default=["shuffle"],
+        choices=tuple(AUGMENT),
+        help="what changes the examples, anew in each epoch",
+    )
+    add("--rewrites", type=int, default=0, help="rewritten captions or claims per example, for teachers to answer")
+    add(
+        "--swaps",
+        metavar="FILE",
+        help='JSON of what rewrites put in the place of phrases, {"cat": ["dog", "cow"]}; without it captions get each '
+        "other's options",
+    )
+    add("--refine-epochs", type=float, help="--num-train-epochs of the ternary refinement, where they differ")
+    add("--resume", action="store_true", help="go on where --output stands; finished stages are kept")
+    user_modules.add_option(parser)
+    add_options(parser, "distillation", CoupledConfig, SHARED)
+    add_options(parser, "pyramid", PyramidConfig, PYRAMID)
+    add_options(parser, "ternary refinement", TernaryConfig, TERNARY)
+    add_options(parser, "training, of each stage", CoupledConfig, TRAINED, DEFAULTS)
+    choices.add_inference(parser.add_argument_group("prompts, and inference on --dev"), INFERENCE)
+
+
+def run(args):
+    """Everything is read and checked first; then come the stages, the refinement and the answers."""
+    output = Path(args.output).expanduser()
+    check_output(args.output, output, args.resume)
+    places = parties(args)
+    pyramid = PyramidConfig(str(output / "pyramid"), **options(args, *SHARED, *PYRAMID, *TRAINED))
+    refined = options(args, *SHARED, *TERNARY, *TRAINED)
+    if args.refine_epochs is not None:
+        refined["num_train_epochs"] = args.refine_epochs
+    for name in ("hard_weight", "learning_rates"):
+        if refined[name]:
+            refined[name] = [nth(refined[name], place) for place in places]
+    ternary = TernaryConfig(str(output / "ternary"), **refined)
+    records = questions(args)
+    data = examples(args, records)
+    evaluation = None if args.dev is None else evaluation_of(args, output, records["dev"])
+    for name in args.models:
+        loading.check_visual(base_of(name))
+    loading.load_processor(base_of(args.models[0]))  # which makes the batches
+    trainer = PyramidTrainer(args.models, pyramid, train_dataset=data)
+    check_letters(args, records, trainer.processing_class)
+    begun = args.resume and Path(pyramid.output_dir).is_dir()  # else there is no first step to go on from
+    about = decisive(args, pyramid, ternary)
+    if begun:
+        run_state.compare(output, about)
+    elif pyramid.process_index == 0:
+        run_state.begin(output, about)
+    if run_state.finished(ternary.output_dir) is None:
+        trainer.train(resume_from_checkpoint=begun)
+        processor = trainer.processing_class
+        del trainer
+        free_memory()
+        models = [product(args.models, pyramid.output_dir, place) for place in places]
+        trainer = TernaryTrainer(models, ternary, train_dataset=data, processing_class=processor)
+        trainer.train(resume_from_checkpoint=run_state.last_checkpoint(ternary.output_dir) if args.resume else None)
+        trainer.finish()
+    del trainer
+    free_memory()  # models and optimizer make room for the student that answers
+    if pyramid.process_index:
+        return
+    student = Path(ternary.output_dir) / list(ternary.roles())[-1]
+    print(f"The student is in {student}.")
+    if evaluation is not None:
+        evaluation.model = base_of(str(student))
+        evaluation.adapter = str(student) if is_adapter(student) else None
+        choices.run(evaluation)
+
+
+def options(args, *names):
+    return {name: getattr(args, name) for name in names}
+
+
+def parties(args):
+    """Places in the chain, from 0, of the models that are refined: the largest, the student and its last teacher."""
+    last = len(args.models) - 1
+    if last < 1:
+        raise ValueError(f"--models lists {len(args.models)}, a pyramid needs at least two, from large to small")
+    if args.form == "one_pair":
+        return [last - 1, last]
+    if last < 2:
+        raise ValueError(f"--form {args.form} couples three models, --models lists two: add one, or --form one_pair")
+    return [0, last - 1, last]
+
+
+def product(names, folder, place):
+    """What the pyramid has made of the model in this place: as a teacher, else as a student, else the model itself."""
+    made = [Path(folder) / f"stage-{place + 1}" / "teacher", Path(folder) / f"stage-{place}" / "student"]
+    return str(next((each for each in made if each.is_dir()), names[place]))
+
+
+def decisive(args, pyramid, ternary):
+    """What decides the result of a run, for `runs.begin`."""
+    about = options(args, "task", "augment", "rewrites", "template") | {"models": places_of(args.models)}
+    for name in ("data", "unlabeled", "swaps"):
+        file = getattr(args, name)
+        about[name] = file and "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+    stages = range(1, len(args.models))
+    about |= {f"stage {stage}": pyramid.of_stage(stage).decisive() for stage in stages}
+    return about | {"ternary": ternary.decisive()}
+
+
+def questions(args):
+    """{option: its list of Record} of the FILES that are given, with images that decode."""
+    given = {name: labels for name, labels in FILES.items() if getattr(args, name) is not None}
+    found = {
+        name: challenge.read(getattr(args, name), args.task, args.images, labels) for name, labels in given.items()
+    }
+    generate.check_images([record for records in found.values() for record in records], args.images)
+    return found
+
+
+def check_letters(args, records, processor):
+    """See that the tokenizer tells apart the letters that are answered, as labels and on --dev."""
+    encode = encoder(processor, folder=args.images)
+    for name, scoring in (("data", "auto"), ("dev", args.scoring)):
+        if name in records:
+            letters = LETTERS[: max(len(record.options) for record in records[name])]
+            first = choice(records[name][0], args.template)
+            choose_tokens(encode, (first.prompt(), first.image), letters, None, scoring)
+
+
+def examples(args, records):
+    """The training data: --data and --unlabeled, augmented, and rewrites of --data."""
+    told, asked = (
+        [example(one, args.images, args.template) for one in records.get(name, ())] for name in ("data", "unlabeled")
+    )
+    changes = [AUGMENT[name] for name in args.augment]
+    parts = [Augmented(told + asked, Augment(changes, seed=args.seed))]
+    if args.rewrites < 0:
+        raise ValueError(f"--rewrites is {args.rewrites}, expected 0 or more")
+    if args.swaps is not None and not args.rewrites:
+        raise ValueError("--swaps says how to rewrite, and --rewrites is 0")
+    if args.rewrites:
+        reword = Augment([rewriter(args, records["data"]), *changes], seed=args.seed + 1)
+        parts.append(Augmented(told, reword, args.rewrites))
+    return EpochConcatDataset(parts)
+
+
+def rewriter(args, records):
+    """What puts other phrases into captions and claims."""
+    if args.swaps is not None:
+        return RewriteStatement(swaps=read_swaps(args.swaps))
+    if args.task != "hallucination":
+        raise ValueError("--rewrites of claims need --swaps: no options tell which phrases there are")
+    return RewriteStatement(sorted({option for one in records for option in one.options if not is_none(option)}))
+
+
+def read_swaps(path):
+    """{phrase: alternatives} of a JSON file.
+
+    Raises:
+        OSError: no file that can be read.
+        ValueError: not JSON, or another shape; names the phrase.
+    """
+    path = Path(path).expanduser()
+    found = jsonl.parse(path, path.read_bytes())
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path}: expected an object of phrases and their alternatives, found {str(found)[:80]}")
+    for phrase, others in found.items():
+        if not isinstance(others, list) or not others:
+            raise ValueError(f"{path}: the alternatives of {phrase!r} are {others!r}, expected a list of texts")
+    return found
+
+
+class EpochConcatDataset(ConcatDataset):
+    """Datasets one after the other, each told of a new epoch."""
+
+    def set_epoch(self, epoch):
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
+
+
+def evaluation_of(args, output, records):
+    """The arguments of `hkdfast evaluate choices` for --dev, checked with its questions."""
+    parser = argparse.ArgumentParser()
+    choices.add_arguments(parser)
+    given = {"task": args.task, "data": args.dev, "images": args.images, "output": output / "scores.json"}
+    given |= {"model": "the student", "dtype": args.dtype} | options(args, *INFERENCE)
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    made = parser.parse_args([*words, "--resume", *(["--device", "cpu"] if args.use_cpu else [])])
+    choices.labeled(args.dev, records)
+    ChoiceInference(**options(made, *INFERENCE)).check(records)
+    return made

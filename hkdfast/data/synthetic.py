@@ -1,0 +1,294 @@
+"""New captions and claims about images: from annotations, with their answers, or without, for the teacher to answer.
+
+An annotated example has "image" and "objects", a list of {"name": "cat", "attribute": "black", "count": 2}; attribute
+and count may be left out, "plural" says how an irregular name is written. Its facts become phrases ("two black cats"),
+some of them made wrong: another object, another attribute, another number.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from ..choices import LETTERS
+from .tasks import NONE, TASKS, is_none, record_of
+
+KINDS = ("object", "attribute", "count")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def phrase(thing):
+    """An annotated object in words: "a black cat", "two cats"."""
+    name, attribute, count = thing["name"], thing.get("attribute"), thing.get("count") or 1
+    words = [] if not attribute else [attribute]
+    if count == 1:
+        words.append(name)
+        return f"{'an' if words[0][0].lower() in 'aeiou' else 'a'} {' '.join(words)}"
+    return " ".join([NUMBERS[count] if count < len(NUMBERS) else str(count), *words, plural(thing)])
+
+
+def plural(thing):
+    name = thing["name"]
+    if thing.get("plural"):
+        return thing["plural"]
+    if re.search("[^aeiou]y$", name):
+        return name[:-1] + "ies"
+    return name + ("es" if re.search("(s|x|z|ch|sh)$", name) else "s")
+
+
+def listed(phrases):
+    """Phrases in a row: "a, b and c"."""
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+@dataclass(frozen=True)
+class Corruptions:
+    """How a fact is made wrong.
+
+    Args:
+        objects: names of objects to put in the place of one that is there: a list, or {name: alternatives}.
+        attributes: {attribute: alternatives that exclude it}.
+        kinds: what may be made wrong, of "object", "attribute" and "count".
+
+    Raises:
+        ValueError: an unknown kind, or none.
+    """
+
+    objects: Sequence[str] | Mapping[str, Sequence[str]] = ()
+    attributes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    kinds: Sequence[str] = KINDS
+
+    def __post_init__(self):
+        wrong = [kind for kind in self.kinds if kind not in KINDS]
+        if wrong or not self.kinds:
+            raise ValueError(f"kinds are {list(self.kinds)}, expected some of {', '.join(KINDS)}")
+
+    def wrong(self, thing, things, rng):
+        """The thing changed so that the image, which shows `things` and of their names no others, does not show it.
+
+        Returns:
+            a dict like `thing`, or None where nothing about it can be changed.
+        """
+        kinds = list(self.kinds)
+        rng.shuffle(kinds)
+        for kind in kinds:
+            found = getattr(self, f"wrong_{kind}")(thing, things)
+            if found:
+                return thing | rng.choice(found)
+        return None
+
+    def wrong_object(self, thing, things):
+        there = {other["name"] for other in things}
+        names = self.objects.get(thing["name"], ()) if isinstance(self.objects, Mapping) else self.objects
+        return [{"name": name, "plural": None} for name in names if name not in there]
+
+    def wrong_attribute(self, thing, things):
+        there = {other.get("attribute") for other in things if other["name"] == thing["name"]}
+        words = self.attributes.get(thing.get("attribute"), ())
+        # a cat of which no color is told may have any
+        return [{"attribute": word} for word in words if word not in there and None not in there]
+
+    def wrong_count(self, thing, things):
+        if not thing.get("count") or sum(other["name"] == thing["name"] for other in things) > 1:
+            return []
+        count = thing["count"]
+        # never one: where there are two cats, there is a cat
+        return [{"count": other} for other in range(max(2, count - 2), count + 3) if other != count]
+
+
+def things_of(example):
+    """The annotated objects of an example, one of each phrase.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    things = example.get("objects")
+    if not things:
+        raise ValueError(f"the example has no annotated 'objects', only {', '.join(example)}")
+    return list({phrase(thing): thing for thing in things}.values())
+
+
+def fields_of(example, task, **changed):
+    """The fields of a question of a task about the example's image."""
+    known = TASKS[task]
+    fields = {"question_id": 0, "context": ""} | example
+    return fields | {"task": task, "question": known.asked, "template": 0} | changed
+
+
+@dataclass(frozen=True)
+class SyntheticCaption:
+    """A caption of the annotated objects, one phrase of it made wrong, as a question of the task "hallucination".
+
+    The options are the caption's phrases in its order and "No hallucination": ShuffleOptions after it mixes them.
+
+    Args:
+        facts: Facts.
+        phrases: most phrases of a caption.
+        none: probability that nothing is made wrong.
+        caption: the caption, with the phrases in the place of {}.
+
+    Raises:
+        ValueError: phrases outside 1 to 25, none outside 0 to 1, a caption without {}; when called, an example
+            without "objects".
+    """
+
+    facts: Corruptions
+    phrases: int = 3
+    none: float = 0.25
+    caption: str = "The image shows {}."
+
+    def __post_init__(self):
+        most = len(LETTERS) - 1  # a letter is left for none
+        if not 1 <= self.phrases <= most or not 0 <= self.none <= 1:
+            raise ValueError(f"phrases is {self.phrases} and none is {self.none}, expected 1 to {most} and 0 to 1")
+        if "{}" not in self.caption:
+            raise ValueError(f"caption is {self.caption!r}, expected {{}} in it")
+
+    def __call__(self, example, rng):
+        things = things_of(example)
+        told = rng.sample(things, min(self.phrases, len(things)))
+        wrong = None
+        if rng.random() >= self.none:
+            for place in rng.sample(range(len(told)), len(told)):
+                made = self.facts.wrong(told[place], things, rng)
+                if made is not None:
+                    told[place], wrong = made, place
+                    break
+        phrases = [phrase(thing) for thing in told]
+        statement = self.caption.replace("{}", listed(phrases))
+        answer = LETTERS[len(phrases) if wrong is None else wrong]
+        return fields_of(example, "hallucination", statement=statement, options=[*phrases, NONE], answer=answer)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim about the annotated objects, as a question of the task "factcheck".
+
+    Its verdict is drawn evenly from those that the objects allow. "True": all its facts hold. "False": none does.
+    "Partially True": some do. "Not Verifiable": it says something that neither image nor context can tell.
+
+    Args:
+        facts: Facts.
+        parts: facts of a claim, at least 2, where there are so many.
+        unverifiable: sentences about an image that nobody can judge by looking at it.
+        claim: the claim, with the facts in the place of {}.
+
+    Raises:
+        ValueError: parts below 2, no unverifiable sentence, a claim without {}; when called, an example without
+            "objects".
+    """
+
+    facts: Corruptions
+    parts: int = 2
+    unverifiable: Sequence[str] = (
+        "The picture was taken on a Monday.",
+        "The photographer was born in a small town.",
+        "Somebody paid for this picture.",
+    )
+    claim: str = "The image shows {}."
+
+    def __post_init__(self):
+        if self.parts < 2 or not self.unverifiable:
+            raise ValueError(f"parts is {self.parts} and unverifiable {self.unverifiable}, expected at least 2 and 1")
+        if "{}" not in self.claim:
+            raise ValueError(f"claim is {self.claim!r}, expected {{}} in it")
+
+    def __call__(self, example, rng):
+        things = things_of(example)
+        told = rng.sample(things, min(self.parts, len(things)))
+        made = []
+        for thing in told:  # no two of them become the same
+            made.append(self.facts.wrong(thing, things + [other for other in made if other], rng))
+        able = [place for place, thing in enumerate(made) if thing is not None]
+        verdicts = TASKS["factcheck"].options
+        can = {"True": True, "False": len(able) == len(told), "Partially True": bool(able) and len(told) > 1}
+        verdict = rng.choice([name for name in verdicts if can.get(name, True)])
+        wrong = able if verdict == "False" else []
+        if verdict == "Partially True":
+            wrong = rng.sample(able, rng.randint(1, min(len(able), len(told) - 1)))
+        phrases = [phrase(made[place] if place in wrong else thing) for place, thing in enumerate(told)]
+        statement = self.claim.replace("{}", listed(phrases))
+        if verdict == "Not Verifiable":
+            statement = f"{statement} {rng.choice(self.unverifiable)}"
+        answer = LETTERS[verdicts.index(verdict)]
+        return fields_of(example, "factcheck", statement=statement, options=list(verdicts), answer=answer)
+
+
+@dataclass(frozen=True)
+class RewriteStatement:
+    """Another statement about the same image whose truth nobody knows: the answer is None, for the teacher to give.
+
+    Phrases of the statement are replaced, in the options too: of a caption those in the options that its answer says
+    are wrong, if it names any, so that no more become wrong than were. A phrase within a longer one that may be
+    replaced itself stays whole. An example in which there is nothing to replace stays as it is, with its answer.
+
+    Args:
+        phrases: what may stand in the place of an option that the statement contains: a list, for any of them.
+        swaps: {phrase: alternatives}, for phrases anywhere in the statement.
+        changes: most phrases that are replaced.
+
+    Raises:
+        ValueError: neither phrases nor swaps, one that is not a text or is empty, or changes below 1.
+    """
+
+    phrases: Sequence[str] = ()
+    swaps: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    changes: int = 1
+
+    def __post_init__(self):
+        if not self.phrases and not self.swaps:
+            raise ValueError("there is nothing to put into a statement: give phrases or swaps")
+        for text in (*self.phrases, *self.swaps, *(one for others in self.swaps.values() for one in others)):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"phrases are texts that are not empty, got {text!r}")
+        if self.changes < 1:
+            raise ValueError(f"changes must be at least 1, got {self.changes}")
+
+    def __call__(self, example, rng):
+        record = record_of(example)
+        statement, options = record.statement, list(record.options)
+        able = {option: self.phrases for option in options if self.phrases and not is_none(option)} | dict(self.swaps)
+        able = {old: new for old, new in able.items() if self.stands(old, statement, options)}
+        if record.task == "hallucination" and record.answer is not None:
+            named = [options[LETTERS.index(letter)] for letter in record.answer]
+            if not all(map(is_none, named)):
+                able = {old: new for old, new in able.items() if any(found(old, option) for option in named)}
+        for old in rng.sample(sorted(able), min(self.changes, len(able))):
+            new = [one for one in able[old] if not found(one, statement) and not is_none(one) and one not in options]
+            if new and self.stands(old, statement, options):
+                one, longer = rng.choice(new), self.longer(old, options)
+                statement = replaced(old, one, statement, longer)
+                if record.task == "hallucination":
+                    options = [o if is_none(o) else replaced(old, one, o, longer) for o in options]
+        if statement == record.statement or len({option.casefold() for option in options}) < len(options):
+            return example
+        return example | {"statement": statement, "options": options, "answer": None}
+
+    def longer(self, old, options):
+        """Phrases that hold another: "a cat" is not the cat of "a cat tree", if that may be replaced too."""
+        others = [*self.swaps, *(options if old in options else ())]
+        return [other for other in others if len(other) > len(old) and found(old, other)]
+
+    def stands(self, old, statement, options):
+        """Whether a phrase is in a statement, and not as a part of a longer one alone."""
+        return found(old, statement) and replaced(old, "_", statement, self.longer(old, options)) != statement
+
+
+@lru_cache(2**14)  # every example is searched for every phrase that may be swapped
+def whole(*texts):
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, texts))})(?!\w)", re.IGNORECASE)
+
+
+def found(text, within):
+    return whole(text).search(within) is not None
+
+
+def replaced(old, new, text, longer=()):
+    """The text with a phrase in the place of another, capital where the other had one; but not within longer ones."""
+
+    def put(hit):
+        if hit[0].casefold() != old.casefold():
+            return hit[0]
+        return new[0].upper() + new[1:] if hit[0][0].isupper() else new
+
+    return whole(*sorted(longer, key=len, reverse=True), old).sub(put, text)

@@ -1,0 +1,207 @@
+"""The two tasks of the Responsible-AI challenge, and how a question of theirs becomes a prompt.
+
+This is the one place for it: training, augmentation and evaluation all ask `question`.
+"""
+
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from .. import choices
+from ..choices import CONTENT_FREE, LETTERS, OPTIONS_PLACEHOLDER, Choice
+
+NONE = "No hallucination"  # the option that stands for none of the others
+CLOSING = "Answer with the letter of one option."
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the two tasks differ in."""
+
+    statement: str  # field of the text that is judged
+    context: str  # field of the text that goes with it
+    question: str  # field of the question
+    asked: str  # the challenge's own question, where a file has none
+    options: tuple[str, ...] | None  # where a file has none; None if each question has its own
+    fixed: tuple[str, ...]  # options that keep their place under a shift, unless the user says otherwise
+    templates: tuple[str, ...]  # the prompt, and paraphrases of it
+
+
+TASKS = {
+    "hallucination": Task(
+        statement="system1_answer",
+        context="system1_question",
+        question="system2_question",
+        asked="Which of the following systems' outputs belong to hallucination?",
+        options=None,
+        fixed=(NONE,),
+        templates=(
+            f"Question: {{context}}\nCaption: {{statement}}\n{{question}}\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
+            f"Caption: {{statement}}\nWhich of these parts of it does the image not support?\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
+            f"A system described the image: {{statement}}\nIt had been asked: {{context}}\nCompare its words with the "
+            f"image. Which of them are hallucinated?\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
+            f"Look at the image and read this text about it.\n{{statement}}\nOne of the phrases below may be made up. "
+            f"Which one?\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
+        ),
+    ),
+    "factcheck": Task(
+        statement="claim",
+        context="context",
+        question="question",
+        asked="Based on the provided information, please determine whether the claim is factual.",
+        options=("True", "False", "Partially True", "Not Verifiable"),
+        fixed=(),
+        templates=(
+            f"Context: {{context}}\nClaim: {{statement}}\n{{question}}\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
+            f"Claim: {{statement}}\nBackground: {{context}}\nJudge the claim by the image and the background.\n{OPTIONS_PLACEHOLDER}\n"
+            f"{CLOSING}",
+            f"Read the following text.\n{{context}}\nIs this claim about the image right? {{statement}}\n{OPTIONS_PLACEHOLDER}\n"
+            f"{CLOSING}",
+            f"Somebody says: {{statement}}\nWhat is known: {{context}}\nHow true is it, going by image and text?\n"
+            f"{OPTIONS_PLACEHOLDER}\n{CLOSING}",
+        ),
+    ),
+}
+PLACEHOLDERS = re.compile(r"\{(statement|context|question)\}")
+
+
+def is_none(option):
+    """Whether an option says that there is no hallucination, in upper or lower case."""
+    return option.strip().casefold() == NONE.casefold()
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question of either task, under one set of names."""
+
+    task: str  # a key of TASKS
+    image: str  # file name within the image folder
+    statement: str  # what is judged: the caption or the claim
+    context: str  # the question that the caption answers, or the claim's context; may be empty
+    question: str
+    options: tuple[str, ...]  # in the order of the letters
+    answer: str | None = None  # the right letter, or letters in order ("AC"); None if unknown
+    question_id: int | str = 0
+
+
+@dataclass(frozen=True)
+class ChoiceInference:
+    """How questions are asked and answered; the options of `hkdfast.choices.answer`, checked."""
+
+    shifts: str | int = "cyclic"
+    aggregate: str = "mean"
+    method: str = "letters"
+    # texts of options that keep their place, by default those of both tasks: a text that is no option fixes nothing
+    fixed: tuple[str, ...] = tuple(text for task in TASKS.values() for text in task.fixed)
+    scoring: str = "auto"
+    template: int | str = 0  # as in `choice`
+    seed: int = 0  # of a number of shifts
+    batch_size: int = 8  # questions in one forward, with all their shifts
+    multi_answer: bool = False  # as in `named`
+
+    def __post_init__(self):
+        choices.check_options(self.aggregate, self.method, self.scoring, self.batch_size)
+        if self.multi_answer and self.method != "per_option":
+            raise ValueError(f'several letters need each option asked alone: form is {self.method!r}, expected "each"')
+
+    def check(self, records):
+        """Say what of it does not fit the records, before any model is loaded."""
+        for record in records:
+            choices.plan(choice(record, self.template), self.shifts, self.fixed, self.seed)
+
+
+def template_of(task, template=0):
+    """A template of a task by its number, or the text itself after a look that it asks what is to be asked.
+
+    Raises:
+        ValueError: an unknown task, a number beyond its templates, a text without {statement} or {options}.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
+    known = TASKS[task].templates
+    if isinstance(template, int):
+        if not 0 <= template < len(known):
+            raise ValueError(f"template {template} of {task} does not exist, expected 0 to {len(known) - 1} or a text")
+        return known[template]
+    missing = [hole for hole in ("{statement}", OPTIONS_PLACEHOLDER) if hole not in template]
+    if missing:
+        raise ValueError(f"the template {template!r} has no {' and no '.join(missing)}")
+    return template
+
+
+def choice(record, template=0):
+    """The record as a `hkdfast.choices.Choice` about its image.
+
+    Args:
+        record: Record.
+        template: number of one of the task's templates, or a text with {statement} and {options} and, where wanted,
+            {context} and {question}. A line of it is left out if all the fields it names are empty.
+    """
+
+    template = template_of(record.task, template)
+    free = replace(record, statement=CONTENT_FREE, context=CONTENT_FREE if record.context else "")
+    return Choice(filled(template, record), record.options, record.image, filled(template, free))
+
+
+def filled(template, record):
+    """The template with the record's texts in its holes, {options} left for the options."""
+
+    def fill(line):
+        named = PLACEHOLDERS.findall(line)
+        if named and not any(getattr(record, name) for name in named):
+            return None
+        return PLACEHOLDERS.sub(lambda hole: getattr(record, hole[1]), line)
+
+    lines = (fill(line) for line in template.split("\n"))
+    return "\n".join(line for line in lines if line is not None)
+
+
+def named(record, place, scores, multi_answer=False):
+    """The letters of an answer.
+
+    Args:
+        record: Record.
+        place: of the option chosen.
+        scores: log-probabilities of the options in their order.
+        several: instead of that option all that are more likely right than not, if any is, in the form "each" of
+            `hkdfast.choices.answer`. "No hallucination" stands alone, and gives way to others.
+    """
+    if multi_answer:
+        likely = [i for i, score in enumerate(scores) if score > math.log(0.5)]
+        wrong = [i for i in likely if not is_none(record.options[i])]
+        return "".join(LETTERS[i] for i in wrong or likely or [place])
+    return LETTERS[place]
+
+
+def question(record, order=None, template=0):
+    """The prompt of a record, with option order[place] behind each letter; the options' own order without one."""
+    return choice(record, template).prompt(order)
+
+
+def example(record, folder=None, template=0):
+    """The record as an example for training: a dict with "image" (a path), "text" (the prompt) and "answer" (the right
+    letters or None), and beside them the record's other fields and "template", from which augmentation asks anew.
+
+    Args:
+        record: Record.
+        folder: of the images; None leaves the file name.
+        template: as in `choice`.
+    """
+    image = record.image if folder is None else str(Path(folder).expanduser() / record.image)
+    found = vars(record) | {"image": image, "options": list(record.options)}
+    return found | {"template": template, "text": question(record, template=template)}
+
+
+def record_of(example):
+    """The Record of an example that `example` made.
+
+    Raises:
+        ValueError: a field that is missing; names it.
+    """
+    names = [field.name for field in fields(Record)]
+    missing = [name for name in names if name not in example]
+    if missing:
+        found = f"the example has no {', '.join(missing)}, only {', '.join(example)}"
+        raise ValueError(f"{found}: make it by hkdfast.evaluate.choices.example")
+    return Record(**{name: example[name] for name in names} | {"options": tuple(example["options"])})

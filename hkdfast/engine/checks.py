@@ -1,0 +1,108 @@
+"""What every public function asks of its arguments before it works: errors name the wrong value and the right ones."""
+
+import math
+
+import torch
+
+from ..heads import Head, device_of, same
+from ..ops.dispatch import check as check_backend
+from ..ops.dispatch import visible
+from .arguments import check_constant, check_floats, check_number, check_plain, check_word, shown
+from .tile_loop import TILES
+
+
+def check_options(*, temperature, precision, tile_memory, backend):
+    check_number("temperature", temperature, "positive and finite", lambda x: 0 < x < math.inf)
+    check_word("precision", precision, TILES)
+    if tile_memory is not None:
+        check_number("tile_memory", tile_memory, "a positive number of bytes", lambda x: 0 < x < math.inf)
+    check_backend(backend)
+
+
+def check_source(name, source):
+    """Logits or a head, which has looked at its tensors itself."""
+    if isinstance(source, Head):
+        return
+    if not isinstance(source, torch.Tensor):
+        how = ": pass its .logits" if hasattr(source, "logits") else ""
+        how = ": pass torch.from_numpy(...)" if type(source).__name__ == "ndarray" else how
+        raise ValueError(f"{name} must be a tensor of logits or a Head, got {shown(source)}{how}")
+    check_floats(name, source)
+    if not source.dim():
+        raise ValueError(f"{name} must be logits (..., V), got a number without dimensions")
+
+
+def check_pair(name, source, other_name, other):
+    """Two sources of the same rows, of one device."""
+    if tuple(source.shape[:-1]) != tuple(other.shape[:-1]):
+        raise ValueError(f"{name} {tuple(source.shape)} and {other_name} {tuple(other.shape)} differ in their rows")
+    if device_of(source) != device_of(other):
+        raise ValueError(f"{name} is on {device_of(source)} but {other_name} is on {device_of(other)}")
+
+
+def check_vocab(sources, vocab):
+    """Words to compare: all, if the sides agree; the common ones or a given number, if the caller says so."""
+    sizes = [int(source.shape[-1]) for source in sources]
+    if not min(sizes):
+        raise ValueError(f"vocabularies of {' and '.join(map(str, sizes))} words: one is empty")
+    if vocab is None:
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"vocabularies of {' and '.join(map(str, dict.fromkeys(sizes)))} words differ: "
+                'vocab="common" compares the first words that all have, a number the first so many'
+            )
+        return sizes[0]
+    if isinstance(vocab, str) and vocab == "common":
+        return min(sizes)
+    if isinstance(vocab, bool) or not isinstance(vocab, int) or not 1 <= vocab <= min(sizes):
+        what = f'None, "common" or a number of words from 1 to {min(sizes)}'
+        raise ValueError(f"vocab must be {what}, got {shown(vocab)}")
+    return vocab
+
+
+def check_per_row(name, numbers, lead, device):
+    if not isinstance(numbers, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor {lead}, one number per row, got {shown(numbers)}")
+    check_plain(name, numbers)
+    if tuple(numbers.shape) != lead:
+        raise ValueError(f"{name} {tuple(numbers.shape)} must be one number per row, {lead}")
+    if numbers.device != device:
+        raise ValueError(f"{name} is on {numbers.device} but the logits are on {device}")
+
+
+def check_labels(labels, lead, device):
+    if labels is None:
+        return
+    check_per_row("labels", labels, lead, device)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+
+
+def check_weights(name, weights, lead, device):
+    """Finite and not negative, where the host can see that."""
+    if weights is None:
+        return
+    check_per_row(name, weights, lead, device)
+    check_floats(name, weights)
+    check_constant(name, weights)
+    if not visible(weights):
+        return
+    wrong = weights[~((weights >= 0) & weights.isfinite())]  # NaN is neither
+    if wrong.numel():
+        raise ValueError(f"every {name} must be finite and not negative, got {wrong[0].item()}")
+
+
+def check_target(law, labels):
+    if law and law.reads_labels and labels is None:
+        raise ValueError('confidence "target" needs labels')
+
+
+def check_shared(sides):
+    """Tiles of differences need one head that all sides share."""
+    first = sides[0]
+    for one in sides:
+        if not isinstance(one, Head):
+            raise ValueError(f'precision="difference" needs heads on all sides, got {type(one).__name__}')
+        shared = same(one.weight, first.weight) and same(one.bias, first.bias) and one.scale == first.scale
+        if not shared or one.softcap is not None or first.softcap is not None:
+            raise ValueError('precision="difference" needs one weight, bias and scale on all sides, and no softcap')

@@ -1,0 +1,222 @@
+"""Ask a vision-language model the questions of a file about their images, and keep the answers as POPE's scripts do."""
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from ..data import devices, jsonl
+from ..data.generation import GenerationOptions
+from . import loading
+from .templates import prompts
+
+GREEDY = GenerationOptions()
+
+
+def load(path, adapter=None, *, device=None, dtype="auto"):
+    """(model in eval mode, processor) from a folder or a Hub name, with a PEFT adapter on it if one is given.
+
+    Args:
+        path: what `AutoModelForImageTextToText` and `AutoProcessor` load.
+        adapter: folder with adapter_config.json, or None.
+        device: torch device; None takes a GPU if there is one.
+        dtype: "auto" (as the weights are saved), "float32", "bfloat16" or "float16".
+
+    Raises:
+        OSError: no model or processor under that name.
+        FileNotFoundError: no adapter in that folder.
+        ValueError: no such device; a model that answers nothing about images, or whose processor reads none; damaged
+            files, weights that are missing or fit nothing, of the model or its adapter; an adapter made of virtual
+            tokens, or of another task; a chat template that shows no image. Each names what it is about.
+    """
+    device = devices.find(device)
+    if adapter is not None:
+        adapter = Path(adapter).expanduser()
+        if not (adapter / loading.ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(f"adapter {str(adapter)!r}: no {loading.ADAPTER_CONFIG}, expected a folder of PEFT")
+        config = loading.adapter_config(adapter, path)
+    loading.check_visual(path)
+    processor = loading.load_processor(path)
+    model = loading.load_weights(path, dtype)
+    loading.check_words(path, processor, model)
+    if adapter is not None:
+        model = loading.put_adapter(model, adapter, config)
+    with loading.reading("model", path):
+        model = model.to(device)
+    return model.eval(), processor
+
+
+def read_image(path):
+    """The image as RGB; ValueError naming the file if it does not decode to the end."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    # Pillow's plug-ins raise whatever their format stumbles over: OSError, SyntaxError, struct.error, ValueError
+    except Exception as error:
+        raise ValueError(f"image {str(path)!r} does not decode: {error}") from error
+
+
+def check_images(questions, folder, progress=True):
+    """Decode every image once, so that a broken one is known before a model is loaded and half the answers are made."""
+    names = dict.fromkeys(question.image for question in questions)
+    for name in tqdm(names, desc="images", unit="image", disable=None if progress else True, leave=False):
+        read_image(Path(folder).expanduser() / name)
+
+
+def encode(processor, texts, images):
+    """Model inputs for one image and one text each, padded on the left: generation goes on where the prompt ends."""
+    return tokenize(processor, prompts(processor, texts), images)
+
+
+def tokenize(processor, written, images):
+    """Model inputs for texts as `prompts` writes them and one image each, padded on the left."""
+    tokenizer = processor.tokenizer
+    # a template that writes the first token itself must not get a second one
+    begun = bool(tokenizer.bos_token) and written[0].startswith(tokenizer.bos_token)
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    try:
+        tokenizer.padding_side = "left"
+        tokenizer.pad_token = pad or tokenizer.eos_token
+        return processor(
+            text=written,
+            images=[[image] for image in images],
+            padding=True,
+            return_tensors="pt",
+            **({"add_special_tokens": False} if begun else {}),
+        )
+    finally:
+        tokenizer.padding_side, tokenizer.pad_token = side, pad
+
+
+@contextmanager
+def plain_generation(model, tokenizer):
+    """Only the special tokens of the model's generation config: its penalties and top-k would bias the comparison."""
+    kept = model.generation_config
+    ends = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
+    pad = next(
+        token for token in (kept.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None
+    )
+    try:
+        model.generation_config = GenerationConfig(**ends, pad_token_id=pad)
+        yield
+    finally:
+        model.generation_config = kept
+
+
+@torch.inference_mode()
+def reply(model, processor, texts, images, decoding, number=0):
+    """The model's replies to a batch of texts, one image each; `number` of the batch picks its random numbers."""
+    # the layers of an adapter sit in the base model, and its generate() is not wrapped
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = encode(processor, texts, images).to(model.device, dtype=model.dtype)
+    how = {"do_sample": False}
+    if decoding.sample:
+        how = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    name = f"{decoding.seed} {decoding.draw} {number}".encode()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), plain_generation(model, processor.tokenizer):
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big"))
+        output = model.generate(**inputs, max_new_tokens=decoding.max_new_tokens, **how)
+    prompt = inputs["input_ids"]
+    # some families return the prompt in front of the reply, some the reply alone
+    if output.shape[1] >= prompt.shape[1] and torch.equal(output[:, : prompt.shape[1]], prompt):
+        output = output[:, prompt.shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, name="", resume=False, progress=True):
+    """Answer every question and write the answers, in the format of VCD's scripts, to a file that appears when whole.
+
+    Args:
+        model, processor: as `load` gives them.
+        questions: list of `pope.Question`.
+        images: folder of their images.
+        path: the JSON-lines file to write. Until it is whole, what is done stands in `path` with ".partial" added.
+        decoding: GenerationOptions.
+        name: model_id of each line.
+        resume: take over the answers of a run that was stopped, or that is whole, if questions, name and decoding are
+            the same; the answers are those of an uninterrupted run. Weights that changed under the name go unnoticed.
+        progress: show a bar.
+
+    Returns:
+        list of str, the answers.
+    """
+    lines = [
+        {"question_id": q.question_id, "prompt": q.text, "text": None, "model_id": name, "image": q.image}
+        | {"metadata": asdict(decoding)}
+        for q in questions
+    ]
+    size = decoding.batch_size
+    with filling(path, lines, ("text",), size, resume=resume, progress=progress) as (done, write):
+        for start in range(len(done), len(lines), size):
+            batch = questions[start : start + size]
+            texts = [f"{q.text} {decoding.instruction}".strip() for q in batch]
+            pictures = [read_image(Path(images).expanduser() / q.image) for q in batch]
+            write([{"text": text} for text in reply(model, processor, texts, pictures, decoding, start // size)])
+    return [line["text"] for line in done]
+
+
+@contextmanager
+def filling(path, lines, blanks, size, *, resume=False, progress=True):
+    """Lines to be filled in, batch by batch, in a JSON-lines file that appears when all are.
+
+    Until then what is done stands in `path` with ".partial" added.
+
+    Args:
+        path: the file.
+        lines: list of dicts as they will be written, None in their blanks.
+        blanks: names of the fields to fill in.
+        size: lines of a batch. What a resumed run finds of an unfinished batch is done again.
+        resume: take over what an earlier run left, as far as its lines are these but for the blanks.
+        progress: show a bar.
+
+    Yields:
+        (list of the lines that are done, which grows; function from a list of dicts of blanks to write the next ones).
+    """
+    path = Path(path).expanduser()
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = max((kept_lines(file, lines, blanks) for file in (path, partial)), key=len) if resume else []
+    if len(kept) < len(lines):
+        kept = kept[: len(kept) // size * size]
+    with jsonl.replacing(partial) as file:  # what is kept is never missing, whenever this run is stopped
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+    done = list(kept)
+    with (
+        partial.open("a", encoding="utf-8") as file,
+        tqdm(total=len(lines), initial=len(kept), desc=path.stem, unit="question", disable=not progress) as bar,
+    ):
+
+        def write(filled):
+            found = [line | values for line, values in zip(lines[len(done) :], filled, strict=False)]
+            file.writelines(json.dumps(line) + "\n" for line in found)
+            file.flush()
+            done.extend(found)
+            bar.update(len(found))
+
+        yield done, write
+    partial.replace(path)
+
+
+def kept_lines(path, lines, blanks):
+    """The lines that an earlier run left in `path`, as far as they are those expected."""
+    if not path.is_file():
+        return []
+    kept = []
+    for expected, text in zip(lines, path.read_text(encoding="utf-8").split("\n"), strict=False):
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:  # the line that the stop cut in two
+            break
+        if {**found, **dict.fromkeys(blanks)} != expected:
+            break
+        kept.append(found)
+    return kept

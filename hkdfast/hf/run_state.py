@@ -1,0 +1,146 @@
+"""The folder of a training: what was begun in it, and how far it came."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from ..data import jsonl
+
+RUN = "run.json"  # what decides the result, written before the first step
+DONE = "done.json"  # what a finished training logged, written last
+STATE = "trainer_state.json"  # of a checkpoint: Trainer's own, written last
+
+
+def begin(folder, about):
+    """Write into a folder, which is made if need be, what decides the result of the training that begins there.
+
+    Args:
+        about: {name: what JSON can hold, or a dict of the same kind}; sets become sorted lists.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write(Path(folder) / RUN, about)
+
+
+def compare(folder, about):
+    """See that the training that was begun in a folder is this one.
+
+    Raises:
+        ValueError: naming the first difference with both values, or that the folder does not say what was begun there.
+    """
+    stored = read(Path(folder) / RUN)
+    if stored is None:
+        raise ValueError(f"{folder} cannot be resumed: it has no {RUN} to say what was begun there")
+    for name, old, new in differences(stored, json.loads(as_json(about))):
+        raise ValueError(f"{folder} is another run, {name} was {old!r} and is {new!r} now: begin in another folder")
+
+
+def enter(folder, about, checkpoint=None, save=True):
+    """Begin a training in a folder, or see that it goes on from a checkpoint of its own.
+
+    Args:
+        folder: of this training.
+        about: as in `begin`.
+        checkpoint: to go on from, in this folder or another; None for a fresh training.
+        save: whether this process writes.
+
+    Raises:
+        ValueError: a checkpoint of another training; or one where another has left in the folder what would be taken
+            for its own, checkpoints or a finished training.
+    """
+    if checkpoint is not None:
+        compare(home_of(checkpoint), about)
+    if used(folder):
+        if checkpoint is None:
+            raise ValueError(f"{folder} has been trained in: resume it, or name another output_dir")
+        compare(folder, about)
+    if save:
+        begin(folder, about)
+
+
+def home_of(checkpoint):
+    """The folder of the training that a checkpoint stands in, which may have rounds."""
+    folder = Path(checkpoint).absolute().parent
+    return folder.parent if re.fullmatch(r"round-\d+", folder.name) else folder
+
+
+def used(folder):
+    """Whether there is something in a folder to go on from."""
+    return finished(folder) is not None or last_checkpoint(folder) is not None
+
+
+def differences(old, new, name=""):
+    """(name, old, new) of all values that differ between two dicts of dicts."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new | old:
+            yield from differences(old.get(key), new.get(key), f"{name}, {key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+def finish(folder, about):
+    """Write that the training in a folder is finished."""
+    write(Path(folder) / DONE, about)
+
+
+def finished(folder):
+    """What `finish` wrote, or None."""
+    return read(Path(folder) / DONE)
+
+
+def checkpoints(folder):
+    """Those of a training, or of its rounds, in the order in which they were made."""
+    folder, found = Path(folder), {}
+    for one in (*folder.glob("checkpoint-*"), *folder.glob("round-*/checkpoint-*")):
+        number = re.fullmatch(r"(?:round-(\d+)/)?checkpoint-(\d+)", one.relative_to(folder).as_posix())
+        if number:
+            found[int(number[1] or 0), int(number[2])] = one
+    return [found[place] for place in sorted(found)]
+
+
+def last_checkpoint(folder):
+    """The last checkpoint in a folder that is whole: Trainer writes its state last. None if there is none."""
+    return next((str(one) for one in reversed(checkpoints(folder)) if is_whole(one)), None)
+
+
+def checkpoint_of(folder, asked):
+    """The checkpoint to go on from: the one that is asked for, with True the last in the folder; None for neither.
+
+    Raises:
+        ValueError: one that is not whole or not there; with True, none in the folder that is whole.
+    """
+    if not asked:
+        return None
+    checkpoint, where = (last_checkpoint(folder), f"in {folder}") if asked is True else (asked, asked)
+    if checkpoint is None or not is_whole(Path(checkpoint)):
+        raise ValueError(f"no whole checkpoint {where}")
+    return checkpoint
+
+
+def is_whole(checkpoint):
+    try:
+        return read(checkpoint / STATE) is not None
+    except ValueError:
+        return False
+
+
+def is_at_end(checkpoint):
+    """Whether a checkpoint stands at the end of its training: Trainer would train one more step from there."""
+    state = read(Path(checkpoint) / STATE)
+    return state["global_step"] >= state["max_steps"]
+
+
+def as_json(about):
+    return json.dumps(about, default=lambda x: sorted(x) if isinstance(x, (set, frozenset)) else str(x))
+
+
+def write(file, about):
+    """As a whole or not at all."""
+    part = file.with_name(f"{file.name}.partial")
+    part.write_text(as_json(about))
+    os.replace(part, file)
+
+
+def read(file):
+    """What JSON a file holds; None where there is none. ValueError for a damaged one, naming it."""
+    return jsonl.parse(file, file.read_bytes()) if file.is_file() else None

@@ -1,0 +1,94 @@
+"""The CUDA kernels of csrc/, for Hopper and later, called with raw pointers: the row operation of reference.py.
+
+A row is held in the shared memory of a cluster of thread blocks, so that its logits are read from global memory once:
+6 bytes per word of two bfloat16 tiles and their gradient, 8 with a third tile. Tiles are float32, bfloat16 or float16,
+each with its own dtype; the arithmetic is float32 with the sums of a row in double. Where the gradient is rounded to
+bfloat16 it uses the GPU's approximate functions, within 2**-22. Results are the same from run to run, bit for bit. No
+call waits for the device, nor does a kernel allocate on it, so calls can be captured in a CUDA graph.
+
+A row that does not fit runs on the next backend of the table, Triton, which is told once; `hkdfast.backends()` says how
+long rows may be. So does work on a device that these kernels were not compiled for, beside one that they were. Whoever
+asks for this backend by name gets a ValueError instead.
+"""
+
+from functools import cache, lru_cache, partial
+from types import SimpleNamespace
+
+import torch
+
+from . import native
+from .dispatch import after
+
+try:
+    from .. import _cuda
+except ImportError as error:
+    raise ImportError(
+        f"{error}. Its CUDA kernels are built when hkdfast is installed, if nvcc is found (CUDA_HOME, /usr/local/cuda, "
+        "PATH; 12.8 or later for Blackwell): install the CUDA toolkit, then hkdfast again"
+    ) from error
+
+
+@lru_cache
+def missing(index):
+    """Why the kernels do not run on this device; empty if they do."""
+    return _cuda.missing(index)
+
+
+@cache
+def unusable():
+    """Why the kernels run on no device here; empty if they run on one."""
+    if not torch.cuda.is_available():
+        built = "is built for the CPU only" if torch.version.cuda is None else "finds no GPU that it can use"
+        return f"torch {torch.__version__} {built}"
+    reasons = {index: missing(index) for index in range(torch.cuda.device_count())}
+    return "" if "" in reasons.values() else "; ".join(f"device {index}: {why}" for index, why in reasons.items())
+
+
+def limits():
+    """The longest rows of the first device that the kernels run on, in words."""
+    index = next(i for i in range(torch.cuda.device_count()) if not missing(i))
+    most = (
+        f"{_cuda.longest([(16, dtype, 0)] * count, index):,} of {count} {dtype} tiles"
+        for dtype in ("bfloat16", "float32")
+        for count in (2, 3)
+    )
+    return f"words that fit: {', '.join(most)}; longer rows run on the next backend"
+
+
+def unfit(tiles, device):
+    """Why these tiles, None among them, are not for the kernels."""
+    if why := missing(device.index):
+        return f"device {device.index}: {why}"
+    tiles = [tile for tile in tiles if tile is not None]
+    most = _cuda.longest([native.tile(native.unit_stride(tile)) for tile in tiles], device.index)
+    dtypes = ", ".join(str(tile.dtype).removeprefix("torch.") for tile in tiles)
+    return f"rows of {tiles[0].shape[1]:,} words do not fit on chip, the longest of such tiles ({dtypes}) have {most:,}"
+
+
+def launch(operation, count, asked, objective, x, *tensors):
+    """One operation on the stream that torch uses now, or on the next backend if x's device or row is not for us.
+
+    Args:
+        operation: "rows" or "contrast".
+        count: how many of the tensors, x among them, are tiles that a row needs on chip.
+        asked: whether this backend was asked for by name: then what is not for us is a ValueError.
+    """
+    device = x.device
+    if device.type != "cuda":
+        raise ValueError(f"the cuda backend takes tensors on a CUDA device, not on {device}")
+    done = False
+    if not missing(device.index):
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            done = getattr(native, operation)(getattr(_cuda, operation), objective, x, *tensors, device.index, stream)
+    if done:
+        return
+    why = f"cuda: {unfit((x, *tensors[: count - 1]), device)}"
+    if asked:
+        raise ValueError(f"{why}; without backend='cuda' the next backend runs")
+    getattr(after("cuda", device, x.dtype, why), operation)(objective, x, *tensors)
+
+
+rows = partial(launch, "rows", 3, False)  # hkdfast.ops.reference.rows
+contrast = partial(launch, "contrast", 2, False)  # hkdfast.ops.reference.contrast
+by_name = SimpleNamespace(rows=partial(launch, "rows", 3, True), contrast=partial(launch, "contrast", 2, True))

@@ -1,0 +1,54 @@
+"""How tensors are handed to the compiled modules: as addresses."""
+
+import torch
+
+
+def tile(x):
+    return None if x is None else (x.data_ptr(), str(x.dtype).removeprefix("torch."), x.stride(0))
+
+
+def vector(x, dtype):
+    """A contiguous tensor of this dtype, or None; to be held until its pointer has been used."""
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def pointer(x):
+    return 0 if x is None else x.data_ptr()
+
+
+def unit_stride(x):
+    """x, or a copy of it whose last dimension has unit stride."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def rows(call, objective, student, teacher, noisy, alpha, labels, row_weight, loss, grad, metrics, *how):
+    """What a compiled row operation returns. how: its last arguments; the others are of `hkdfast.ops.reference.rows`."""
+    ours = [unit_stride(x) for x in (student, teacher, noisy, grad)]
+    vectors = [
+        vector(x, dtype) for x, dtype in ((alpha, torch.float32), (labels, torch.int64), (row_weight, torch.float32))
+    ]
+    outputs = [vector(x, torch.float32) for x in (loss, metrics)]
+    done = call(
+        objective,
+        *(tile(x) for x in ours[:3]),
+        *(pointer(x) for x in vectors),
+        pointer(outputs[0]),
+        tile(ours[3]),
+        pointer(outputs[1]),
+        *student.shape,
+        *how,
+    )
+    for given, used in zip((grad, loss, metrics), (ours[3], *outputs), strict=True):
+        if used is not given:
+            given.copy_(used)
+    return done
+
+
+def contrast(call, objective, clean, noisy, alpha, labels, out, *how):
+    """Likewise, for `hkdfast.ops.reference.contrast`."""
+    clean, noisy, used = (unit_stride(x) for x in (clean, noisy, out))
+    alpha, labels = vector(alpha, torch.float32), vector(labels, torch.int64)
+    done = call(objective, tile(clean), tile(noisy), pointer(alpha), pointer(labels), tile(used), *clean.shape, *how)
+    if used is not out:
+        out.copy_(used)
+    return done

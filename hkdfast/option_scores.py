@@ -1,0 +1,128 @@
+"""Which of a few words follows a prompt: their log-probabilities, by one token each or by their whole sequence.
+
+Used by choices.py, whose head says what a model and `encode` are.
+"""
+
+import math
+
+import torch
+
+from .batch import answer_rows
+from .heads import Head
+from .losses import distill_loss
+
+SCORINGS = ("auto", "token", "sequence")
+
+
+class Scorer:
+    """Log-probabilities of the words that may follow a line, among themselves.
+
+    Args:
+        model, encode: as choices.py tells.
+        words: list of texts.
+        tokens: the one token of each word, or None to score the words' sequences.
+    """
+
+    def __init__(self, model, encode, words, tokens):
+        self.model, self.encode, self.words, self.tokens = model, encode, words, tokens
+
+    def __call__(self, lines):
+        """(lines, words) float64 of lines (text, about, number of words); -inf beyond a line's own words."""
+        counts = torch.tensor([count for *_, count in lines]).unsqueeze(1)
+        scores = self.by_sequence(lines, counts) if self.tokens is None else self.by_token(lines)
+        scores = scores.masked_fill(torch.arange(scores.shape[1]) >= counts, -math.inf).log_softmax(-1)
+        if scores.isnan().any():
+            line = scores.isnan().any(1).nonzero()[0].item()
+            raise ValueError(f"the model's scores are NaN after {lines[line][0]!r}")
+        return scores
+
+    def by_token(self, lines):
+        texts, abouts, _ = zip(*lines, strict=True)
+        source = self.model(self.encode(list(texts), list(abouts), None))
+        logits = word_logits(source, torch.as_tensor(self.tokens))
+        if len(logits) != len(lines):
+            raise ValueError(f"the model returned {len(logits)} rows for {len(lines)} prompts, expected one each")
+        return logits
+
+    def by_sequence(self, lines, counts):
+        pairs = [(line, place) for line, (*_, count) in enumerate(lines) for place in range(count)]
+        texts, abouts = ([lines[line][part] for line, _ in pairs] for part in (0, 1))
+        batch = self.encode(texts, abouts, [self.words[place] for _, place in pairs])
+        rows, labels = answers_of(batch, len(pairs))
+        source = self.model(batch)
+        if tuple(source.shape[:-1]) != tuple(labels.shape):
+            raise ValueError(f"the model returned {tuple(source.shape)[:-1]} rows for {len(labels)} answer tokens")
+        _, metrics = distill_loss(source, source, labels=labels, return_metrics=True)
+        sums = torch.zeros(len(pairs), dtype=torch.float64)
+        sums.index_add_(0, rows.nonzero()[:, 0].cpu(), -metrics["cross_entropy"].double().cpu())
+        scores = torch.full((len(lines), len(self.words)), -math.inf, dtype=torch.float64)
+        return scores.masked_scatter(torch.arange(len(self.words)) < counts, sums)
+
+
+def word_logits(source, tokens):
+    """(N, words) float64 on the CPU: the logits of some words of a source."""
+    if isinstance(source, Head):
+        tokens = tokens.to(source.weight.device)
+        bias = None if source.bias is None else source.bias[tokens].cpu().double()
+        weight = source.weight[tokens].cpu().double()
+        logits = source.scale * torch.nn.functional.linear(source.hidden.cpu().double(), weight, bias)
+        return logits if source.softcap is None else source.softcap * torch.tanh(logits / source.softcap)
+    return source[..., tokens.to(source.device)].cpu().double()
+
+
+def choose_tokens(encode, line, words, tokens, scoring):
+    """The ids of the words' tokens, or None if the words' sequences are to be scored."""
+    if tokens is not None and scoring != "sequence":
+        if len(tokens) < len(words):
+            raise ValueError(f"tokens has {len(tokens)} ids, expected one for each of {', '.join(words)}")
+        return list(tokens)[: len(words)]
+    found, why = word_tokens(encode, *line[:2], words)
+    if found is None and scoring == "token":
+        raise ValueError(f'{why}: use scoring="sequence"')
+    return None if scoring == "sequence" else found
+
+
+def word_tokens(encode, prompt, about, words):
+    """The one token by which each word begins to answer the prompt.
+
+    Returns:
+        (list of token ids, None), or (None, why not): words of several tokens, or such that change how the end of the
+        prompt is cut into tokens, are not told apart by the one token after the prompt.
+
+    Raises:
+        ValueError: if two words are the same tokens (as unknown ones are): nothing can tell them apart.
+    """
+    prompted = encode([prompt], [about], None)
+    context = prompted["input_ids"][0][answer_context(prompted, 0, answer_rows(prompted)[0])].tolist()
+    batch = encode([prompt] * len(words), [about] * len(words), list(words))
+    rows, labels = answers_of(batch, len(words))
+    parts = [part.tolist() for part in labels.split(rows.sum(1).tolist())]
+    for i, word in enumerate(words):
+        if parts[i] in parts[:i]:
+            twin = words[parts.index(parts[i])]
+            raise ValueError(f"the answers {twin!r} and {word!r} are the same tokens {parts[i]}: name others")
+    for i, word in enumerate(words):
+        if batch["input_ids"][i][answer_context(batch, i, rows)].tolist() != context:
+            return None, f"the answer {word!r} changes the tokens at the end of its prompt"
+        if parts[i][1:] != parts[0][1:]:
+            return None, f"the answers {words[0]!r} and {word!r} are not one token each: {parts[0]} and {parts[i]}"
+    return [part[0] for part in parts], None
+
+
+def answers_of(batch, size):
+    """answer_rows of a batch of prompts with answers, after a look that each has one."""
+    rows, labels = answer_rows(batch)
+    if labels is None:
+        raise ValueError(f"encode made no 'labels' for the answers, only {', '.join(batch)}")
+    counts = rows.sum(1).tolist()
+    if len(counts) != size or not all(counts):
+        raise ValueError(f"encode made {len(counts)} rows with {counts} answer tokens for {size} answers")
+    return rows, labels
+
+
+def answer_context(batch, i, rows):
+    """(T,) bool: the tokens of example i, without padding, to the one after which its answer begins."""
+    last = rows[i].nonzero()[0, 0]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(rows) if mask is None else mask.bool()
+    return mask[i] & (torch.arange(rows.shape[1], device=rows.device) <= last)
