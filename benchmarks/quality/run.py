@@ -16,6 +16,8 @@ python benchmarks/quality/run.py cost                               measure a st
 """
 
 import argparse
+import shlex
+import sys
 
 import hkd.chains
 import hkd.command
@@ -25,6 +27,7 @@ import seed.bases
 import seed.command
 import world.questions
 import world.tracks
+from hkdfast.shell import terminable
 
 COMMANDS = {
     "seed": seed.command,
@@ -48,7 +51,13 @@ def main():
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args()
-    options.run(options)
+    try:
+        with terminable():
+            options.run(options)
+    except KeyboardInterrupt:
+        again = shlex.join([sys.executable, *sys.argv])
+        print(f"\nstopped; what was finished is kept, and the same command goes on:\n{again}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from .. import __version__
+from .. import __version__, shell
 from . import bench, demo, doctor, evaluate, extras, user_modules
 
 EXPLAIN = argparse.ArgumentDefaultsHelpFormatter
@@ -18,17 +18,24 @@ COMMANDS = {
     "demo": "distill_loss against plain PyTorch on this machine: time, error, memory",
     "bench": "run the speed benchmarks of a checkout",
 }
+PATHS = ("PATH", "DIR", "FILE")  # metavars
 TRAINING = {"seed": ".seed", "hkd": ".hkd"}  # modules that need transformers
 
 
 def main(argv=None):
-    """Run one command. Returns the exit code: 0 for success, 2 for bad input, told in one line on stderr."""
+    """Run one command.
+
+    Returns:
+        the exit code: 0 for success; 2 for bad input, told in one line on stderr; 130 for Ctrl-C and SIGTERM, with what
+        was kept and the command that goes on.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
+    debug, args = "--debug" in argv, None
     try:
-        args = make_parser(argv).parse_args(argv)
-        user_modules.load(getattr(args, "modules", ()))
-        return args.run(args) or 0
+        with shell.terminable():
+            args = make_parser(argv).parse_args(argv)
+            user_modules.load(getattr(args, "modules", ()))
+            return args.run(args) or 0
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         text = message(error)
         if debug or text is None:
@@ -36,7 +43,17 @@ def main(argv=None):
         print(f"hkdfast: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print(stopped(argv, args), file=sys.stderr)
         return 130
+
+
+def stopped(argv, args):
+    """What to say where a command is stopped: what it has kept, and the command that goes on."""
+    kept = args.kept(args) if hasattr(args, "kept") else None
+    if kept is None:
+        return f"\nhkdfast: stopped, nothing was kept. To begin again:\n{shell.paste(*argv)}"
+    words = argv if args.resume else [*argv, "--resume"]
+    return f"\nhkdfast: stopped, {kept}. To go on:\n{shell.paste(*words)}"
 
 
 def message(error):
@@ -70,5 +87,15 @@ def make_parser(argv):
     if asked in TRAINING:
         module = importlib.import_module(TRAINING[asked], __package__)
         module.add_arguments(made[asked])
-        made[asked].set_defaults(run=module.run)
+        made[asked].set_defaults(run=module.run, kept=module.kept)
+    expand(parser)
     return parser
+
+
+def expand(parser):
+    """Let ~ be the home folder in every option whose value is a path, which its metavar says."""
+    for action in parser._actions:
+        if action.metavar in PATHS:
+            action.type = shell.path
+        for each in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
+            expand(each)

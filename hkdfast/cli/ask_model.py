@@ -59,6 +59,16 @@ def answer_folder(args):
     return Path(args.output).expanduser().with_suffix(".answers")
 
 
+def kept(args):
+    """What a stopped command has left of its answers, as text; None where there is nothing."""
+    folder = answer_folder(args) if args.model and args.output else None
+    if folder is None or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    files = [file for file in folder.iterdir() if file.name.endswith((".jsonl", ".jsonl.partial"))]
+    count = sum(file.read_bytes().count(b"\n") for file in files)
+    return f"{count} answers are kept in {folder}"
+
+
 def set_names(paths):
     """What a table calls the question files: the shortest naming under which no two are the same."""
     for naming in (pope.split_name, lambda path: Path(path).stem, str):

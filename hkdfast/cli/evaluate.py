@@ -31,7 +31,7 @@ def add_arguments(parser, formatter):
         "choices", help="the Responsible-AI challenge: multiple choice, micro-F1", formatter_class=formatter
     )
     choices.add_arguments(command)
-    command.set_defaults(run=choices.run)
+    command.set_defaults(run=choices.run, kept=ask_model.kept)
 
 
 def add_pope(parser):
@@ -49,7 +49,7 @@ def add_pope(parser):
             continue
         kind = {"action": "store_true"} if option.type is bool else {"type": option.type, "default": option.default}
         add("--" + option.name.replace("_", "-"), help=DECODING_HELP[option.name], **kind)
-    parser.set_defaults(run=run_pope)
+    parser.set_defaults(run=run_pope, kept=ask_model.kept)
 
 
 def run_pope(args):

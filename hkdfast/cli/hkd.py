@@ -16,7 +16,8 @@ from ..hf.choices import encoder
 from ..hf.configs import CoupledConfig, PyramidConfig, TernaryConfig, nth
 from ..hf.family import free_memory, places_of
 from ..hf.loading import base_of, is_adapter
-from ..hf.options import TRAINING, add_options, check_output, own
+from ..hf.options import DEFAULTS, TRAINING, add_options, check_output, own
+from ..hf.progress import Progress
 from ..hf.pyramid import PyramidTrainer
 from ..hf.ternary import TernaryTrainer
 from ..option_scores import choose_tokens
@@ -33,8 +34,7 @@ AUGMENT = {
 FILES = {"data": True, "unlabeled": False, "dev": None}  # options of files of questions: whether answers are read
 SHARED = tuple(name for name in own(CoupledConfig) if name != "vocab")
 PYRAMID, TERNARY = own(PyramidConfig, CoupledConfig), own(TernaryConfig, CoupledConfig)
-TRAINED = (*TRAINING, "save_total_limit", "weight_decay", "max_grad_norm")
-DEFAULTS = {"save_total_limit": 1}  # a checkpoint holds the models of a stage and their optimizer
+TRAINED = (*TRAINING, "weight_decay", "max_grad_norm")
 INFERENCE = ("shifts", "aggregate", "scoring", "template")  # "form" is the refinement's here
 
 
@@ -80,7 +80,20 @@ def add_arguments(parser):
 
 def run(args):
     """Everything is read and checked first; then come the stages, the refinement and the answers."""
-    output = Path(args.output).expanduser()
+    with Progress() as progress:
+        student, evaluation = train(args, progress)
+        if student is None:
+            return
+        print(f"The student is in {student}.", flush=True)
+        if evaluation is not None:
+            evaluation.model = base_of(str(student))
+            evaluation.adapter = str(student) if is_adapter(student) else None
+            choices.run(evaluation)
+
+
+def train(args, progress):
+    """(folder of the student, or None in a process that is not the first; arguments of its evaluation, or None)."""
+    output = Path(args.output).absolute()
     check_output(args.output, output, args.resume)
     places = parties(args)
     pyramid = PyramidConfig(str(output / "pyramid"), **options(args, *SHARED, *PYRAMID, *TRAINED))
@@ -97,8 +110,9 @@ def run(args):
     for name in args.models:
         loading.check_visual(base_of(name))
     loading.load_processor(base_of(args.models[0]))  # which makes the batches
-    trainer = PyramidTrainer(args.models, pyramid, train_dataset=data)
+    trainer = PyramidTrainer(args.models, pyramid, train_dataset=data, callbacks=[progress])
     check_letters(args, records, trainer.processing_class)
+    progress.parts = parts(pyramid, ternary, trainer.sizes, places)
     begun = args.resume and Path(pyramid.output_dir).is_dir()  # else there is no first step to go on from
     about = decisive(args, pyramid, ternary)
     if begun:
@@ -111,19 +125,44 @@ def run(args):
         del trainer
         free_memory()
         models = [product(args.models, pyramid.output_dir, place) for place in places]
-        trainer = TernaryTrainer(models, ternary, train_dataset=data, processing_class=processor)
+        how = {"train_dataset": data, "processing_class": processor, "callbacks": [progress]}
+        trainer = TernaryTrainer(models, ternary, **how)
         trainer.train(resume_from_checkpoint=run_state.last_checkpoint(ternary.output_dir) if args.resume else None)
         trainer.finish()
     del trainer
     free_memory()  # models and optimizer make room for the student that answers
-    if pyramid.process_index:
-        return
+    progress.close()
     student = Path(ternary.output_dir) / list(ternary.roles())[-1]
-    print(f"The student is in {student}.")
-    if evaluation is not None:
-        evaluation.model = base_of(str(student))
-        evaluation.adapter = str(student) if is_adapter(student) else None
-        choices.run(evaluation)
+    return None if pyramid.process_index else student, evaluation
+
+
+def parts(pyramid, ternary, sizes, places):
+    """The stages and the refinement, for Progress.
+
+    Args:
+        pyramid, ternary: configs.
+        sizes: weights of each model of the chain.
+        places: those of the models that are refined.
+    """
+    count = len(sizes)
+    made = [pyramid.of_stage(stage) for stage in range(1, count)]
+    found = {
+        f"{pyramid.output_dir}/stage-{stage}": (f"stage {stage} of {count}", work(config, sizes[stage - 1 : stage + 1]))
+        for stage, config in enumerate(made, 1)
+    }
+    refinement = work(ternary, [sizes[place] for place in places])
+    return found | {ternary.output_dir: (f"stage {count} of {count}, refinement", refinement)}
+
+
+def work(config, sizes):
+    """How long a training takes, in no unit: one that learns is run backwards too, which takes twice its forward."""
+    passes = sum(size * (3 if learns else 1) for size, learns in zip(sizes, config.roles().values(), strict=True))
+    return passes * (1 if config.max_steps > 0 else config.num_train_epochs)
+
+
+def kept(args):
+    """What a stopped run has left."""
+    return run_state.kept(args.output)
 
 
 def options(args, *names):
@@ -149,7 +188,7 @@ def product(names, folder, place):
 
 
 def decisive(args, pyramid, ternary):
-    """What decides the result of a run, for `runs.begin`."""
+    """What decides the result of a run, for `run_state.begin`."""
     about = options(args, "task", "augment", "rewrites", "template") | {"models": places_of(args.models)}
     for name in ("data", "unlabeled", "swaps"):
         file = getattr(args, name)

@@ -2,17 +2,20 @@
 
 from pathlib import Path
 
+from .. import shell
 from ..data.generation import DTYPES, GenerationOptions
 from ..evaluate import pope
-from ..hf import generate, run_state
+from ..hf import generate, rounds, run_state
 from ..hf.collator import QuestionCollator, Questions
 from ..hf.configs import SeedConfig
+from ..hf.options import DEFAULTS as SHARED_DEFAULTS
 from ..hf.options import TRAINING, add_options, check_output, own
+from ..hf.progress import Progress
 from ..hf.seed import SeedTrainer
 from . import user_modules
 
 OWN = own(SeedConfig)
-DEFAULTS = {"yes_rate": True}  # questions of POPE's form ask for yes or no
+DEFAULTS = SHARED_DEFAULTS | {"yes_rate": True}  # questions of POPE's form ask for yes or no
 
 
 def add_arguments(parser):
@@ -37,7 +40,7 @@ def run(args):
         raise ValueError(f"--hard-weight {args.hard_weight} needs --labels")
     if args.confidence == "target" and not args.labels:
         raise ValueError("--confidence target needs --labels")
-    output = Path(args.output).expanduser()
+    output = Path(args.output).absolute()
     check_output(args.output, output, args.resume)
     checkpoint = run_state.last_checkpoint(output) if args.resume else None
     if args.resume and checkpoint is None and not (output / run_state.RUN).is_file():  # else it did not come so far
@@ -45,19 +48,53 @@ def run(args):
     config = SeedConfig(str(output), **{name: getattr(args, name) for name in (*OWN, *TRAINING)})
     questions = pope.read_questions(args.questions, images=args.images, labels=args.labels)
     generate.check_images(questions, args.images)
-    model, processor = generate.load(args.model, device="cpu" if args.use_cpu else None, dtype=args.dtype)
-    trainer = SeedTrainer(
-        model,
-        config,
-        train_dataset=Questions(questions, Path(args.images), args.labels),
-        data_collator=QuestionCollator(processor, args.labels, args.instruction),
-        processing_class=processor,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(output))
-    if trainer.is_world_process_zero():
-        print(
-            f"The adapter is in {output}. To score it beside the model it stands on:\n"
-            f"hkdfast evaluate pope --model {args.model} --adapter {output} --base --images DIR --questions FILE "
-            "--output FILE"
+    with Progress(parts(config)) as progress:
+        place = shell.absolute(args.model)  # which the adapter names
+        model, processor = generate.load(place, device="cpu" if args.use_cpu else None, dtype=args.dtype)
+        trainer = SeedTrainer(
+            model,
+            config,
+            train_dataset=Questions(questions, Path(args.images), args.labels),
+            data_collator=QuestionCollator(processor, args.labels, args.instruction),
+            processing_class=processor,
+            callbacks=[progress],
         )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        save(trainer, output)
+    if trainer.is_world_process_zero():
+        print(f"The adapter is in {output}.", scoring(args, output), sep="\n")
+
+
+def parts(config):
+    """The rounds, for Progress."""
+    folders = rounds.folders(config.output_dir, config.rounds)
+    return {folder: (f"round {number} of {config.rounds}", 1) for number, folder in enumerate(folders, 1)}
+
+
+def save(trainer, output):
+    """The adapter and the processor, each file as a whole: what is there stays as it is until another is written."""
+    draft = output / "saving"
+    with run_state.writing(f"the adapter in {output}"):
+        trainer.save_model(str(draft))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            run_state.move(draft, output)
+
+
+def scoring(args, output):
+    """What to do with the adapter: the command that scores it on these questions, if they have labels."""
+    try:
+        pope.read_questions(args.questions)
+    except ValueError:
+        return "hkdfast evaluate pope scores it on questions that have labels; these have none."
+    words = ["evaluate", "pope", "--model", shell.absolute(args.model), "--adapter", output, "--base"]
+    words += ["--images", shell.absolute(args.images), "--questions", shell.absolute(args.questions)]
+    words += ["--output", output.with_name(f"{output.name}-scores.json"), "--instruction", args.instruction]
+    words += ["--dtype", args.dtype, *(["--device", "cpu"] if args.use_cpu else [])]
+    words += ["--import", *args.modules] if args.modules else []
+    return f"To score it beside its base, on these or on other questions:\n{shell.paste(*words)}"
+
+
+def kept(args):
+    """What a stopped run has left."""
+    return run_state.kept(args.output)

@@ -15,6 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
+from ..shell import absolute
 from .frozen import check_trained
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the frozen weights
@@ -75,6 +76,7 @@ def adapted(model, config, rounds=1, shared=True):
     check_config(config)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     made = get_peft_model(model, config)
+    config.base_model_name_or_path = absolute(config.base_model_name_or_path)  # which PEFT has set
     try:
         check_adapter(made, rounds, shared)
     except ValueError:

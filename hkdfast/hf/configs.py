@@ -125,7 +125,7 @@ class Shared:
             raise ValueError(f"label_names must be among {', '.join(LABELS)}, got {self.label_names}")
 
     def decisive(self):
-        """{name: value} of the options that change what is learned, for `runs.enter`."""
+        """{name: value} of the options that change what is learned, for `run_state.enter`."""
         return self.of(name for name in (*own(type(self)), *DECISIVE) if name not in NEUTRAL)
 
 

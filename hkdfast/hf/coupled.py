@@ -75,7 +75,7 @@ class CoupledTrainer(AnswerTrainer):
         rates: {role: learning rate}.
         title: of the progress bar.
         marks: dict that every entry of the log gets.
-        about: what decides the result, for `runs.enter`; None: output_dir is entered without a look.
+        about: what decides the result, for `run_state.enter`; None: output_dir is entered without a look.
         data_collator: default: QuestionCollator(processing_class, answers=True), if that is a processor.
         others: as in Trainer.
 
@@ -121,6 +121,7 @@ class CoupledTrainer(AnswerTrainer):
             if isinstance(self.model.models[role], PeftModel):
                 check_adapter(self.model.models[role], shared=False)  # what is trained may be another since
         checkpoint = run_state.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
+        self.check_room()
         if self.about is not None:
             run_state.enter(self.args.output_dir, self.about, checkpoint, self.args.should_save)
         if checkpoint and self.stands_at_end(checkpoint):

@@ -1,7 +1,6 @@
 """Models of one family: loading them by name, and whether one batch means the same to all."""
 
 import copy
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from transformers import AutoProcessor, set_seed
 
+from ..shell import absolute
 from . import loading
 from .adapter import adapted, check_adapter, seed_lora_config
 from .head import LanguageHead, plain
@@ -25,7 +25,7 @@ def names_of(models):
 
 def places_of(names):
     """The same with folders as absolute paths, which mean the same wherever a run is resumed from."""
-    return [os.path.abspath(name) if name and os.path.isdir(name) else name for name in names]
+    return [absolute(name) for name in names]
 
 
 def adapters_of(peft_config, count):

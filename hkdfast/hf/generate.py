@@ -192,7 +192,9 @@ def filling(path, lines, blanks, size, *, resume=False, progress=True):
     done = list(kept)
     with (
         partial.open("a", encoding="utf-8") as file,
-        tqdm(total=len(lines), initial=len(kept), desc=path.stem, unit="question", disable=not progress) as bar,
+        tqdm(
+            total=len(lines), initial=len(kept), desc=path.stem, unit="question", disable=None if progress else True
+        ) as bar,
     ):
 
         def write(filled):

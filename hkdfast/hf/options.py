@@ -7,6 +7,8 @@ from typing import get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from ..shell import check_writable
+
 # of TrainingArguments: those that a run on one's own files is likely to need
 TRAINING = (
     "num_train_epochs",
@@ -21,9 +23,11 @@ TRAINING = (
     "activation_checkpointing",
     "logging_steps",
     "save_steps",
+    "save_total_limit",
     "dataloader_num_workers",
     "use_cpu",
 )
+DEFAULTS = {"save_total_limit": 1}  # a checkpoint holds an optimizer too, twice the size of what is trained
 
 
 def own(config, *bases):
@@ -58,6 +62,7 @@ def add_option(group, option, hint, defaults):
 
 
 def check_output(option, output, resume):
-    """Refuse a folder that is not empty and not to be resumed."""
+    """Refuse a folder that is not empty and not to be resumed, or cannot be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not resume:
         raise ValueError(f"--output {option} exists and is not an empty folder: name another, or --resume")
+    check_writable(f"--output {option}", output)

@@ -86,8 +86,10 @@ class PyramidTrainer:
         args.check_places(len(models))
         self.adapters, self.names = adapters_of(peft_config, len(models)), names_of(models)
         processing_class = check_family([name for name in self.names if name], processing_class)
+        self.sizes = []  # weights of each model
         for place, (model, name) in enumerate(zip(models, self.names, strict=True)):
             outline = outlined(name) if name else model
+            self.sizes.append(sum(parameter.numel() for parameter in outline.parameters()))
             check_heads({f"model {place + 1}": outline}, processing_class)
             if self.learns(place, args) and (name or isinstance(model, PeftModel)):  # another would get its adapter
                 with flags_kept(outline):
@@ -164,7 +166,7 @@ class PyramidTrainer:
         return done
 
     def about(self, stage):
-        """What decides the result of a stage, for `runs.enter`."""
+        """What decides the result of a stage, for `run_state.enter`."""
         adapters = [adapter and adapter.to_dict() for adapter in self.adapters]
         chain = {"stage": stage, "models": places_of(self.names), "peft_config": adapters}
         return chain | self.args.of_stage(stage).decisive()

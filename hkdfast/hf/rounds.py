@@ -50,18 +50,19 @@ class RoundsTrainer(AnswerTrainer):
             check_adapter(self.model, self.args.rounds)  # what is trained may be another since
         output_dir, result = self.args.output_dir, None
         checkpoint = run_state.checkpoint_of(output_dir, resume_from_checkpoint)
+        self.check_room()
         run_state.enter(output_dir, self.args.decisive(), checkpoint, self.args.should_save)
         set_seed(self.args.seed)
         if self.args.rounds == 1:
             return self.train_round(checkpoint, others)
         resumed = round_of(checkpoint)
         try:
-            for number in range(1, self.args.rounds + 1):
+            for number, folder in enumerate(folders(output_dir, self.args.rounds), 1):
                 self.round = number
                 if number < resumed:
                     self.load_round(checkpoint)
                 else:
-                    self.args.output_dir = str(Path(output_dir) / f"round-{number}")
+                    self.args.output_dir = folder
                     self.optimizer = self.lr_scheduler = None
                     result = self.train_round(checkpoint if number == resumed else None, others)
                 if number < self.args.rounds:
@@ -91,7 +92,7 @@ class RoundsTrainer(AnswerTrainer):
             state = load_file(folder / f"{self.round}.safetensors")
         fill_adapter(self.model, folder, state)
 
-    # Trainer has no public hook for what a checkpoint holds: these two stand in the way of its own.
+    # Trainer has no public hook for what a checkpoint holds: these stand in the way of its own.
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if round_of(resume_from_checkpoint) > 1:
@@ -100,6 +101,11 @@ class RoundsTrainer(AnswerTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:  # Trainer warns of weights that fit nothing and goes on
             fill_adapter(self.model, resume_from_checkpoint)
+
+    def _save_checkpoint(self, model, trial=None):
+        super()._save_checkpoint(model, trial)
+        if self.args.rounds > 1 and self.args.should_save:  # it holds what earlier rounds have learnt
+            run_state.rotate(Path(self.args.output_dir).parent, self.args.save_total_limit)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -112,6 +118,11 @@ class RoundsTrainer(AnswerTrainer):
         for number, state in enumerate(states, 1):
             save_file(state, folder / ROUNDS / f"{number}.safetensors")
         (folder / ROUNDS / HISTORY).write_text(json.dumps(self.history))
+
+
+def folders(output_dir, rounds):
+    """The output_dir of each round."""
+    return [str(output_dir)] if rounds == 1 else [str(Path(output_dir) / f"round-{n}") for n in range(1, rounds + 1)]
 
 
 def round_of(checkpoint):

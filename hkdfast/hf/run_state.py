@@ -3,7 +3,11 @@
 import json
 import os
 import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ..data import jsonl
 
@@ -55,6 +59,7 @@ def enter(folder, about, checkpoint=None, save=True):
             raise ValueError(f"{folder} has been trained in: resume it, or name another output_dir")
         compare(folder, about)
     if save:
+        sweep(folder)
         begin(folder, about)
 
 
@@ -98,6 +103,38 @@ def checkpoints(folder):
     return [found[place] for place in sorted(found)]
 
 
+def rotate(folder, limit):
+    """Remove all checkpoints of a training, or of its rounds, but so many of the last; none for a limit that is None
+    or not above 0. The last one that is whole stays, and with it all that a resumed training reads."""
+    if limit is None or limit <= 0:
+        return
+    kept = {last_checkpoint(folder), *map(str, checkpoints(folder)[-limit:])}
+    for one in checkpoints(folder):
+        if str(one) not in kept:
+            shutil.rmtree(one, ignore_errors=True)
+
+
+def sweep(folder):
+    """Remove checkpoints that a stop has left half written or half removed: they would be counted among the last."""
+    for one in checkpoints(folder):
+        if not is_whole(one):
+            shutil.rmtree(one, ignore_errors=True)
+
+
+def kept(folder):
+    """What a stopped command has left in its folder, as text; None where there is nothing."""
+    folder, found = Path(folder), []
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    for home in dict.fromkeys((folder, *sorted(folder.glob("pyramid/stage-*")), folder / "ternary")):
+        checkpoint = last_checkpoint(home)
+        if finished(home) is not None:
+            found.append(f"{home.relative_to(folder)}, finished")
+        elif checkpoint is not None:
+            found.append(Path(checkpoint).relative_to(folder).as_posix())
+    return f"kept in {folder}: {', '.join(found)}" if found else f"no checkpoint in {folder} yet"
+
+
 def last_checkpoint(folder):
     """The last checkpoint in a folder that is whole: Trainer writes its state last. None if there is none."""
     return next((str(one) for one in reversed(checkpoints(folder)) if is_whole(one)), None)
@@ -132,6 +169,28 @@ def is_at_end(checkpoint):
 
 def as_json(about):
     return json.dumps(about, default=lambda x: sorted(x) if isinstance(x, (set, frozenset)) else str(x))
+
+
+@contextmanager
+def writing(what):
+    """What a full or failing disk raises in whichever library, as one OSError that says what could not be written."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{what} cannot be written: {reason}; what was saved before it is whole") from error
+
+
+def move(draft, folder):
+    """Let the files of a draft take the places of those in a folder, each as a whole."""
+    draft = Path(draft)
+    for file in sorted(each for each in draft.rglob("*") if each.is_file()):
+        place = Path(folder) / file.relative_to(draft)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    shutil.rmtree(draft)
 
 
 def write(file, about):

@@ -1,6 +1,7 @@
 """What the trainers share: a loss that is a mean over answer rows, and its metrics."""
 
 import inspect
+import shutil
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,11 +10,14 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..batch import answer_rows
+from ..shell import nearest
 from . import run_state
 from .frozen import buffers_kept
 from .loading import reading
+from .progress import Progress
 
 # parts of a Trainer that nothing here would read
 UNREAD = {
@@ -59,7 +63,12 @@ class AnswerTrainer(Trainer):
 
     def __init__(self, model, args, **others):
         check_parts(args, others)
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # without a device there is nothing to pin for, and torch warns of it
         super().__init__(model, args, **others)
+        if any(isinstance(each, Progress) for each in self.callback_handler.callbacks):
+            for kind in (ProgressCallback, PrinterCallback):
+                self.remove_callback(kind)
         self.sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     @contextmanager
@@ -143,6 +152,26 @@ class AnswerTrainer(Trainer):
         if "loss" in logs:
             logs |= self.means(self.sums["train"])
         super().log(logs, *rest)
+
+    def check_room(self):
+        """See that there is room for a checkpoint, before any work; OSError if there is none."""
+        if self.args.save_strategy == "no" or not self.args.should_save:
+            return
+        copies = 3 if self.args.optim.startswith("adamw_torch") else 1  # the weights, and two moments of each
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        size = copies * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        free = shutil.disk_usage(nearest(self.args.output_dir)).free
+        if free < size:
+            raise OSError(
+                f"{self.args.output_dir}: a checkpoint takes {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
+            )
+
+    def _save_checkpoint(self, model, trial=None):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:  # one that is overwritten is not whole until its state is written anew
+            (folder / run_state.STATE).unlink(missing_ok=True)
+        with run_state.writing(f"checkpoint {folder}"):
+            super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:

@@ -1,7 +1,12 @@
 """hkdfast hkd from files to scores: both tracks, adapters, a killed run, bad input."""
 
+import argparse
 import json
+import os
+import re
+import shlex
 import shutil
+import signal
 import weakref
 
 import peft
@@ -92,8 +97,8 @@ def test_a_track_from_files_to_scores(home, tmp_path, capfd, monkeypatch):
     augment = ("--augment", "shuffle", "flip", "crop", "color", "paraphrase", "--stage-epochs", 1, 2)
     assert hkd(home, tmp_path / "out", *more, *augment) == 0
     shown = capfd.readouterr()
-    for title in ("pyramid, stage 1 of 2", "pyramid, stage 2 of 2", "ternary refinement"):
-        assert title in shown.err
+    for title in ("stage 1 of 3", "stage 2 of 3", "stage 3 of 3, refinement"):
+        assert title in shown.out
     assert "ternary/student" in shown.out and "micro_f1" in shown.out
     found, answers = scores(tmp_path / "out")
     (found,) = found["sets"].values()
@@ -322,3 +327,36 @@ def test_bad_input_is_told_before_anything_is_written(home, tmp_path, capsys):
         assert not (tmp_path / "out").exists(), (paths, options)
     assert hkd(home, tmp_path / "full") == 2
     assert "full" in capsys.readouterr().err and (tmp_path / "full/file").read_text() == "mine"
+
+
+def test_a_stopped_chain_says_what_it_kept(home, tmp_path, monkeypatch, capfd):
+    saving, out = CoupledTrainer._save_checkpoint, tmp_path / "out"
+
+    def save(trainer, *args):
+        saving(trainer, *args)
+        if trainer.marks.get("stage") == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CoupledTrainer, "_save_checkpoint", save)
+        assert hkd(home, out, "--save-steps", "1") == 130
+    *_, told, pasted = capfd.readouterr().err.splitlines()
+    kept = "pyramid/stage-1, finished, pyramid/stage-2/checkpoint-1"
+    assert told == f"hkdfast: stopped, kept in {out}: {kept}. To go on:"
+    assert cli.main(shlex.split(pasted)[3:]) == 0
+    assert (out / "ternary/student/model.safetensors").is_file()
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hkd_command, "questions", lambda _: pytest.fail("too late"))
+    (tmp_path / "file").write_text("mine")
+    for output, where in ((tmp_path / "file/out", tmp_path / "file"), ("/proc/hkdfast/out", "/proc")):
+        assert hkd(home, output) == 2
+        assert f"--output {output} cannot be written: {where}: " in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=1000))
+    monkeypatch.setattr(CoupledTrainer, "training_step", lambda *_: pytest.fail("a step was made"))
+    assert hkd(home, tmp_path / "out") == 2
+    assert re.search(r"a checkpoint takes \d+ MiB, 0 MiB are free", capsys.readouterr().err)

@@ -110,15 +110,23 @@ def kept(file, digest):
         return (found.metadata() or {}).get("recipe") == digest
 
 
-def train(track, seed, name, work):
-    """Run a stage, and those it builds on, and keep its weights."""
+def missing(track, seed, name, work):
+    """The stages that have to be run for a stage, itself the last, in their order; none if its weights are kept."""
+    if kept(stage_file(work, track, seed, name), recipe(track, seed, name)):
+        return []
+    before = [stage.removesuffix("/live") for _, stage in grounds(name) if stage]
+    return list(dict.fromkeys([*(each for one in before for each in missing(track, seed, one, work)), name]))
+
+
+def train(track, seed, name, work, step=None):
+    """Run a stage, and those it builds on, and keep its weights; `step` as in `fit`."""
     stage = STAGES[name]
     student, tokenizer = tuned(track, seed, stage.size, stage.start, work)
     live = tuned(track, seed, *stage.live, work)[0] if stage.live else None
     teachers = [tuned(track, seed, *teacher, work)[0] for teacher in stage.teachers]
     reader = Reader(tokenizer, Track(track, "train", stage.views))
     unlabelled = Track(track, "unlabelled") if stage.unlabelled else None
-    fit(stage, student, teachers, reader, seed, live=live, unlabelled=unlabelled)
+    fit(stage, student, teachers, reader, seed, live=live, unlabelled=unlabelled, step=step)
     for model, ending in ((live, "/live"), (student, "")):  # the student last: it says that the stage is done
         if model is not None:
             keep(model, stage_file(work, track, seed, name + ending), recipe(track, seed, name))

@@ -8,6 +8,7 @@ import numpy as np
 
 from hkd.study import STAGES, SYSTEMS, read_cell
 from hkd.tune import EPOCHS, LAYOUTS, RATES, RETOUCH, SPLITS, TAUGHT, TEACH, truths
+from hkdfast.evaluate.tables import layout
 from world.tracks import REWRITE
 
 FILE = Path(__file__).parents[1] / "results" / "hkd.json"
@@ -111,9 +112,9 @@ def report(cells, track, seeds):
     parts = {}
     for part, pairs in PARTS.items():
         parts[part] = {what: gap(right.get(a, {}), right.get(b, {})) for what, (a, b) in pairs.items()}
-    for i, layout in enumerate(LAYOUTS):
+    for i, kind in enumerate(LAYOUTS):
         systems = {"added": "distilled", "left out": "whole", "to small": "small"}
-        parts[f"shift, {layout} layout"] = {
+        parts[f"shift, {kind} layout"] = {
             what: gap(right.get(name, {}), right.get(name, {}), (i, 1), (i, 0)) for what, name in systems.items()
         }
     return {"systems": rows, "parts": parts}
@@ -170,18 +171,33 @@ def told(gap):
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap) if gap else ""
 
 
-def markdown(found):
-    """The tables of one track's report: systems, and what each part is worth."""
-    columns = [f"{layout}, {mode}" for layout in LAYOUTS for mode in MODES]
-    lines = [
-        f"| | chains | {' | '.join(columns)} | against small | against large |",
-        "|" + " --- |" * (len(columns) + 4),
-    ]
+def text(found):
+    """The tables of one track's report as text: systems, and what each part is worth where that is known."""
+    rows, parts = [], []
     for name, row in found["systems"].items():
-        numbers = [f"{row['f1'][layout][mode]:.1f}" for layout in LAYOUTS for mode in MODES]
+        numbers = [f"{row['f1'][kind][mode]:.1f}" for kind in LAYOUTS for mode in MODES]
         gaps = [told(row.get(f"against {other}")) for other in ("small", "large")]
-        lines.append(f"| {name} | {' | '.join([str(len(row['chains'])), *numbers, *gaps])} |")
-    lines += ["", "| part | added to distillation | left out of the whole |", "| --- | --- | --- |"]
+        rows.append([name, str(len(row["chains"])), *numbers, *gaps])
     for part, gaps in found["parts"].items():
-        lines.append(f"| {part} | {told(gaps.get('added'))} | {told(gaps.get('left out'))} |")
-    return "\n".join(lines)
+        parts.append([part, told(gaps.get("added")), told(gaps.get("left out"))])
+    columns = [f"{kind}, {mode}" for kind in LAYOUTS for mode in MODES]
+    systems = layout(["micro-F1", "chains", *columns, "against small", "against large"], rows)
+    known = [part for part in parts if any(part[1:])]
+    return "\n\n".join([systems, *([layout(["part", "added to distillation", "left out"], known)] if known else [])])
+
+
+def meaning(found, track):
+    """What a track's report says about the whole system, in one sentence; nothing without it."""
+    whole = found["systems"].get("whole", {})
+    said = []
+    for other in ("small", "large"):
+        gap = whole.get(f"against {other}")
+        if gap:
+            change, low, high = gap
+            where = f"{change:.1f} above" if low > 0 else f"{-change:.1f} below" if high < 0 else "not told apart from"
+            said.append(f"{where} the {other} one tuned directly [{low:+.1f}, {high:+.1f}]")
+    return (
+        f"On {track}, the small model that the whole system makes is, in points of micro-F1, {' and '.join(said)}."
+        if said
+        else ""
+    )

@@ -219,7 +219,7 @@ def lessons(reader, stage, steps, seed, unlabelled=None):
         yield reader.taught(sum(texts, []), sum(answers, []), torch.cat(seen))
 
 
-def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None, unlabelled=None):
+def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None, unlabelled=None, step=None):
     """Train a stage's student, and its live teacher, in place.
 
     Args:
@@ -230,6 +230,7 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None, unlabell
         teach: options of `pyramid.loss` and `ternary.loss`.
         live: model that teaches while it learns, or None.
         unlabelled: as in `lessons`.
+        step: function that is called after each step with the share of the steps that are done, or None.
     """
     name, questions = reader.track.name, len(reader.track.records)
     steps = epochs(name, stage) * (questions // BATCH)
@@ -239,7 +240,7 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None, unlabell
         optimizer = torch.optim.AdamW(weights, peak, weight_decay=0.02, betas=(0.9, 0.98))
         runs.append((weights, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)))
     sources = [reader.rows(model) for model in (*teachers, *([live] if live else []), student)]
-    for batch in lessons(reader, stage, steps, seed, unlabelled):
+    for done, batch in enumerate(lessons(reader, stage, steps, seed, unlabelled), 1):
         if len(sources) == 1:
             head = sources[0](batch)
             loss = F.cross_entropy(F.linear(head.hidden, head.weight), answer_rows(batch)[1])
@@ -253,6 +254,8 @@ def fit(stage, student, teachers, reader, seed, teach=TEACH, live=None, unlabell
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+        if step:
+            step(done / steps)
 
 
 def examine(model, reader):

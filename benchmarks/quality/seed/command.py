@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import hkdfast
+from hkdfast.hf.progress import Progress
+from hkdfast.hf.rounds import folders
 from seed import study
 from seed.bases import BASES
-from seed.table import RESAMPLES, compare, equal_yes_rate, markdown, read_cell, shifted, tuned_shift
+from seed.table import RESAMPLES, compare, equal_yes_rate, meaning, read_cell, shifted, text, tuned_shift
 from world.questions import SPLITS
 from world.results import RESULTS, machine
 from world.tinyllava import question
@@ -61,7 +62,7 @@ def report(bases, seeds, exams, tuning, work, systems):
         return name, forwards, row
 
     rows = []
-    for name, (forwards, _) in tqdm(study.DECODED.items(), "decoded"):
+    for name, (forwards, _) in study.DECODED.items():
         if name in systems:
             files = {(base, None): study.cell_file(work, base, name) for base in bases}
             rows.append(entry(name, forwards, {key: read_cell(file) for key, file in files.items()}))
@@ -69,7 +70,7 @@ def report(bases, seeds, exams, tuning, work, systems):
     told = ", ".join(f"{shift:.1f}" for shift in shifts.values())
     moved = {(base, None): shifted(cells[base], shift) for base, shift in shifts.items()}
     rows.append(entry(f"shift of yes by {told}, tuned with labels", 1, moved))
-    for name in tqdm(study.ALL, "trained"):
+    for name in study.ALL:
         files = {(base, seed): study.cell_file(work, base, name, seed) for base in bases for seed in seeds}
         # a seed counts once every base has it, so that all bases weigh the same
         done = [seed for seed in seeds if all(files[base, seed].exists() for base in bases)]
@@ -87,16 +88,42 @@ def report(bases, seeds, exams, tuning, work, systems):
     return rows
 
 
-def make_cells(options, bases, seeds, systems, exams, tuning, work):
+def cells(options, bases, seeds, systems, work):
+    """What is still to be made: ([(base, system that decodes)], [(base, system that is trained, seed, rounds)])."""
     decoded = [(base, system) for system in study.DECODED for base in bases if system in systems]
-    for base, system in tqdm(decoded, "decode"):
-        study.decode(base, system, [*exams, tuning], work, options.device)
     # the first seed of every system on every base, then more seeds of the one that matters
     runs = [(base, name, seeds[0]) for name in study.TRAINED if name in systems for base in bases]
     runs += [(base, "SEED", number) for number in seeds[1:] for base in bases]
-    for base, name, number in tqdm(runs, "train"):
-        rounds = 2 if name in study.TWICE and options.full and number == seeds[0] else 1
-        study.distill(base, name, number, exams, work, options.device, rounds)
+    twice = study.TWICE if options.full else ()
+    trained = [(base, name, number, 2 if name in twice and number == seeds[0] else 1) for base, name, number in runs]
+    return (
+        [each for each in decoded if not study.cell_file(work, *each).exists()],
+        [run for run in trained if not all(file.exists() for file in study.round_files(*run[:3], work, run[3]))],
+    )
+
+
+def parts(decoded, trained, sets):
+    """The job for Progress. One unit of work is a forward of every question of a set, which takes some seconds."""
+    found = {"sets": ("drawing the questions", sets / 4)}
+    for base, system in decoded:
+        forwards = study.DECODED[system][0]
+        found[base, system] = (f"{system} on {base}", forwards * sets)
+    for base, name, number, rounds in trained:
+        steps = (study.RECIPE | study.TRAINED[name])["max_steps"]
+        for place, folder in enumerate(folders(study.trainer_folder(base, name, number), rounds), 1):
+            which = f"{name} on {base}, seed {number}, round {place} of {rounds}"
+            found[folder] = (which, steps / 4 + sets)  # measured: four steps take what a forward of a set takes
+    return found | {"tables": ("tables", sets)}
+
+
+def make_cells(decoded, trained, exams, tuning, work, device, progress):
+    for base, system in decoded:
+        progress.begin((base, system))
+        study.decode(base, system, [*exams, tuning], work, device)
+        progress.say(f"{progress.part} is done")
+    for base, name, number, rounds in trained:
+        progress.begin(folders(study.trainer_folder(base, name, number), rounds)[0])
+        study.distill(base, name, number, exams, work, device, rounds, [progress])
 
 
 def add_arguments(parser):
@@ -118,15 +145,18 @@ def run(options):
     systems = [*study.DECODED, *study.ALL] if options.full else ["base", "contrast, 1 draw", "SEED"]
     work = options.work / ("full" if options.full else "quick")
     fresh = study.FRESH if options.full else study.FRESH[:1]
-    exams = [study.Exam(number, device=options.device) for number in fresh]
-    tuning = study.Exam(study.TUNING, device=options.device)
-    if not options.tables:
-        make_cells(options, bases, seeds, systems, exams, tuning, work)
-    if options.cells:
-        return
-    rows = report(bases, seeds, exams, tuning, work, systems)
+    decoded, trained = ([], []) if options.tables else cells(options, bases, seeds, systems, work)
+    with Progress(parts(decoded, trained, len(fresh) + 1)) as progress:
+        progress.begin("sets")
+        exams = [study.Exam(number, device=options.device) for number in fresh]
+        tuning = study.Exam(study.TUNING, device=options.device)
+        make_cells(decoded, trained, exams, tuning, work, options.device, progress)
+        if options.cells:
+            return
+        progress.begin("tables")
+        rows = report(bases, seeds, exams, tuning, work, systems)
     pooled = [(name, forwards, row["pooled"]) for name, forwards, row in rows]
-    print(markdown(pooled, "greedy"), markdown(pooled, "sampled"), sep="\n\n")
+    print("", text(pooled, "greedy"), text(pooled, "sampled"), meaning(pooled), sep="\n\n")
     before, after = (read_cell(study.cell_file(work, bases[0], *key)) for key in (("base",), ("SEED", seeds[0])))
     generator = torch.Generator(options.device).manual_seed(0)
     noisy = hkdfast.diffuse(exams[0].pixels, sigma=study.SIGMA, generator=generator).cpu()

@@ -143,7 +143,12 @@ class AfterRound(TrainerCallback):
         self.call(self.round, model)
 
 
-def train(base, system, seed, after, device="cpu", **options):
+def trainer_folder(base, system, seed):
+    """The output_dir of a training, where no weights are saved."""
+    return f"out/quality/trainer/{base}/{cell_file('', '', system, seed).stem}"
+
+
+def train(base, system, seed, after, device="cpu", callbacks=(), **options):
     """Train one system of TRAINED.
 
     Args:
@@ -151,6 +156,7 @@ def train(base, system, seed, after, device="cpu", **options):
         seed: of the prompts, the adapter and the noise.
         after: called with the round and the model, a PEFT model, when a round ends.
         device: "cpu" or "cuda".
+        callbacks: of the trainer.
         options: of SeedConfig, instead of the system's own.
 
     Returns:
@@ -167,7 +173,7 @@ def train(base, system, seed, after, device="cpu", **options):
         asked = asked.reshape(-1, 8, 2)[:, 4:].reshape(-1, 2)
     pictures = [Image.fromarray(image) for image in images]
     config = SeedConfig(
-        "out/quality/trainer",  # where nothing is saved
+        trainer_folder(base, system, seed),
         seed=seed,
         report_to=[],
         save_strategy="no",
@@ -180,7 +186,7 @@ def train(base, system, seed, after, device="cpu", **options):
         config,
         train_dataset=[{"image": pictures[image], "text": question(index)} for image, index in asked],
         processing_class=processor,
-        callbacks=[AfterRound(after)],
+        callbacks=[*callbacks, AfterRound(after)],
     )
     trainer.train()
     return trainer
@@ -200,10 +206,8 @@ def keep(file, exams, answer, words):
 
 
 def decode(base, system, exams, work, device="cpu"):
-    """Make the cell of a system of DECODED, unless it is there."""
+    """Make the cell of a system of DECODED."""
     file = cell_file(work, base, system)
-    if file.exists():
-        return
     model, processor = load(base, device)
     options = DECODED[system][1]
     answer = partial(ask, model, processor.tokenizer)
@@ -212,15 +216,18 @@ def decode(base, system, exams, work, device="cpu"):
     keep(file, exams, answer, yes_no(processor))
 
 
-def distill(base, system, seed, exams, work, device="cpu", rounds=1):
-    """Make the cells of a system of TRAINED, one per round, unless they are there."""
-    files = [cell_file(work, base, name, seed) for name in (system, system + SECOND)[:rounds]]
-    if all(file.exists() for file in files):
-        return
+def round_files(base, system, seed, work, rounds):
+    """The cells of a system of TRAINED, one per round."""
+    return [cell_file(work, base, name, seed) for name in (system, system + SECOND)[:rounds]]
+
+
+def distill(base, system, seed, exams, work, device="cpu", rounds=1, callbacks=()):
+    """Make the cells of a system of TRAINED."""
+    files = round_files(base, system, seed, work, rounds)
     processor = make_processor()
 
     def after(round_, model):
         answer = partial(ask, model.get_base_model(), processor.tokenizer)
         keep(files[round_ - 1], exams, answer, yes_no(processor))
 
-    train(base, system, seed, after, device, rounds=rounds)
+    train(base, system, seed, after, device, callbacks, rounds=rounds)

@@ -8,6 +8,7 @@ import torch
 
 from hkdfast.evaluate.bootstrap import paired
 from hkdfast.evaluate.pope import Marks, score
+from hkdfast.evaluate.tables import layout
 from world.questions import SPLITS
 
 MODES = {"greedy": 1, "sampled": 5}  # draws of every answer, from the whole vocabulary at temperature 1
@@ -137,18 +138,33 @@ def line(name, forwards, row, mode):
         gained = "" if gain == low == high == 0 else f" ({gain:+.1f} [{low:+.1f}, {high:+.1f}])"
         cells.append(f"{entry['f1']:.1f}{gained}")
     cells.append(f"{row[mode]['adversarial']['accuracy_gain'][0]:+.1f}")
-    return f"| {name} | {forwards} | " + " | ".join(cells) + " |"
+    return [name, str(forwards), *cells]
 
 
-def markdown(rows, mode):
-    """A table of F1 with its change against the base.
+def text(rows, mode):
+    """A table of F1 with its change against the base, as text.
 
     Args:
         rows: list of (name, forwards at inference, row of `compare`).
         mode: one of MODES.
     """
-    head = f"| {mode} | forwards | " + " | ".join(f"{split} F1" for split in SPLITS) + " | adversarial accuracy |"
-    return "\n".join([head, "|" + " --- |" * 6, *(line(*row, mode) for row in rows)])
+    head = [mode, "forwards", *(f"{split} F1" for split in SPLITS), "adv. accuracy"]
+    return layout(head, [line(*row, mode) for row in rows])
+
+
+def meaning(rows):
+    """What the rows of `text` say about SEED against its base, in one sentence."""
+    found = {name: row["greedy"] for name, _, row in rows}
+
+    def told(name, split):
+        change, low, high = found[name][split]["f1_gain"]
+        verb = f"gains {change:.1f}" if low > 0 else f"loses {-change:.1f}" if high < 0 else "neither gains nor loses"
+        return f"{verb} on {split} questions [{low:+.1f}, {high:+.1f}]"
+
+    said = ", ".join(told("SEED", split) for split in reversed(SPLITS))
+    other, hard = "contrast, 1 draw", SPLITS[-1]
+    beside = f"; the contrast that it learns from, at two, {told(other, hard)}" if other in found else ""
+    return f"In F1 against its base, SEED, at one forward an answer, {said}{beside}."
 
 
 def gain(entry):
