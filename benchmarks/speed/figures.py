@@ -1,4 +1,8 @@
-"""Draws the figures of every results file beside it: python benchmarks/speed/figures.py [FILE.json...]"""
+"""Draws the figures of every results file beside it, and with --readme the one of the README.
+
+python benchmarks/speed/figures.py [FILE.json...]
+python benchmarks/speed/figures.py --readme [FILE.json...]      docs/figures/speed-FILE.svg
+"""
 
 import argparse
 import json
@@ -9,6 +13,7 @@ from pathlib import Path
 from speed_table import floor_of, floors
 
 RESULTS = Path(__file__).parent / "results"
+DRAWN = Path(__file__).parents[2] / "docs" / "figures"
 
 
 def read(path):
@@ -139,6 +144,81 @@ def draw(path):
     return written
 
 
+# panels of the README's figure: a title, what is shown of the results, and of which of our tiles
+FRONT = (
+    ("from logits: reverse KL, bf16", "logits bf16, reverse_kl", ""),
+    ("from LM heads: reverse KL, fp32", "heads fp32, reverse_kl", "float32 tiles"),
+    ("three models, coupled, fp32", "coupled fp32, three heads, forward_kl", "float32 tiles"),
+)
+PEERS = (
+    "eager",
+    "torch.compile",
+    "Liger chunked",
+    "Liger chunked, compiled",
+    "TRL ChunkedDivergence",
+    "pairwise distill_loss",
+)
+
+
+def front(path):
+    """The README's figure of a results file: time of loss and gradients, a panel for each entry of FRONT, and beneath
+    them the memory above the inputs where it was measured. Returns its path, or None if the file has none of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found, machine = read(path)
+    panels = [(title, found[what], tiles) for title, what, tiles in FRONT if found[what]]
+    facts = {"time, ms": lambda run: run["ms"], "memory above the inputs, GB": gigabytes}
+    measured = [
+        label
+        for label, fact in facts.items()
+        if any(fact(r) for _, group, _ in panels for rs in group.values() for r in rs)
+    ]
+    if not panels:
+        return None
+    # the same results are the same file; text stays text
+    pyplot.rcParams.update({"svg.hashsalt": path.stem, "svg.fonttype": "none"})
+    size = (4.2 * len(panels), 2.6 * len(measured))
+    figure, axes = pyplot.subplots(len(measured), len(panels), figsize=size, layout="constrained", squeeze=False)
+    for label, row in zip(measured, axes, strict=True):
+        for axis, (title, group, tiles) in zip(row, panels, strict=True):
+            front_bars(axis, {who: runs for who, runs in group.items() if tiles in who or who in PEERS}, facts[label])
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel(label, fontsize=8)
+    figure.suptitle(f"loss and gradients; {machine}; shorter is better", fontsize=8)
+    DRAWN.mkdir(parents=True, exist_ok=True)
+    written = DRAWN / f"speed-{path.stem}.svg"
+    figure.savefig(written, metadata={"Date": None})
+    pyplot.close(figure)
+    return written
+
+
+def front_bars(axis, group, fact):
+    """Horizontal bars, those of one shape together, each with its number and how many times ours it is."""
+    shapes = list(dict.fromkeys(run["shape"] for runs in group.values() for run in runs))
+    bars = [
+        (who.removesuffix(", float32 tiles") + (f"\n{shape}" if len(shapes) > 1 else ""), who, shape, fact(run))
+        for shape in shapes
+        for who, runs in sorted(group.items(), key=lambda item: not item[0].startswith("hkdfast"))
+        for run in runs
+        if run["shape"] == shape and fact(run) is not None
+    ]
+    ours = {shape: value for _, who, shape, value in bars if who.startswith("hkdfast")}
+    for place, (_, who, shape, value) in enumerate(bars):
+        axis.barh(place, value, color="C0" if who.startswith("hkdfast") else "0.75")
+        times = "" if who.startswith("hkdfast") or not ours.get(shape) else f"  ({value / ours[shape]:.1f}x)"
+        axis.text(
+            value, place, f" {value:.3g}{times}" if value < 100 else f" {value:,.0f}{times}", va="center", fontsize=7
+        )
+    axis.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=7)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.3 * max(value for *_, value in bars))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 TRAFFIC = "GB/s of the least traffic"
 BOUND = ("3e-3", 3e-3)
 
@@ -152,10 +232,12 @@ def error(run):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path)
-    for path in parser.parse_args().files or sorted(RESULTS.glob("*.json")):
-        print(*draw(path), sep="\n")
+    parser = argparse.ArgumentParser(description="Draws the figures of the results files.")
+    parser.add_argument("files", nargs="*", type=Path, help="by default all in benchmarks/speed/results")
+    parser.add_argument("--readme", action="store_true", help="draw the README's figure, docs/figures/speed-FILE.svg")
+    args = parser.parse_args()
+    for path in args.files or sorted(RESULTS.glob("*.json")):
+        print(*([front(path)] if args.readme else draw(path)), sep="\n")
 
 
 if __name__ == "__main__":
