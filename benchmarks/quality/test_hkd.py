@@ -11,6 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from hkd import export, study, table
 from hkd.cells import Cells
 from hkd.chains import asking, load
+from hkd.command import parts
 from hkd.study import make_cell, stage_file, tuned
 from hkd.tune import SPLITS, Reader, Stage, Track, examine, lessons, pictures, seen
 from hkdfast import UNLABELED
@@ -169,6 +170,24 @@ def test_new_cells_are_gathered_and_those_of_another_recipe_are_refused(tmp_path
     assert (Cells(tmp_path, tmp_path / "nowhere").read("factcheck", 2, "whole - ternary", "c") == one).all()
 
 
+def test_what_a_system_needs_is_run_once_and_in_order(tmp_path):
+    needed = study.missing("hallucination", 1, "whole - augmentation", tmp_path)
+    assert needed == ["pyramid M", "pyramid", "large", "whole - augmentation"]
+    found = parts([("hallucination", 1, name) for name in needed], [("hallucination", 1, "whole - augmentation")])
+    titles = [title.split(",")[0] for title, _ in found.values()]
+    assert titles == [*(f"stage {k} of 4" for k in (1, 2, 3, 4)), "answers"]
+    assert all(work > 0 for _, work in found.values())
+
+
+def test_what_a_table_means_is_one_sentence():
+    found = {"systems": {"whole": {"against small": [7.0, 4.8, 9.8], "against large": [-0.1, -1.0, 0.8]}}}
+    assert table.meaning(found, "factcheck") == (
+        "On factcheck, the small model that the whole system makes is, in points of micro-F1, 7.0 above the small one "
+        "tuned directly [+4.8, +9.8] and not told apart from the large one tuned directly [-1.0, +0.8]."
+    )
+    assert table.meaning({"systems": {}}, "factcheck") == ""
+
+
 def test_cells_become_a_table(small, monkeypatch):
     cells = Cells(small, small / "new")
     for name in ("small", "large"):
@@ -185,7 +204,7 @@ def test_cells_become_a_table(small, monkeypatch):
     assert right[1].shape == (2, 2, 40)
     assert found["parts"]["pyramid"] == {"added": None, "left out": None}
     lines = table.text(found).splitlines()
-    assert [line.split()[0] for line in lines[:3]] == ["micro-F1", "large", "small"] and len(lines) == 3 + 4
+    assert [line.split()[0] for line in lines[:3]] == ["micro-F1", "large", "small"] and len(lines) == 3
 
 
 def test_the_shift_left_out_is_the_same_model_asked_once(monkeypatch):

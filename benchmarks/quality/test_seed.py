@@ -1,6 +1,7 @@
 """The study of SEED."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from hkd import export
 from hkdfast.evaluate.pope import score
 from seed.bases import BASES, load
-from seed.study import Exam, yes_no
-from seed.table import equal_yes_rate, margin, marked, shifted, tuned_shift
+from seed.command import cells, parts
+from seed.study import SECOND, TRAINED, Exam, cell_file, yes_no
+from seed.table import SPLITS, equal_yes_rate, margin, marked, meaning, shifted, text, tuned_shift
 from world.scenes import pictures
 from world.tinyllava import ask, prompt, question
 
@@ -78,3 +80,40 @@ def test_the_bases_answer(base):
         cell = {9: exam.take(partial(ask, model, processor.tokenizer), yes_no(processor))}
         f1 = {split: score(pairs[0])["f1"] for split, pairs in marked(cell, [exam], "greedy").items()}
         assert f1["random"] > 0.85 and 0.65 < f1["adversarial"] < 0.8
+
+
+def test_a_job_is_what_is_still_to_be_made(tmp_path):
+    args = SimpleNamespace(full=True)
+    decoded, trained = cells(args, ["seed1"], [1, 2], ["base", "SEED", "alpha 0"], tmp_path)
+    assert decoded == [("seed1", "base")]
+    assert trained == [("seed1", "SEED", 1, 2), ("seed1", "alpha 0", 1, 1), ("seed1", "SEED", 2, 1)]
+    found = parts(decoded, trained, 2)
+    assert [title for title, _ in found.values()][1:-1] == [
+        "base on seed1",
+        "SEED on seed1, seed 1, round 1 of 2",
+        "SEED on seed1, seed 1, round 2 of 2",
+        "alpha 0 on seed1, seed 1, round 1 of 1",
+        "SEED on seed1, seed 2, round 1 of 1",
+    ]
+    for name in ("base", *(system + end for system in TRAINED for end in ("", SECOND))):
+        for seed in (None, 1, 2):
+            file = cell_file(tmp_path, "seed1", name, seed)
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
+    assert cells(args, ["seed1"], [1, 2], ["base", "SEED", "alpha 0"], tmp_path) == ([], [])
+
+
+def test_what_a_table_means_is_one_sentence():
+    def row(*gains):
+        entries = ({"f1": 80.0, "f1_gain": list(gain), "accuracy_gain": list(gain)} for gain in gains)
+        return {"greedy": dict(zip(SPLITS, entries, strict=True))}
+
+    none, up, down = (0.1, -0.2, 0.4), (3.2, 3.0, 3.3), (-1.2, -1.5, -0.9)
+    rows = [("base", 1, row(none, none, none)), ("SEED", 1, row(none, down, up))]
+    hard, middle, easy = reversed(SPLITS)
+    assert meaning(rows) == (
+        f"In F1 against its base, SEED, at one forward an answer, gains 3.2 on {hard} questions [+3.0, +3.3], loses "
+        f"1.2 on {middle} questions [-1.5, -0.9], neither gains nor loses on {easy} questions [-0.2, +0.4]."
+    )
+    lines = text(rows, "greedy").splitlines()
+    assert len(lines) == 3 and all(len(line) <= 120 for line in lines)

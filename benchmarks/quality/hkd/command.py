@@ -36,7 +36,8 @@ def make_cells(todo, work, cells, remake):
     with Progress(parts(stages, todo)) as progress:
         for stage in stages:
             progress.begin(stage)
-            study.train(*stage, work, progress.at)
+            if study.missing(*stage, work):  # another process may have run it since
+                study.train(*stage, work, progress.at)
             progress.say(f"{progress.part} is done{progress.left()}")
         if todo:
             progress.begin("answers")

@@ -206,8 +206,10 @@ def keep(file, exams, answer, words):
 
 
 def decode(base, system, exams, work, device="cpu"):
-    """Make the cell of a system of DECODED."""
+    """Make the cell of a system of DECODED, unless it is there."""
     file = cell_file(work, base, system)
+    if file.exists():
+        return
     model, processor = load(base, device)
     options = DECODED[system][1]
     answer = partial(ask, model, processor.tokenizer)
@@ -222,8 +224,10 @@ def round_files(base, system, seed, work, rounds):
 
 
 def distill(base, system, seed, exams, work, device="cpu", rounds=1, callbacks=()):
-    """Make the cells of a system of TRAINED."""
+    """Make the cells of a system of TRAINED, unless they are there."""
     files = round_files(base, system, seed, work, rounds)
+    if all(file.exists() for file in files):
+        return
     processor = make_processor()
 
     def after(round_, model):
