@@ -15,8 +15,8 @@ def answer_rows(batch):
     """The positions whose next token is (part of) an answer.
 
     With "shift_labels" or "labels" in the batch: those whose next label is not -100, and those that "distill_only"
-    marks: what comes next there is not known, but a teacher is asked. Without labels: the last token of each prompt, by
-    "attention_mask" (padding on either side); in a packed batch (1, T) by the restarts of "position_ids".
+    marks: their next token is unknown, and only a teacher provides the target. Without labels: the last token of each
+    prompt, by "attention_mask" (padding on either side); in a packed batch (1, T) by the restarts of "position_ids".
 
     Args:
         batch: dict with "input_ids" (B, T) and, where there are some, the above, all (B, T) int64; distill_only bool.

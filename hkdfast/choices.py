@@ -3,8 +3,8 @@
     questions = [Choice("What does the image show?", ("a cat", "a dog", "a cow"), image="1.png"), ...]
     found = answer(model, encode, questions, shifts="cyclic")       # found.scores (N, n), found.choice (N,)
 
-A model prefers some letters whatever they stand for. Each question is therefore asked several times with its options
-behind other letters; what the model gives a letter goes back to the option that stood there, and is averaged.
+A model prefers some letters whatever option they label. So each question is asked several times, with its options
+under other letters. The score of a letter is given back to the option that it labeled, and the scores are averaged.
 
 A model is any function of a batch that returns what comes next at the batch's answer rows, in the order of
 `hkdfast.batch.answer_rows`: logits (N, V) or a `Head`. `encode(prompts, images, answers)` makes the batch, a dict with
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from .option_scores import SCORINGS, Scorer, choose_tokens
+from .option_scores import SCORINGS, OptionScorer, single_tokens
 
 LETTERS = string.ascii_uppercase
 SHIFTS = ("cyclic", "all", "none")
 AGGREGATES = ("mean", "vote")
-FORMS = ("letters", "per_option", "calibrated")
-OPTIONS_PLACEHOLDER = "{options}"  # where in a question's text its options stand
+METHODS = ("letters", "per_option", "calibrated")
+OPTIONS_PLACEHOLDER = "{options}"  # replaced by the options in the text of a question
 CONTENT_FREE = "N/A"  # a text without content, as in Zhao et al., 2021
 EACH = "\nProposed answer: {option}\nIs it right? Answer Yes or No."
 YES_NO = ("Yes", "No")
@@ -38,9 +38,9 @@ class Choice:
     """A multiple-choice question.
 
     Args:
-        text: the question. Its last "{options}" is replaced by the lettered options, one a line; without one they
-            follow the text on new lines. What stands behind it may ask for a letter: where the options are put one by
-            one, it is left out.
+        text: the question. Its last "{options}" is replaced by the lettered options, one per line; without it they
+            follow the text on new lines. The text after "{options}" may ask for a letter: the method "per_option",
+            which shows one option at a time, leaves it out.
         options: 2 to 26 texts without letters.
         image: the image (or its path, or anything else) that `encode` is given; it is not read here.
         content_free: the text without its content, which the method "calibrated" asks with "N/A" for every option.
@@ -91,9 +91,10 @@ def shifts(n, how="cyclic", fixed=(), seed=0):
     Args:
         n: number of options.
         how: "cyclic": each free option comes once to each free place, as many maps as there are free places; "all":
-            every permutation; "none": the question as it is; a number: so many different permutations drawn at random.
+            every permutation; "none": the question as it is; a number: that many different random
+            permutations.
         fixed: indices of options that keep their place, such as a last "none of these".
-        seed: of the drawn permutations.
+        seed: of the random permutations.
 
     Returns:
         list of tuples, order[place] = option. The first is the question as it is.
@@ -121,16 +122,16 @@ def shifts(n, how="cyclic", fixed=(), seed=0):
         draw, found = random.Random(seed), dict.fromkeys([tuple(free)])
         while len(found) < how:
             found[tuple(draw.sample(free, len(free)))] = None
-    return [moved(n, fixed, option) for option in found]
+    return [permutation(n, fixed, option) for option in found]
 
 
-def moved(n, fixed, free):
-    """The order in which the free options stand at the free places in turn."""
+def permutation(n, fixed, free):
+    """The order that puts the free options, in turn, at the free places."""
     left = iter(free)
     return tuple(place if place in fixed else next(left) for place in range(n))
 
 
-def kept(options, fixed):
+def fixed_indices(options, fixed):
     """Indices of the fixed options, which are given by index or by text; a text that is no option fixes nothing."""
     texts = {each.strip().casefold() for each in fixed if isinstance(each, str)}
     return [i for i, option in enumerate(options) if option.strip().casefold() in texts] + [
@@ -138,8 +139,8 @@ def kept(options, fixed):
     ]
 
 
-def shuffled(question, answer, rng, fixed=()):
-    """The training twin of the mapping shift: the question, its options in a random order, and where its answer went.
+def shuffle_options(question, answer, rng, fixed=()):
+    """The counterpart of the mapping shift for training: shuffle the options and return the new place of the answer.
 
     Args:
         question: Choice.
@@ -156,16 +157,16 @@ def shuffled(question, answer, rng, fixed=()):
     n = len(question.options)
     if answer is not None and not 0 <= answer < n:
         raise ValueError(f"answer is option {answer}, expected 0 to {n - 1} or None")
-    order = drawn(question.options, rng, fixed)
+    order = random_order(question.options, rng, fixed)
     options = tuple(question.options[option] for option in order)
     return replace(question, options=options), None if answer is None else order.index(answer)
 
 
-def drawn(options, rng, fixed=()):
-    """A random order of options, order[place] = option, as `shuffled` puts them."""
-    stay = kept(options, fixed)
+def random_order(options, rng, fixed=()):
+    """A random order of options, order[place] = option, as `shuffle_options` puts them."""
+    stay = fixed_indices(options, fixed)
     free = [option for option in shifts(len(options), "none", stay)[0] if option not in stay]
-    return moved(len(options), stay, rng.sample(free, len(free)))
+    return permutation(len(options), stay, rng.sample(free, len(free)))
 
 
 def answer(
@@ -194,23 +195,24 @@ def answer(
         model: function of a batch, see the head of this module. No gradient passes.
         encode: function of (prompts, images, answers) to a batch on the model's device, see the head of this module.
         questions: list of Choice; their numbers of options may differ.
-        shifts: as in `shifts`. The form "each" has no letters to shift, and nothing to combine.
-        combine: "mean": the shifts' log-probabilities are averaged, then normalized. "vote": each shift has one vote,
-            the score is the logarithm of the share of votes (-inf without one); equal votes are decided by the higher
-            mean log-probability, then by the first option.
-        form: "letters": which letter follows the prompt. "calibrated": the same minus the letters' log-probabilities
-            after a prompt without content (Zhao et al., 2021, arXiv:2102.09690), once a question. "each": every option
-            is put alone, and its score is log p(yes), not normalized over the options.
+        shifts: as in `shifts`. The method "per_option" has no letters to shift and nothing to aggregate.
+        aggregate: "mean": the log-probabilities of the shifts are averaged, then normalized. "vote": each shift has one
+            vote; the score is the logarithm of the share of votes (-inf for none). Ties go to the higher mean
+            log-probability, then to the first option.
+        method: "letters": the letter that follows the prompt. "calibrated": the same minus the log-probabilities of the
+            letters after a content-free prompt (Zhao et al., 2021, arXiv:2102.09690), one per question. "per_option":
+            each option is asked alone; its score is log p(yes), not normalized over the options.
         fixed: options that keep their place, by index or by text (upper and lower case are the same).
         batch_size: questions in one forward.
         scoring: "token": log softmax over the one token of each letter. "sequence": sum of the log-probabilities of all
             tokens of each letter (to the end of its turn) over the whole vocabulary, then normalized over the letters;
             a prompt per shift and letter. "auto": "token" wherever every letter is one token of its own.
-        tokens: ids of the letters' tokens (of the words' tokens in the form "each"), or None to find them by `encode`.
-        seed: of a number of shifts.
-        each: text that follows a question's stem in the form "each"; holds "{option}".
-        words: of the form "each": the words for right and wrong.
-        tell: function called with the Answers of each batch when it is done, to show or save them; or None.
+        tokens: ids of the letters' tokens (of the words' tokens in the method "per_option"), or None to find them by
+            `encode`.
+        seed: for a number of random shifts.
+        each: text after the stem of a question in the method "per_option"; contains "{option}".
+        words: the words for right and wrong in the method "per_option".
+        on_batch: called with the Answers of each finished batch, to show or save them; or None.
 
     Returns:
         Answers.
@@ -224,26 +226,26 @@ def answer(
     if not questions:
         raise ValueError("there are no questions")
     most = max(len(question.options) for question in questions)
-    asked = [Asked(question, method, plan(question, shifts, fixed, seed), each) for question in questions]
+    asked = [PromptSet(question, method, plan(question, shifts, fixed, seed), each) for question in questions]
     words = words if method == "per_option" else LETTERS[:most]
     with torch.no_grad():
-        scorer = Scorer(model, encode, words, choose_tokens(encode, asked[0].lines[0], words, tokens, scoring))
+        scorer = OptionScorer(model, encode, words, single_tokens(encode, asked[0].lines[0], words, tokens, scoring))
         found = []
         for start in range(0, len(asked), batch_size):
             batch = asked[start : start + batch_size]
             rows = scorer([line for one in batch for line in one.lines])
             parts = rows.split([len(one.lines) for one in batch])
-            found += [one.back(part) for one, part in zip(batch, parts, strict=True)]
+            found += [one.to_options(part) for one, part in zip(batch, parts, strict=True)]
             if on_batch is not None:
-                on_batch(collected(found[start:], aggregate, method))
-    return collected(found, aggregate, method)
+                on_batch(merge_answers(found[start:], aggregate, method))
+    return merge_answers(found, aggregate, method)
 
 
 def check_options(aggregate, method, scoring, batch_size):
-    """Those options of `answer` that can be wrong whatever the questions."""
+    """Check the options of `answer` that do not depend on the questions."""
     for name, value, known in (
         ("aggregate", aggregate, AGGREGATES),
-        ("method", method, FORMS),
+        ("method", method, METHODS),
         ("scoring", scoring, SCORINGS),
     ):
         if value not in known:
@@ -252,7 +254,7 @@ def check_options(aggregate, method, scoring, batch_size):
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
-def collected(by_shift, aggregate, method):
+def merge_answers(by_shift, aggregate, method):
     """The Answers of several questions."""
     combined = [combined_scores(one, aggregate, method) for one in by_shift]
     scores = [score for score, _ in combined]
@@ -265,12 +267,12 @@ def collected(by_shift, aggregate, method):
 
 
 def plan(question, how, fixed, seed):
-    return shifts(len(question.options), how, kept(question.options, fixed), seed)
+    return shifts(len(question.options), how, fixed_indices(question.options, fixed), seed)
 
 
 @dataclass
-class Asked:
-    """A question as the lines that the model is shown, and the way back from their scores to its options."""
+class PromptSet:
+    """The prompts of one question, and the mapping from their scores back to its options."""
 
     question: Choice
     method: str
@@ -288,8 +290,8 @@ class Asked:
                 texts.append(Choice(question.content_free, (CONTENT_FREE,) * count).prompt())
         self.lines = [(text, question.image, count) for text in texts]
 
-    def back(self, rows):
-        """(shifts, options) log-probabilities of the lines' (lines, words)."""
+    def to_options(self, rows):
+        """(shifts, options) log-probabilities from those of the prompts, (lines, words)."""
         n = len(self.question.options)
         if self.method == "per_option":
             return rows[:, 0].view(1, n)

@@ -1,6 +1,6 @@
 """Which of a few words follows a prompt: their log-probabilities, by one token each or by their whole sequence.
 
-Used by choices.py, whose head says what a model and `encode` are.
+Used by choices.py; its module docstring defines a model and `encode`.
 """
 
 import math
@@ -14,11 +14,11 @@ from .losses import distill_loss
 SCORINGS = ("auto", "token", "sequence")
 
 
-class Scorer:
+class OptionScorer:
     """Log-probabilities of the words that may follow a line, among themselves.
 
     Args:
-        model, encode: as choices.py tells.
+        model, encode: see the module docstring of choices.py.
         words: list of texts.
         tokens: the one token of each word, or None to score the words' sequences.
     """
@@ -27,7 +27,7 @@ class Scorer:
         self.model, self.encode, self.words, self.tokens = model, encode, words, tokens
 
     def __call__(self, lines):
-        """(lines, words) float64 of lines (text, about, number of words); -inf beyond a line's own words."""
+        """(lines, words) float64 of lines (text, image, number of words); -inf beyond a line's own words."""
         counts = torch.tensor([count for *_, count in lines]).unsqueeze(1)
         scores = self.by_sequence(lines, counts) if self.tokens is None else self.by_token(lines)
         scores = scores.masked_fill(torch.arange(scores.shape[1]) >= counts, -math.inf).log_softmax(-1)
@@ -37,8 +37,8 @@ class Scorer:
         return scores
 
     def by_token(self, lines):
-        texts, abouts, _ = zip(*lines, strict=True)
-        source = self.model(self.encode(list(texts), list(abouts), None))
+        texts, images, _ = zip(*lines, strict=True)
+        source = self.model(self.encode(list(texts), list(images), None))
         logits = word_logits(source, torch.as_tensor(self.tokens))
         if len(logits) != len(lines):
             raise ValueError(f"the model returned {len(logits)} rows for {len(lines)} prompts, expected one each")
@@ -46,8 +46,8 @@ class Scorer:
 
     def by_sequence(self, lines, counts):
         pairs = [(line, place) for line, (*_, count) in enumerate(lines) for place in range(count)]
-        texts, abouts = ([lines[line][part] for line, _ in pairs] for part in (0, 1))
-        batch = self.encode(texts, abouts, [self.words[place] for _, place in pairs])
+        texts, images = ([lines[line][part] for line, _ in pairs] for part in (0, 1))
+        batch = self.encode(texts, images, [self.words[place] for _, place in pairs])
         rows, labels = answers_of(batch, len(pairs))
         source = self.model(batch)
         if tuple(source.shape[:-1]) != tuple(labels.shape):
@@ -70,7 +70,7 @@ def word_logits(source, tokens):
     return source[..., tokens.to(source.device)].cpu().double()
 
 
-def choose_tokens(encode, line, words, tokens, scoring):
+def single_tokens(encode, line, words, tokens, scoring):
     """The ids of the words' tokens, or None if the words' sequences are to be scored."""
     if tokens is not None and scoring != "sequence":
         if len(tokens) < len(words):
@@ -82,7 +82,7 @@ def choose_tokens(encode, line, words, tokens, scoring):
     return None if scoring == "sequence" else found
 
 
-def word_tokens(encode, prompt, about, words):
+def word_tokens(encode, prompt, image, words):
     """The one token by which each word begins to answer the prompt.
 
     Returns:
@@ -92,9 +92,9 @@ def word_tokens(encode, prompt, about, words):
     Raises:
         ValueError: if two words are the same tokens (as unknown ones are): nothing can tell them apart.
     """
-    prompted = encode([prompt], [about], None)
+    prompted = encode([prompt], [image], None)
     context = prompted["input_ids"][0][answer_context(prompted, 0, answer_rows(prompted)[0])].tolist()
-    batch = encode([prompt] * len(words), [about] * len(words), list(words))
+    batch = encode([prompt] * len(words), [image] * len(words), list(words))
     rows, labels = answers_of(batch, len(words))
     parts = [part.tolist() for part in labels.split(rows.sum(1).tolist())]
     for i, word in enumerate(words):
@@ -110,7 +110,7 @@ def word_tokens(encode, prompt, about, words):
 
 
 def answers_of(batch, size):
-    """answer_rows of a batch of prompts with answers, after a look that each has one."""
+    """answer_rows of a batch of prompts with answers; ValueError if an example has none."""
     rows, labels = answer_rows(batch)
     if labels is None:
         raise ValueError(f"encode made no 'labels' for the answers, only {', '.join(batch)}")

@@ -29,7 +29,8 @@ def coupling(
         mode: "concurrent": the teacher learns by its own cross entropy, the student by cross entropy and from the
             teacher. "mutual": both learn from each other too (deep mutual learning). "frozen": the teacher does not
             change; its hard weight is 0 whatever is given.
-        weight: of the divergence, not negative; in mutual mode one number for both or (teacher's, student's).
+        divergence_weight: factor of the divergence, not negative; in mutual mode one number for both or (teacher's,
+            student's).
         divergence, beta: of each learner against its source, as in `distill_loss`.
         hard_weight: of the cross entropies: one number for both or (teacher's, student's).
         detach: whether a source is a constant to its learner. False: the divergence has gradients into both.
@@ -73,10 +74,10 @@ def loss(
     Args:
         models: (teacher, student), functions of a batch. Who learns gets a gradient; a frozen teacher is run without.
         batch: dict of tensors. At rows that it marks "distill_only" there is no cross entropy.
-        mode, weight, divergence, beta, hard_weight, detach: as in `coupling`.
+        mode, divergence_weight, divergence, beta, hard_weight, detach: as in `coupling`.
         unlabeled_weight: times the loss of the rows that are "distill_only".
-        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, teacher_floor, precision, tile_memory, backend,
-            as in `hkdfast.coupled_loss`.
+        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, teacher_floor, precision,
+            tile_memory, backend, as in `hkdfast.coupled_loss`.
 
     Returns:
         scalar loss in nats per answer row, and {name: (n,) tensor} without gradient: student_divergence,

@@ -5,8 +5,8 @@
     loss, metrics = distill(student, batch, purify(clean, noisy, alpha=1.5))
 
 A batch is a dict of tensors, as a processor makes it. A model is any function of a batch that returns what comes next
-at the batch's answer rows, in the order of `answer_rows`: logits (N, V) or a `Head`. `hkdfast.hf.answers` makes such a
-function of a Hugging Face model. Teacher and student may be one model, with its adapter off and on.
+at the batch's answer rows, in the order of `answer_rows`: logits (N, V) or a `Head`. `hkdfast.hf.head_fn` makes such a
+function from a Hugging Face model. Teacher and student may be one model, with its adapter off and on.
 """
 
 import math
@@ -26,7 +26,7 @@ def identify(model, batch, *, confidence="max_prob", precision="float32", tile_m
     """How sure the model is of its answers.
 
     Args:
-        model: function of a batch, see the head of this module. No gradient passes.
+        model: function of a batch (see the module docstring). Gets no gradient.
         batch: dict of tensors.
         confidence: "max_prob": the largest probability. "entropy": 1 - H / log V. "target": the probability of the
             label; the batch then needs labels.
@@ -40,7 +40,7 @@ def identify(model, batch, *, confidence="max_prob", precision="float32", tile_m
     """
     check_word("confidence", confidence, WORDS["confidence"])
     labels = answer_rows(batch)[1]
-    # only where a row may be without one does the host wait for a look
+    # the host waits for the device only if a row may lack a label
     asks = confidence == "target"
     if asks and (labels is None or batch.get("distill_only") is not None and (labels == UNLABELED).any()):
         raise ValueError('confidence "target" needs labels in the batch, of every answer row')
@@ -61,12 +61,12 @@ def identify(model, batch, *, confidence="max_prob", precision="float32", tile_m
 
 
 def isolate(model, batch, *, step=500, sigma=None, draws=1, seed=None, first=0, placeholders=None):
-    """What the model answers when noise hides the images, so that it leans on what its language believes.
+    """What the model answers when noise hides the images, so that it relies on its language prior.
 
     Args:
-        model: function of a batch, see the head of this module. No gradient passes.
+        model: function of a batch (see the module docstring). Gets no gradient.
         batch, step, sigma, seed, first, placeholders: as in `noised`.
-        draws: how often noise is drawn and the model run.
+        draws: number of noise samples; the model runs once for each.
 
     Returns:
         list of what the model returned, one per draw, for `purify`, which averages them.
@@ -84,13 +84,13 @@ def distill(model, batch, teacher, divergence="reverse_kl", **options):
     """The student's loss against the purified teacher, mode-seeking unless another divergence is named.
 
     Args:
-        model: the student, a function of a batch, see the head of this module. Gets the gradient.
+        model: the student, a function of a batch (see the module docstring). Gets the gradient.
         batch: dict of tensors; its labels, if any, are those that hard_weight and the confidence "target" read.
         teacher: what `purify` returned, or any teacher of `distill_loss`.
         divergence, options: as in `distill_loss`.
 
     Returns:
-        the loss and a dict of per-row metrics, as `distill_loss` with metrics=True.
+        the loss and a dict of per-row metrics, as `distill_loss` with return_metrics=True.
     """
     labels = answer_rows(batch)[1]
     return distill_loss(model(batch), teacher, divergence, labels=labels, return_metrics=True, **options)

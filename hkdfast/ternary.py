@@ -47,13 +47,13 @@ def coupling(
         form: "two_teachers": the student learns from both and by cross entropy. "mutual": each of three models learns
             from the other two and by cross entropy. "one_pair": a student learns from one teacher by three terms, cross
             entropy, forward KL and reverse KL; its table has the teacher at two places.
-        weight: of the divergences, not negative: one number, or one per source (two_teachers: two; mutual: three, what
-            the others learn from each), or for (forward, reverse) in one_pair.
+        divergence_weight: factors of the divergences, not negative: one number, or one per source (two_teachers: two;
+            mutual: three, what the others learn from each), or for (forward, reverse) in one_pair.
         divergence, beta: as in `distill_loss`. one_pair does not read them.
         hard_weight: of the cross entropies: one number, or one per model, in order of `roles`. That of a frozen
             teacher is 0 whatever is given.
         teachers: "frozen", or "trained": they learn too, by their own cross entropy. mutual does not read it.
-        between: weight of what two trained teachers learn from each other, for two_teachers alone.
+        teacher_coupling: weight of what two trained teachers learn from each other; only in two_teachers.
         detach: whether a source is a constant to its learner. False: the divergences have gradients into both.
 
     Returns:
@@ -61,7 +61,7 @@ def coupling(
 
     Raises:
         ValueError: on unknown words, weights that are negative or too many, frozen teachers without detach or with
-            `between`.
+            `teacher_coupling`.
 
     Source: reconstruction of HKD4VLM (arXiv:2506.13038); mutual: Zhang et al., 2018 (arXiv:1706.00384).
     """
@@ -71,7 +71,8 @@ def coupling(
     frozen = teachers == "frozen" and form != "mutual"
     if teacher_coupling and (frozen or form != "two_teachers"):
         raise ValueError(
-            f"teacher_coupling={teacher_coupling} is for two trained teachers, not for form {form!r} with teachers {teachers!r}"
+            f"teacher_coupling={teacher_coupling} is for two trained teachers, "
+            f"not for form {form!r} with teachers {teachers!r}"
         )
     if frozen and not detach:
         raise ValueError("detach=False gives the teachers a gradient: take teachers='trained'")
@@ -112,10 +113,10 @@ def loss(
         models: functions of a batch, in the order of `roles`: (teacher1, teacher2, student), three models, or (teacher,
             student) for one_pair. Who learns gets a gradient; frozen teachers are run without.
         batch: dict of tensors. At rows that it marks "distill_only" there is no cross entropy.
-        form, weight, divergence, beta, hard_weight, teachers, between, detach: as in `coupling`.
+        form, divergence_weight, divergence, beta, hard_weight, teachers, teacher_coupling, detach: as in `coupling`.
         unlabeled_weight: times the loss of the rows that are "distill_only".
-        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, teacher_floor, precision, tile_memory, backend,
-            as in `hkdfast.coupled_loss`.
+        options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, teacher_floor, precision,
+            tile_memory, backend, as in `hkdfast.coupled_loss`.
 
     Returns:
         scalar loss in nats per answer row, and {name: (n,) tensor} without gradient, as `hkdfast.mutual.learn`: e.g.

@@ -4,7 +4,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from .. import __version__
-from ..choices import AGGREGATES, FORMS
+from ..choices import AGGREGATES, METHODS
 from ..data import challenge
 from ..data.tasks import TASKS, ChoiceInference
 from ..evaluate import choices, tables
@@ -13,7 +13,7 @@ from . import ask_model
 
 COLUMNS = ("micro_f1", "precision", "recall")
 COMPARED = {"micro_f1": "f1"}
-WORDS = {"aggregate": AGGREGATES, "method": FORMS, "scoring": SCORINGS}
+WORDS = {"aggregate": AGGREGATES, "method": METHODS, "scoring": SCORINGS}
 HELP = {
     "shifts": "letter-to-option maps each question is asked under: cyclic, all, none, or a number drawn at random",
     "aggregate": "average the shifts' log-probabilities, or let them vote",

@@ -20,7 +20,7 @@ from ..hf.options import DEFAULTS, TRAINING, add_options, check_output, own
 from ..hf.progress import Progress
 from ..hf.pyramid import PyramidTrainer
 from ..hf.ternary import TernaryTrainer
-from ..option_scores import choose_tokens
+from ..option_scores import single_tokens
 from . import choices, user_modules
 
 AUGMENT = {
@@ -215,7 +215,7 @@ def check_letters(args, records, processor):
         if name in records:
             letters = LETTERS[: max(len(record.options) for record in records[name])]
             first = choice(records[name][0], args.template)
-            choose_tokens(encode, (first.prompt(), first.image), letters, None, scoring)
+            single_tokens(encode, (first.prompt(), first.image), letters, None, scoring)
 
 
 def examples(args, records):

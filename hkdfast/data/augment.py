@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from ..batch import derive_seed
-from ..choices import LETTERS, drawn
+from ..choices import LETTERS, random_order
 from ..hf.collator import rgb
 from .tasks import TASKS, question, record_of, template_of
 
@@ -126,7 +126,7 @@ class ShuffleOptions:
     def __call__(self, example, rng):
         record = record_of(example)
         fixed = TASKS[record.task].fixed if self.fixed is None else self.fixed
-        order = drawn(record.options, rng, fixed)
+        order = random_order(record.options, rng, fixed)
         options = [record.options[option] for option in order]
         if record.answer is None:
             return example | {"options": options}

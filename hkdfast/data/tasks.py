@@ -38,7 +38,8 @@ TASKS = {
         fixed=(NONE,),
         templates=(
             f"Question: {{context}}\nCaption: {{statement}}\n{{question}}\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
-            f"Caption: {{statement}}\nWhich of these parts of it does the image not support?\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
+            "Caption: {statement}\nWhich of these parts of it does the image not support?\n"
+            f"{OPTIONS_PLACEHOLDER}\n{CLOSING}",
             f"A system described the image: {{statement}}\nIt had been asked: {{context}}\nCompare its words with the "
             f"image. Which of them are hallucinated?\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
             f"Look at the image and read this text about it.\n{{statement}}\nOne of the phrases below may be made up. "
@@ -54,10 +55,10 @@ TASKS = {
         fixed=(),
         templates=(
             f"Context: {{context}}\nClaim: {{statement}}\n{{question}}\n{OPTIONS_PLACEHOLDER}\n{CLOSING}",
-            f"Claim: {{statement}}\nBackground: {{context}}\nJudge the claim by the image and the background.\n{OPTIONS_PLACEHOLDER}\n"
-            f"{CLOSING}",
-            f"Read the following text.\n{{context}}\nIs this claim about the image right? {{statement}}\n{OPTIONS_PLACEHOLDER}\n"
-            f"{CLOSING}",
+            "Claim: {statement}\nBackground: {context}\nJudge the claim by the image and the background.\n"
+            f"{OPTIONS_PLACEHOLDER}\n{CLOSING}",
+            "Read the following text.\n{context}\nIs this claim about the image right? {statement}\n"
+            f"{OPTIONS_PLACEHOLDER}\n{CLOSING}",
             f"Somebody says: {{statement}}\nWhat is known: {{context}}\nHow true is it, going by image and text?\n"
             f"{OPTIONS_PLACEHOLDER}\n{CLOSING}",
         ),

@@ -10,7 +10,7 @@ except ImportError as error:
 from .adapter import language_linear_names, seed_lora_config
 from .collator import QuestionCollator
 from .configs import PyramidConfig, SeedConfig, TernaryConfig
-from .head import LanguageHead, answers, as_teacher
+from .head import LanguageHead, as_teacher, head_fn
 from .pyramid import PyramidTrainer
 from .seed import SeedTrainer
 from .ternary import TernaryTrainer
@@ -24,7 +24,7 @@ __all__ = [
     "SeedTrainer",
     "TernaryConfig",
     "TernaryTrainer",
-    "answers",
+    "head_fn",
     "as_teacher",
     "language_linear_names",
     "seed_lora_config",

@@ -12,7 +12,7 @@ from ..choices import LETTERS
 from ..data import tasks
 from . import generate
 from .collator import QuestionCollator
-from .head import answers as model_answers
+from .head import head_fn
 
 INFERENCE = tasks.ChoiceInference()
 # those of it that choices.answer takes
@@ -102,7 +102,7 @@ def answer_file(model, processor, records, images, path, inference=INFERENCE, *,
                 asked = records[len(done) : len(done) + len(found.choice)]
                 write(filled(asked, found, inference.multi_answer))
 
-            choices.answer(model_answers(model), encode, rest, on_batch=tell, **options)
+            choices.answer(head_fn(model), encode, rest, on_batch=tell, **options)
     return done
 
 

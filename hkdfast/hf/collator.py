@@ -25,7 +25,7 @@ class QuestionCollator:
     Args:
         processor: of images and text, as AutoProcessor.from_pretrained gives.
         answers: whether the answers belong into the batch.
-        instruction: follows every question after a space, as `GenerationOptions.instruction` does in `hkdfast evaluate`.
+        instruction: text after every question, separated by a space, as in `GenerationOptions.instruction`.
 
     Raises:
         ValueError: if the processor has no tokenizer, or that has neither pad nor eos token; while batching, for an

@@ -14,7 +14,7 @@ from .adapter import check_adapter
 from .collator import QuestionCollator
 from .family import check_apart, check_heads
 from .frozen import settle
-from .head import LanguageHead, answers, plain
+from .head import LanguageHead, head_fn, plain
 from .loading import fill_adapter, load_weights
 from .trainer import AnswerTrainer
 
@@ -34,7 +34,7 @@ class CoupledModels(torch.nn.Module):
         self.learning = [role for role in models if learns[role]]
         self.loss = loss
         self.heads = [LanguageHead(model) for model in models.values()]
-        self.functions = [answers(model, head=head) for model, head in zip(models.values(), self.heads, strict=True)]
+        self.functions = [head_fn(model, head=head) for model, head in zip(models.values(), self.heads, strict=True)]
         for role, model in models.items():
             if role not in self.learning:
                 model.requires_grad_(False)

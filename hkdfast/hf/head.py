@@ -265,7 +265,7 @@ def inside_head(model, inner, head, batch, rows, loss):
         return model(**model_inputs(batch))
 
 
-def answers(model, *, head=None):
+def head_fn(model, *, head=None):
     """The model as hkdfast.seed wants one: a function from a batch to the Head at its answer rows.
 
     For models that are not wrapped. Scale and softcap are verified on the first batch.

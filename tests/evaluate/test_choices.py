@@ -608,7 +608,7 @@ def test_a_stopped_run_goes_on(home, tmp_path, command, monkeypatch):
     ]
     words += ["--batch-size", 2, "--device", "cpu"]
     assert command(*words, "--output", tmp_path / "whole.json")[0] == 0
-    inner, batches = hf.model_answers, []
+    inner, batches = hf.head_fn, []
 
     def stopping(model):
         run = inner(model)
@@ -621,7 +621,7 @@ def test_a_stopped_run_goes_on(home, tmp_path, command, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(hf, "model_answers", stopping)
+    monkeypatch.setattr(hf, "head_fn", stopping)
     code, _, err = command(*words, "--output", tmp_path / "cut.json")
     assert code == 2 and "power cut" in err
     partial = tmp_path / "cut.answers" / "claims.jsonl.partial"

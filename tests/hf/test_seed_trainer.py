@@ -21,8 +21,8 @@ from hkdfast.hf import (
     LanguageHead,
     SeedConfig,
     SeedTrainer,
-    answers,
     as_teacher,
+    head_fn,
     language_linear_names,
     seed_lora_config,
 )
@@ -100,7 +100,7 @@ def assert_same(ours, truth, rtol=1e-4):
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_the_head_gives_the_logits_of_the_model(name):
     model, batch = zoo.build(name), zoo.batch(name)
-    source = answers(model)(batch)
+    source = head_fn(model)(batch)
     logits = source.scale * (source.hidden @ source.weight.T)
     logits = logits if source.softcap is None else source.softcap * torch.tanh(logits / source.softcap)
     assert torch.allclose(logits, model(**batch).logits[:, -1], atol=1e-5)
@@ -222,7 +222,7 @@ def test_padding_changes_nothing_but_rounding(tmp_path, pad):
     """Each prompt of a padded batch has the confidence it has alone."""
     model = zoo.build("llava")
     batch = zoo.batch(pad=pad)
-    run = answers(model)
+    run = head_fn(model)
     _, sure = identify(run, batch)
     for i in range(4):
         alone = {name: x[i : i + 1] for name, x in batch.items()}
@@ -272,7 +272,7 @@ def test_an_adapted_head_gets_its_gradients(tmp_path, where, rounds):
 def test_dropout_before_an_adapted_head_acts_as_in_the_layer():
     model = zoo.build("llava")
     model = peft.get_peft_model(model, noisy_adapter(model, target_modules=["lm_head"], lora_dropout=0.5)).train()
-    batch, run = zoo.batch(), answers(model)
+    batch, run = zoo.batch(), head_fn(model)
     run(batch)
     torch.manual_seed(5)
     source = run(batch)
@@ -425,7 +425,7 @@ def test_metrics_reach_the_log_without_a_further_forward(tmp_path):
     assert math.isclose(first["divergence"], first["loss"], rel_tol=1e-5)
     assert "cross_entropy" not in first
     # before the first step the student is the teacher: its confidence is what identify says
-    _, sure = identify(answers(zoo.build("llava")), batch)
+    _, sure = identify(head_fn(zoo.build("llava")), batch)
     assert math.isclose(first["confidence"], sure.mean().item(), rel_tol=1e-5)
 
 

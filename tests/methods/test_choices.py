@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hkdfast import Head, choices
 from hkdfast.batch import answer_rows
-from hkdfast.choices import Choice, answer, shifts, shuffled
+from hkdfast.choices import Choice, answer, shifts, shuffle_options
 
 END = 1  # token of the end of a turn
 ANIMALS = ("cat", "dog", "cow", "hen")
@@ -389,7 +389,7 @@ def test_shuffling_keeps_the_answer_and_what_is_fixed(fixed):
     rng, orders = random.Random(0), Counter()
     stay = {ANIMALS.index(each.strip().lower()) if isinstance(each, str) else each for each in fixed}
     for _ in range(2400):
-        question, right = shuffled(QUESTION, 2, rng, fixed)
+        question, right = shuffle_options(QUESTION, 2, rng, fixed)
         assert question.options[right] == "cow" and sorted(question.options) == sorted(ANIMALS)
         assert all(question.options[place] == ANIMALS[place] for place in stay)
         assert (question.text, question.image) == (QUESTION.text, "1.png")
@@ -397,8 +397,8 @@ def test_shuffling_keeps_the_answer_and_what_is_fixed(fixed):
     assert len(orders) == math.factorial(4 - len(stay))  # every order, each about as often
     mean = 2400 / len(orders)
     assert max(abs(count - mean) for count in orders.values()) <= 5 * mean**0.5
-    assert shuffled(QUESTION, None, random.Random(3))[1] is None
-    assert shuffled(QUESTION, 1, random.Random(3)) == shuffled(QUESTION, 1, random.Random(3))
+    assert shuffle_options(QUESTION, None, random.Random(3))[1] is None
+    assert shuffle_options(QUESTION, 1, random.Random(3)) == shuffle_options(QUESTION, 1, random.Random(3))
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_shuffling_keeps_the_answer_and_what_is_fixed(fixed):
         (lambda: shifts(4, 0), "shifts is 0, expected 1 to 24"),
         (lambda: shifts(4, 7, (3,)), "shifts is 7, expected 1 to 6: 3 options are free"),
         (lambda: shifts(4, fixed=(4,)), r"fixed options \[4\] are not among 4 options \(0 to 3\)"),
-        (lambda: shuffled(QUESTION, 4, random.Random(0)), "answer is option 4, expected 0 to 3 or None"),
+        (lambda: shuffle_options(QUESTION, 4, random.Random(0)), "answer is option 4, expected 0 to 3 or None"),
         (lambda: answer(None, None, []), "there are no questions"),
         (
             lambda: answer(None, None, [QUESTION], method="letter"),

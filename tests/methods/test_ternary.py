@@ -38,7 +38,8 @@ def test_a_refinement_is_its_terms(form, trained, unlabeled, heads):
     given = (0.4, 0.6) if form == "one_pair" else (0.4, 0.5, 0.6)
     ours, _ = ternary.loss(
         models, found, form, divergence_weight=weight, divergence="skew_kl", beta=0.2, hard_weight=given,
-        teachers="trained" if trained else "frozen", teacher_coupling=0.3 if trained and form == "two_teachers" else 0.0,
+        teachers="trained" if trained else "frozen",
+        teacher_coupling=0.3 if trained and form == "two_teachers" else 0.0,
         temperature=1.5, unlabeled_weight=2.0, vocab="common",
     )  # fmt: skip
     assert all(model.grads == (trained or form == "mutual") for model in models[:-1]) and models[-1].grads

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from hkdfast.choices import LETTERS, shuffled
+from hkdfast.choices import LETTERS, shuffle_options
 from hkdfast.evaluate.choices import choice
 from seed.bases import descend
 from seed.bases import load as load_base
@@ -57,7 +57,7 @@ def lettered(track):
     def turn(image, objects, rng):
         """(text, answer): an easy question of the track, its options behind any letters."""
         record = ASK[track](image, objects, rng, near=0)
-        asked, place = shuffled(
+        asked, place = shuffle_options(
             choice(record, TEMPLATES[track]), LETTERS.index(record.answer), random.Random(int(rng.integers(2**32)))
         )
         return asking(asked.prompt()), LETTERS[place]

@@ -26,7 +26,7 @@ VOCABULARY = 151936
 DTYPES = (512, 256)  # of teacher and student
 BATCH, LENGTH = 8, 64
 STEPS = 4  # the first is not timed
-TEACH = {"weight": 1.0, "temperature": 2.0, "t_squared": True}
+TEACH = {"divergence_weight": 1.0, "temperature": 2.0, "t_squared": True}
 
 
 def models():
@@ -59,7 +59,7 @@ def eager(sources, batch):
     p, q = ((logits / temperature).log_softmax(-1) for logits in (teacher.detach(), student))
     divergence = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean() * temperature**2
     hard = F.cross_entropy(teacher, labels) + F.cross_entropy(student, labels)
-    return hard + TEACH["weight"] * divergence
+    return hard + TEACH["divergence_weight"] * divergence
 
 
 def fused(sources, batch):

@@ -7,6 +7,7 @@ tables of it.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, replace
 
 from safetensors import safe_open
@@ -61,6 +62,14 @@ STAGES = {
     "small, true rewrites": Stage("S", SECOND, "true first", **AUGMENTED),
     "small, no shuffle": Stage("S", shuffle=False),
 }
+RECORDED = {
+    "RewriteStatement": "Reword",
+    "RandomApply": "Sometimes",
+    "divergence_weight": "weight",
+    "min_scale": "least",
+    "max_std": "most",
+    r"(?<=Flip\()text": "words",
+}
 FIRSTS = ("augmented pyramid", "augmented first", "pyramid M", "pyramid", "first", "true first")  # only gone on from
 SYSTEMS = [name for name in STAGES if name not in FIRSTS]  # in the order in which cells are made
 
@@ -88,7 +97,14 @@ def recipe(track, seed, name):
             if before
             else hashlib.blake2b(weights_file(seed, size).read_bytes()).hexdigest()
         )
-    return hashlib.blake2b(json.dumps(told).encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(as_recorded(json.dumps(told)).encode(), digest_size=12).hexdigest()
+
+
+def as_recorded(text):
+    """The text of a recipe with the names that hkdfast 0.1 had, under which the committed results were made."""
+    for now, then in RECORDED.items():
+        text = re.sub(rf"\b{now}\b", then, text)
+    return text
 
 
 def tuned(track, seed, size, stage, work):

@@ -15,7 +15,7 @@ from PIL import Image
 from hkd.chains import asking, load, packed
 from hkdfast import Head, pyramid, ternary
 from hkdfast.batch import IGNORE_INDEX, answer_rows
-from hkdfast.choices import LETTERS, answer, shuffled
+from hkdfast.choices import LETTERS, answer, shuffle_options
 from hkdfast.data.augment import Augment, Color, Crop, Flip, Noise, RandomApply
 from hkdfast.data.tasks import record_of
 from hkdfast.evaluate.choices import choice, example
@@ -38,7 +38,7 @@ EPOCHS = {  # of tuning directly: where each has its plateau on the dev question
     "hallucination": {"L": 6, "M": 6, "S": 16},
     "factcheck": {"L": 6, "M": 14, "S": 30},
 }
-TEACH = {"weight": 4.0, "temperature": 2.0, "t_squared": True}
+TEACH = {"divergence_weight": 4.0, "temperature": 2.0, "t_squared": True}
 RETOUCH = (RandomApply(Flip()), RandomApply(Crop()), RandomApply(Color()), Noise(0.25))
 LAYOUTS = ("fixed", "shuffled")  # the options as the challenge orders them, or in an order drawn once a question
 
@@ -190,7 +190,7 @@ def drawn(track, stage, steps, seed, views=1):
         for i in picked:
             asked, right = track.choices[i], track.answers[i]
             if stage.shuffle:
-                asked, right = shuffled(asked, right, draw)
+                asked, right = shuffle_options(asked, right, draw)
             text, rights = [asked.prompt()], [right]
             for copy in range(stage.rewrites):
                 told = example(track.records[i], template=TEMPLATES[track.name])
