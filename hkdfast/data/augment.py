@@ -21,7 +21,7 @@ from PIL import Image, ImageEnhance
 
 from ..batch import derive_seed
 from ..choices import LETTERS, random_order
-from ..hf.collator import rgb
+from .images import image_of
 from .tasks import TASKS, question, record_of, template_of
 
 SIDES = {"left": "right", "right": "left"}
@@ -188,7 +188,7 @@ class Flip:
             example = example | {name: mirrored(example[name]) for name in names}
             if options:
                 example["options"] = [mirrored(option) for option in options]
-        return example | {"image": rgb(example["image"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
+        return example | {"image": image_of(example).transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
 
 
 def mirrored(text):
@@ -221,7 +221,7 @@ class Crop:
             raise ValueError(f"least must be above 0 and at most 1, got {self.min_scale}")
 
     def __call__(self, example, rng):
-        image = rgb(example["image"])
+        image = image_of(example)
         side = rng.uniform(self.min_scale, 1)
         width, height = image.width * side, image.height * side
         x, y = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
@@ -250,7 +250,7 @@ class Color:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {amount}")
 
     def __call__(self, example, rng):
-        image = rgb(example["image"])
+        image = image_of(example)
         kinds = (ImageEnhance.Brightness, self.brightness), (ImageEnhance.Contrast, self.contrast)
         for enhance, amount in (*kinds, (ImageEnhance.Color, self.saturation)):
             image = enhance(image).enhance(rng.uniform(1 - amount, 1 + amount))
@@ -275,7 +275,7 @@ class Noise:
             raise ValueError(f"most must be between 0 and 1, got {self.max_std}")
 
     def __call__(self, example, rng):
-        pixels = np.asarray(rgb(example["image"]), np.float32)
+        pixels = np.asarray(image_of(example), np.float32)
         normal = np.random.default_rng(rng.getrandbits(64)).standard_normal(pixels.shape, np.float32)
         noisy = pixels + 255 * rng.uniform(0, self.max_std) * normal
         return example | {"image": Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))}

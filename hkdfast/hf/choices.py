@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from .. import choices
 from ..choices import LETTERS
 from ..data import tasks
+from ..data.images import rgb
 from . import generate
 from .collator import QuestionCollator
 from .head import head_fn
@@ -48,9 +49,7 @@ def encoder(processor, model=None, folder=None, instruction=""):
 
 
 def picture(image, folder):
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    return generate.read_image(image if folder is None else Path(folder).expanduser() / image)
+    return rgb(image if folder is None or not isinstance(image, str | PathLike) else Path(folder).expanduser() / image)
 
 
 def placed(x, model):

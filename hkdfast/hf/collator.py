@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..batch import IGNORE_INDEX
-from .generate import read_image, tokenize
+from ..data.images import image_of
+from .generate import tokenize
 from .templates import answered, prompts
 
 
@@ -46,7 +46,7 @@ class QuestionCollator:
 
     def __call__(self, examples):
         texts = [f"{example['text']} {self.instruction}".strip() for example in examples]
-        images = [rgb(example["image"]) for example in examples]
+        images = [image_of(example) for example in examples]
         asked = prompts(self.processor, texts)
         if not self.answers:
             return dict(tokenize(self.processor, asked, images))
@@ -83,10 +83,6 @@ class QuestionCollator:
                 raise ValueError(f"the answer adds no token to its prompt: {answered[row]!r}")
             labels[row, -count:] = ids[row, -count:]
         return labels
-
-
-def rgb(image):
-    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
 
 
 @dataclass

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..data import devices, jsonl
 from ..data.generation import GenerationOptions
+from ..data.images import read_image
 from . import loading
 from .templates import prompts
 
@@ -50,18 +50,6 @@ def load(path, adapter=None, *, device=None, dtype="auto"):
     with loading.reading("model", path):
         model = model.to(device)
     return model.eval(), processor
-
-
-def read_image(path):
-    """The image as RGB; ValueError naming the file if it does not decode to the end."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise
-    # Pillow's plug-ins raise whatever their format stumbles over: OSError, SyntaxError, struct.error, ValueError
-    except Exception as error:
-        raise ValueError(f"image {str(path)!r} does not decode: {error}") from error
 
 
 def check_images(questions, folder, progress=True):
