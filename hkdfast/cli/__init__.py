@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 import torch
@@ -43,7 +44,8 @@ def main(argv=None):
         print(f"hkdfast: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(stopped(argv, args), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+            print(stopped(argv, args), file=sys.stderr)
         return 130
 
 

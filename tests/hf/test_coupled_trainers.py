@@ -608,7 +608,7 @@ def test_an_evaluation_by_two_processes_counts_each_example_once(tmp_path):
     zoo.two_processes(
         tmp_path,
         """
-import test_hf_hkd as tests
+import test_coupled_trainers as tests
 found = {kind: tests.evaluated(f"{FOLDER}/{kind}", kind, ddp_backend="gloo", per_device_eval_batch_size=2)
     for kind in tests.KINDS}
 if torch.distributed.get_rank() == 0:
