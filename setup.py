@@ -11,7 +11,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
-# Contraction is off so that equal inputs give exactly equal probabilities; csrc/lanes.h fuses where it means to.
+# Contraction is off so that equal inputs give exactly equal probabilities; csrc/common/simd.h fuses where it means to.
 ARITHMETIC = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 # Compute capabilities, separated by blanks or semicolons; none for no GPU code.
 ARCHS = os.environ.get("HKDFAST_CUDA_ARCHS", "90a 100").replace(";", " ").split()
@@ -20,16 +20,16 @@ NVCC = next((str(nvcc) for nvcc in TOOLKITS if nvcc.exists()), shutil.which("nvc
 
 CPU = Pybind11Extension(
     "hkdfast._cpu",
-    sorted(set(glob("csrc/*.cpp")) - {"csrc/cuda.cpp"}),
-    depends=glob("csrc/*.h"),
+    sorted(glob("csrc/cpu/*.cpp")),
+    depends=[*glob("csrc/common/*.h"), *glob("csrc/cpu/*.h")],
     cxx_std=17,
     extra_compile_args=["-O3", "-fopenmp", *ARITHMETIC],
     extra_link_args=["-fopenmp"],
 )
 CUDA = Extension(
     "hkdfast._cuda",
-    ["csrc/cuda.cpp", *sorted(glob("csrc/*.cu"))],
-    depends=sorted(set(glob("csrc/*.h")) - {"csrc/rows.h", "csrc/sums.h", "csrc/tiles.h"}),
+    ["csrc/cuda/cuda.cpp", *sorted(glob("csrc/cuda/**/*.cu", recursive=True))],
+    depends=[*glob("csrc/common/*.h"), *glob("csrc/cuda/*.h")],
 )
 
 

@@ -485,7 +485,7 @@ def choice(objective, tiles, labels):
 
 
 def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, grad, metrics):
-    """The row operation; `hkdfast.ops.reference.rows` states the contract. CUDA tensors, or any under TRITON_INTERPRET=1.
+    """The row operation as `hkdfast.ops.reference.rows` defines it. CUDA tensors, or any under TRITON_INTERPRET=1.
 
     grad may be the student tile: a block is read whole before it is stored, and no other block is.
     """

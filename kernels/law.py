@@ -1,5 +1,5 @@
 """SEED's purification inside a sweep: how sure the clean branch is, how strongly the disturbed one is subtracted, and
-the contrast of a word. hkdfast/reference.py has the formulas and their sources."""
+the contrast of a word. hkdfast/ops/reference.py has the formulas and their sources."""
 
 from typing import NamedTuple
 

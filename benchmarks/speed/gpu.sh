@@ -146,7 +146,7 @@ stage() { # in a process of its own, for errexit is off in a function whose fail
 }
 
 built() { # what stands in build/ for these sources: the marker goes with the machine's copy of the tree
-    echo "build/gpu-$(cat setup.py csrc/* | sha256sum | cut -c -16)"
+    echo "build/gpu-$(find setup.py csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c -16)"
 }
 
 main() { # whole before it runs: bash would read on in a file that is edited meanwhile

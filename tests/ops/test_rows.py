@@ -1,4 +1,4 @@
-"""The row operation of every backend against the definitions in hkdfast/reference.py, evaluated in float64."""
+"""The row operation of every backend against the definitions in hkdfast/ops/reference.py, evaluated in float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-// The GPU's row loop on the CPU: csrc/cluster_rows.h with a Team of fibers, one for each thread of a cluster. Between two
+// The GPU's row loop on the CPU: csrc/cuda/row_loop.h with a Team of fibers, one for each thread of a cluster. Between two
 // meetings of threads the scheduler picks who runs at random; copies arrive at random, late, over memory filled with NaN;
 // so what relies on a missing barrier or wait goes wrong. `without` takes one of them away, to prove that.
 #undef _FORTIFY_SOURCE
@@ -13,8 +13,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../csrc/binding.h"
-#include "../../csrc/cluster_rows.h"
+#include "../../csrc/common/binding.h"
+#include "../../csrc/cuda/row_loop.h"
 
 namespace hkdfast {
 namespace generic {

@@ -5,7 +5,7 @@ if a fast one lacks its bulk and 16-byte accesses.
     python tests/tools/compile_cuda.py                    for the architectures it was built for
     python tests/tools/compile_cuda.py sm_90a sm_100      for these, as CI does
 
-Dynamic shared memory is the plan's: csrc/cluster.h keeps it within the limit, tests/test_cuda.py sees to that.
+Dynamic shared memory is the plan's: csrc/cuda/layout.h keeps it within the limit, which tests/ops/test_cuda.py tests.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hkdfast import DIVERGENCES
 
-KINDS = ("any", "narrow", "wide")  # of csrc/cluster.h, in its order
+KINDS = ("any", "narrow", "wide")  # in the order of csrc/cuda/layout.h
 SYSTEM_SHARED, MOST_REGISTERS = 1024, 65536 // 512
 FAST = {  # instructions of the fast kinds
     "bulk copy": r"UBLKCP",

@@ -1,0 +1,113 @@
+// The Team of a thread on the GPU: one wrapper for each PTX instruction that the row loop needs (compute capability 9.0).
+#pragma once
+#include "layout.h"
+#include "../common/number_math.h"
+
+namespace hkdfast {
+namespace HKDFAST_ISA {
+
+extern __shared__ __align__(128) char shared_memory[];
+
+class DeviceTeam {
+ public:
+  // The shuffle tells the compiler that all lanes have the same warp: what follows from it needs no vector registers.
+  __device__ __forceinline__ DeviceTeam() : warp_(__shfl_sync(all_lanes, threadIdx.x / warp_lanes, 0)) {}
+
+  __device__ __forceinline__ int lane() const { return threadIdx.x % warp_lanes; }
+  __device__ __forceinline__ int warp() const { return warp_; }
+  __device__ __forceinline__ int warps() const { return blockDim.x / warp_lanes; }
+  __device__ __forceinline__ int block() const { return special<0>(); }
+  __device__ __forceinline__ int blocks() const { return special<1>(); }
+  __device__ __forceinline__ int cluster() const { return special<2>(); }
+  __device__ __forceinline__ int clusters() const { return special<3>(); }
+
+  template <class T>
+  __device__ __forceinline__ T& at(int offset) const {
+    return *reinterpret_cast<T*>(shared_memory + offset);
+  }
+
+  __device__ __forceinline__ float largest(float x) const {
+#pragma unroll
+    for (int apart = warp_lanes / 2; apart; apart /= 2) x = fmaxf(x, __shfl_xor_sync(all_lanes, x, apart));
+    return x;
+  }
+  __device__ __forceinline__ int smallest(int x) const { return __reduce_min_sync(all_lanes, x); }
+  __device__ __forceinline__ double sum(double x) const {
+#pragma unroll
+    for (int apart = warp_lanes / 2; apart; apart /= 2) x += __shfl_xor_sync(all_lanes, x, apart);
+    return x;
+  }
+
+  __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
+  __device__ __forceinline__ void sync_block() const { __syncthreads(); }
+  // What any thread stored before, in whose shared memory ever, every thread of the cluster sees after. Not the aligned
+  // form: lanes may come apart, after what the leader alone does.
+  __device__ __forceinline__ void sync_cluster() const {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  }
+
+  // Stores what lies at this address of our shared memory to the same address of another block's.
+  __device__ __forceinline__ void send(int block, const std::uint64_t* from) const {
+    std::uint32_t to;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(address(from)), "r"(block));
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(to), "l"(*from) : "memory");
+  }
+
+  // A barrier of the copy engine: a phase ends when its one arrival has come and all bytes that it announced.
+  __device__ __forceinline__ void init(int barrier) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barrier)) : "memory");
+  }
+  __device__ __forceinline__ void publish_barriers() const {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+  }
+  // Orders this thread's accesses of shared memory before the copies that are issued after the next meeting.
+  __device__ __forceinline__ void fence_before_copies() const {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __device__ __forceinline__ void expect(int barrier, int bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes)
+                 : "memory");
+  }
+  // Both addresses and the size in whole 16 bytes.
+  __device__ __forceinline__ void copy(int to, const char* from, int bytes, int barrier) const {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)),
+        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address(barrier))
+        : "memory");
+  }
+  // Until the phase of this parity is over; what its copies brought is visible then.
+  __device__ __forceinline__ void wait(int barrier, std::uint32_t parity) const {
+    std::uint32_t over;
+    do {
+      asm volatile(
+          "{\n.reg .pred over;\n"
+          "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 over, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, over;\n}"
+          : "=r"(over)
+          : "r"(address(barrier)), "r"(parity)
+          : "memory");
+    } while (!over);
+  }
+
+ private:
+  static constexpr std::uint32_t all_lanes = 0xffffffffu;
+  int warp_;
+
+  __device__ __forceinline__ static std::uint32_t address(const void* shared) {
+    return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  }
+  __device__ __forceinline__ static std::uint32_t address(int offset) { return address(shared_memory + offset); }
+
+  template <int which>
+  __device__ __forceinline__ static int special() {
+    int x;
+    if (which == 0) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
+    if (which == 1) asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(x));
+    if (which == 2) asm("mov.u32 %0, %%clusterid.x;" : "=r"(x));
+    if (which == 3) asm("mov.u32 %0, %%nclusterid.x;" : "=r"(x));
+    return x;
+  }
+};
+
+}  // namespace HKDFAST_ISA
+}  // namespace hkdfast

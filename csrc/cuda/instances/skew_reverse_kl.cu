@@ -1,0 +1,3 @@
+#include "../launch.h"
+
+template bool hkdfast::launch_rows(const Task&, bool, generic::SkewReverseKL, int, void*);

@@ -1,0 +1,87 @@
+// From a task to a running kernel. Every divergence has a source file of its own, which nvcc compiles beside the others.
+#pragma once
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#include <cuda_runtime.h>
+
+#include "row_loop.h"
+#include "cuda.h"
+#include "device.h"
+
+namespace hkdfast {
+
+inline void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the error is told here, not once more by the next call
+  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+namespace HKDFAST_ISA {
+
+template <class Divergence, Kind KIND, bool PURIFIED>
+__global__ void __launch_bounds__(most_warps * warp_lanes, 1)
+    rows_kernel(const __grid_constant__ Task task, const Divergence divergence) {
+  DeviceTeam team;
+  RowLoop<DeviceTeam, Divergence, KIND, PURIFIED>(team, task, divergence).rows();
+}
+
+// Clusters that this device runs at a time; asked once for every kernel, layout and device.
+template <class Kernel>
+int resident(Kernel kernel, const cudaLaunchConfig_t& config, int device, int blocks) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, unsigned, std::size_t>, int> known;
+  const std::tuple<const void*, int, int, unsigned, std::size_t> key(reinterpret_cast<const void*>(kernel), device, blocks,
+                                                                     config.blockDim.x, config.dynamicSmemBytes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  int clusters = 0;
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  return known[key] = clusters;
+}
+
+// False, and nothing is done, if the row does not fit on chip.
+template <class Divergence, Kind KIND, bool PURIFIED>
+bool launch(Task task, Divergence divergence, int device, cudaStream_t stream) {
+  const auto kernel = rows_kernel<Divergence, KIND, PURIFIED>;
+  int shared = 0;
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  task.plan = plan_of(task, shared, most_blocks);
+  if (!task.plan.blocks) return false;
+  const unsigned blocks = static_cast<unsigned>(task.plan.blocks);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, task.plan.bytes), "cudaFuncSetAttribute");
+  if (blocks > 8) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks, config.blockDim = static_cast<unsigned>(task.plan.warps * warp_lanes);
+  config.dynamicSmemBytes = static_cast<std::size_t>(task.plan.bytes);
+  config.stream = stream, config.attrs = &cluster, config.numAttrs = 1;
+  const std::int64_t at_once = resident(kernel, config, device, task.plan.blocks);
+  if (at_once == 0) return false;
+  config.gridDim = blocks * static_cast<unsigned>(task.n < at_once ? task.n : at_once);
+  check(cudaLaunchKernelEx(&config, kernel, task, divergence), "cudaLaunchKernelEx");
+  return true;
+}
+
+}  // namespace HKDFAST_ISA
+
+template <class Divergence>
+bool launch_rows(const Task& task, bool purified, Divergence divergence, int device, void* stream_) {
+  using namespace HKDFAST_ISA;
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  check(cudaSetDevice(device), "cudaSetDevice");
+  return with_kind(task, purified, divergence, [&](auto kind, auto law) {
+    return launch<Divergence, kind, law>(task, divergence, device, stream);
+  });
+}
+
+}  // namespace hkdfast

@@ -1,0 +1,167 @@
+// What a launch hands to a cluster of blocks, and how a row is laid out in its shared memory.
+#pragma once
+#include "../common/objective.h"
+#include "../common/contrast_rule.h"
+
+namespace hkdfast {
+
+constexpr int warp_lanes = 32;
+constexpr int step_words = 256;  // of a warp; the unit in which a row is dealt out
+constexpr int most_blocks = 16, most_warps = 16;
+
+// A row is cut into chunks, dealt out to the warps of the cluster in turn. A warp has its own ring of slots, each with
+// room for a chunk of every tile: it alone fills, reads and frees them, so that no barrier of the block guards the data.
+struct Plan {
+  int blocks = 0;       // of a cluster; 0: the row does not fit
+  int warps = 0;        // of a block
+  int chunk = 0;        // words
+  int chunks = 0;       // of a row
+  int slots = 0;        // of a warp
+  int slot_bytes = 0;
+  int tile_at[3] = {};  // of student, teacher, noisy in a slot
+  int slots_at = 0;     // in shared memory
+  int bytes = 0;        // of shared memory, for a block
+};
+
+struct Task {
+  Tile student, teacher, noisy, grad;  // contrast: no student, grad is the output
+  const float *alpha = nullptr, *weight = nullptr;
+  const std::int64_t* labels = nullptr;
+  float *loss = nullptr, *metrics = nullptr;
+  std::int64_t n = 0, ignore_index = -100;
+  int vocab = 0;
+  float beta = 0.5f;
+  double temperature = 1, soft_weight = 1, hard_weight = 0, floor = -INFINITY;
+  bool difference = false, accumulate = false, skips = false;  // skips: a row whose label is ignore_index is none
+  Transform student_logits, teacher_logits, noisy_logits;
+  Law law;
+  Plan plan;
+};
+
+// The softmax sums of some words of a row, with d = (x - peak) * scale.
+struct Softmax {
+  double sum = 0;     // of e^d
+  double moment = 0;  // of d e^d
+  double gap = 0;     // of (y - x) e^d, y - x the teacher's logit less the student's
+  double sum_at_1 = 0;  // of e^(x - peak)
+  float peak = -INFINITY;
+  float mate = -INFINITY;  // the other side's logit at the peak's word
+  int word = INT32_MAX;    // the first that has the peak
+  int unused = 0;
+};
+
+struct Record {
+  Softmax side[3];  // student, teacher, noisy
+};
+
+// What a row's later sweeps need to know.
+struct Facts {
+  generic::Contrast contrast;
+  float peak_q, peak_p, shift, floor;
+  float share_q, share_p, share_q_low, share_p_low;  // 1 / sum in two floats
+  float rest_q, rest_p, rest_gap, tilt;              // where a tilt is kept: bits beside the origins, the tilt taken off
+  float slope, slope_low, soft_by, hard_by, peak_1, share_1;
+  int blank;  // the row's gradient is 0
+};
+
+struct Shared {
+  Facts facts;
+  Record of_warp[most_warps];
+  Record of_block[2][most_blocks];  // in turn: a block may be a reduction ahead of one that still reads
+};
+
+inline int size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+inline bool aligned(const Tile& tile) {
+  return (reinterpret_cast<std::uintptr_t>(tile.data) | static_cast<std::uintptr_t>(tile.stride * size_of(tile.dtype))) % 16 == 0;
+}
+
+inline Task task_of(const Objective& o, const Rows& rows) {
+  Task task;
+  task.student = rows.student, task.teacher = rows.teacher, task.noisy = rows.noisy, task.grad = rows.grad;
+  task.alpha = rows.alpha, task.weight = rows.weight, task.labels = rows.labels;
+  task.loss = rows.loss, task.metrics = rows.metrics;
+  task.n = rows.n, task.vocab = static_cast<int>(rows.vocab), task.ignore_index = o.ignore_index;
+  task.beta = o.beta, task.temperature = o.temperature, task.floor = o.floor;
+  task.soft_weight = o.soft_weight, task.hard_weight = o.hard_weight;
+  task.difference = o.difference && rows.student.data;
+  task.accumulate = o.accumulate;
+  task.skips = rows.student.data && rows.labels;
+  task.student_logits = o.student, task.teacher_logits = o.teacher, task.noisy_logits = o.noisy;
+  task.law = o.law;
+  return task;
+}
+
+// How a row is computed. The two fast kinds take aligned tiles whose numbers are logits, floor nothing, and use the GPU's
+// approximate functions, for their gradient is rounded to 16 bits. narrow: all tiles are bfloat16, no label is learned from.
+// wide: tiles are float32 and the gradient bfloat16, as with heads of bfloat16 models.
+enum class Kind { any, narrow, wide };
+
+inline Kind kind_of(const Task& task) {
+  const Tile* tiles[] = {&task.student, &task.teacher, &task.noisy, &task.grad};
+  const Transform* transforms[] = {&task.student_logits, &task.teacher_logits, &task.noisy_logits};
+  bool narrow = !(task.labels && (task.hard_weight != 0 || task.metrics)), wide = task.grad.data;
+  for (const Tile* tile : tiles) {
+    if (!tile->data) continue;
+    if (!aligned(*tile)) return Kind::any;
+    const bool is_bf16 = tile->dtype == Dtype::bfloat16;
+    narrow = narrow && is_bf16;
+    wide = wide && (tile == &task.grad ? is_bf16 : tile->dtype == Dtype::float32);
+  }
+  for (const Transform* transform : transforms)
+    if (transform->scale != 1.f || transform->softcap != 0.f) return Kind::any;
+  if (task.difference || task.floor != -INFINITY) return Kind::any;
+  return narrow ? Kind::narrow : wide ? Kind::wide : Kind::any;
+}
+
+inline int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
+inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// The layout for a cluster of so many blocks; plan.blocks is 0 if a row does not fit. Chunks are as long as can be, up to
+// 1024 words, without giving some warp more steps than the split demands.
+inline Plan plan_for(const Task& task, int shared_bytes, int blocks, int warps) {
+  Plan plan;
+  plan.warps = warps;
+  const Tile* tiles[] = {&task.student, &task.teacher, &task.noisy};
+  const int all_warps = blocks * warps, steps = ceil_div(task.vocab, step_words), own = ceil_div(steps, all_warps);
+  int each = own < 4 ? own : 4;
+  while (own % each) --each;
+  plan.chunk = each * step_words;
+  plan.chunks = ceil_div(task.vocab, plan.chunk);
+  for (int i = 0; i < 3; ++i) {
+    plan.tile_at[i] = plan.slot_bytes;
+    if (tiles[i]->data) plan.slot_bytes += plan.chunk * size_of(tiles[i]->dtype) + (aligned(*tiles[i]) ? 0 : 16);
+  }
+  const int row = ceil_div(plan.chunks, all_warps), fixed = round_up(sizeof(Shared), 128);
+  plan.slots = (shared_bytes - fixed - 128) / (warps * (plan.slot_bytes + 8));
+  if (plan.slots < row) return plan;
+  if (plan.slots > 2 * row) plan.slots = 2 * row;
+  plan.slots_at = round_up(fixed + 8 * warps * plan.slots, 128);
+  plan.bytes = plan.slots_at + warps * plan.slots * plan.slot_bytes;
+  plan.blocks = blocks;
+  return plan;
+}
+
+// The smallest cluster that leaves a quarter of a row's room to the next row, else the smallest that holds a row. Beyond 8
+// blocks a cluster is not portable, and is taken for want of another only.
+inline Plan plan_of(const Task& task, int shared_bytes, int largest_cluster) {
+  Plan fits;
+  for (int blocks = 1; blocks <= largest_cluster; blocks *= 2) {
+    const Plan plan = plan_for(task, shared_bytes, blocks, task.vocab <= 8192 ? 4 : most_warps);
+    if (!plan.blocks) continue;
+    if (!fits.blocks) fits = plan;
+    if (blocks > 8) break;
+    if (4 * plan.slots * plan.blocks * plan.warps >= 5 * plan.chunks) return plan;
+  }
+  return fits;
+}
+
+// The most words that a row of such tiles can have: what fits does not depend on more than the steps that a warp has.
+inline int longest_row(Task task, int shared_bytes, int largest_cluster) {
+  const int words = largest_cluster * most_warps * step_words;
+  for (task.vocab = words; plan_for(task, shared_bytes, largest_cluster, most_warps).blocks; task.vocab += words) {
+  }
+  return task.vocab - words;
+}
+
+}  // namespace hkdfast

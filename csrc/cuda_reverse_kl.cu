@@ -1,3 +1,0 @@
-#include "launch.h"
-
-template bool hkdfast::launch_rows(const Task&, bool, generic::ReverseKL, int, void*);
