@@ -37,7 +37,8 @@ def add_arguments(parser, formatter):
 def add_pope(parser):
     parser.description = (
         "Ask a vision-language model POPE's questions, or take answers that exist, and score them exactly as the "
-        "official scripts do, with 95 % paired bootstrap intervals over images for a difference between two systems."
+        "official scripts do, with 95 % paired bootstrap intervals over images for a difference between two systems. "
+        "Answers that say neither yes nor no, or both, are counted beside the official numbers and change none."
     )
     add = parser.add_argument
     add("--questions", nargs="+", required=True, metavar="FILE", help="JSON lines: question_id, image, text, label")
@@ -73,10 +74,10 @@ def run_pope(args):
 
     def rate(questions, answers):
         marks = pope.mark(questions, answers, args.rule)
-        return marks, pope.score(marks)
+        return marks, pope.score(marks) | {"unreadable": pope.count_unreadable(answers)}
 
     report |= tables.compare(asked, args.questions, ours, theirs, rate, COMPARED, args.resamples)
-    print(tables.table(report, pope.METRICS))
+    print(tables.table(report, pope.METRICS, ["unreadable"]))
     if args.output:
         ask_model.write(args.output, report)
 
@@ -106,7 +107,7 @@ def answer_set(args, decoding):
 
 def run_mme(args):
     found = mme.score_folder(args.results)
-    head = ["subtask", "questions", "accuracy", "accuracy_plus", "score"]
+    head = ["subtask", "questions", "accuracy", "accuracy_plus", "score", "unreadable"]
     print(tables.layout(head, [[name, *(cell(one.get(key)) for key in head[1:])] for name, one in found.items()]))
     if args.output:
         ask_model.write(args.output, {"hkdfast": __version__, "subtasks": found})

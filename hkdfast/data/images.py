@@ -101,6 +101,10 @@ def upright(image):
         image = image.transpose(turn)
     if image.mode == "La":
         image = image.convert("LA")
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:  # of 16 bits, as the file has it
+        image = image.copy()
+        image.info["transparency"] = tuple(level >> 8 for level in key)
     if image.mode in ("LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

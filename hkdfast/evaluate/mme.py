@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..data import jsonl
+from . import pope
 
 # The subset on which SEED's neighbors report hallucination.
 HALLUCINATION = ("existence", "count", "position", "color")
@@ -47,14 +48,18 @@ def parse(answer):
 
 
 def score(rows):
-    """{"accuracy", "accuracy_plus", "score", "questions"}: fractions of 1, and 100 times their sum, at most 200.
+    """{"accuracy", "accuracy_plus", "score", "questions", "unreadable"} of a subtask.
 
-    accuracy_plus is the fraction of images with both questions right; an answer that is neither yes nor no is wrong.
+    accuracy is a fraction of 1; accuracy_plus is the fraction of images with both questions right; score is 100 times
+    their sum, at most 200. An answer that `parse` takes for neither yes nor no is wrong. unreadable counts these, and
+    the answers without exactly one of the two words: it changes no other number.
     """
     right = [parse(answer) == truth for _, _, truth, answer in rows]
     both = [first and second for first, second in zip(right[::2], right[1::2], strict=True)]
     accuracy, plus = sum(right) / len(right), sum(both) / len(both)
-    return {"accuracy": accuracy, "accuracy_plus": plus, "score": accuracy * 100 + plus * 100, "questions": len(rows)}
+    unreadable = sum(parse(answer) == "other" or not pope.is_plain(answer) for *_, answer in rows)
+    found = {"accuracy": accuracy, "accuracy_plus": plus, "score": accuracy * 100 + plus * 100}
+    return found | {"questions": len(rows), "unreadable": unreadable}
 
 
 def score_folder(folder):

@@ -186,6 +186,16 @@ def score(marks):
     }
 
 
+def is_plain(answer):
+    """Whether an answer says either yes or no: exactly one of the two words stands in it, in any case."""
+    return len({"yes", "no"}.intersection(re.findall(r"[^\W\d_]+", answer.lower()))) == 1
+
+
+def count_unreadable(answers):
+    """How many answers say neither yes nor no, or both. The official scripts take each of them for one or the other."""
+    return sum(not is_plain(answer) for answer in answers)
+
+
 def split_name(path):
     """What a table calls a question file: random, popular or adversarial if its name says so, else the name."""
     found = re.findall("random|popular|adversarial", Path(path).stem)

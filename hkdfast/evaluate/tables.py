@@ -36,14 +36,22 @@ def differences(ours, theirs, compared, resamples):
     }
 
 
-def table(report, columns):
-    """The report as text: one row per question set and system, in percent; differences in points, 95 % intervals."""
+def table(report, columns, counts=()):
+    """The report as text: one row per question set and system, in percent; differences in points, 95 % intervals.
+
+    Args:
+        report: as `compare` gives it.
+        columns: names of the metrics.
+        counts: names of further columns, numbers of answers.
+    """
 
     def score_row(label, one):
-        return [label, f"{one['questions']:.0f}", *(f"{100 * one[key]:.2f}" for key in columns)]
+        numbers = [f"{100 * one[key]:.2f}" for key in columns]
+        return [label, f"{one['questions']:.0f}", *numbers, *(f"{round(one[key], 1):g}" for key in counts)]
 
     def difference_row(label, found):
-        return [label, "", *(str(bootstrap.Interval(**found[key])) if key in found else "" for key in columns)]
+        intervals = [str(bootstrap.Interval(**found[key])) if key in found else "" for key in columns]
+        return [label, "", *intervals, *("" for _ in counts)]
 
     rows = []
     for name, found in report["sets"].items():
@@ -57,7 +65,7 @@ def table(report, columns):
                 rows.append(difference_row(f"  {difference}", found[difference]))
     if "difference" in report and len(report["sets"]) > 1:
         rows.append(difference_row("all, difference", report["difference"]))
-    return layout(["questions", "number", *columns], rows)
+    return layout(["questions", "number", *columns, *counts], rows)
 
 
 def layout(head, rows):

@@ -115,10 +115,10 @@ def test_pope_scores_answers_with_torch_alone(files):
     done = process(*pope_words(files), "--output", files / "out" / "scores.json", without=EXTRAS)
     assert (done.returncode, done.stderr) == (0, "")
     head, random, adversarial = (line.split() for line in done.stdout.splitlines())
-    assert head == ["questions", "number", "accuracy", "precision", "recall", "f1", "yes_rate"]
-    assert random == ["random", "6", *["100.00"] * 4, "50.00"]
+    assert head == ["questions", "number", "accuracy", "precision", "recall", "f1", "yes_rate", "unreadable"]
+    assert random == ["random", "6", *["100.00"] * 4, "50.00", "0"]
     # three yes found, one of three noes called yes: precision 3/4, recall 1, F1 6/7
-    assert adversarial == ["adversarial", "6", "83.33", "75.00", "100.00", "85.71", "66.67"]
+    assert adversarial == ["adversarial", "6", "83.33", "75.00", "100.00", "85.71", "66.67", "0"]
     report = json.loads((files / "out" / "scores.json").read_text())
     assert report["rule"] == "vcd"
     assert report["sets"]["adversarial"]["mean"]["f1"] == 2 * 0.75 / 1.75
@@ -153,6 +153,21 @@ def test_pope_rules_differ(files, pope):
         found[rule] = json.loads((files / f"{rule}.json").read_text())["sets"]["random"]["mean"]
     assert found["vcd"]["yes_rate"] == 0
     assert found["pope"]["yes_rate"] == 1
+
+
+def test_pope_counts_what_says_neither_yes_nor_no_or_both(files, pope):
+    texts = ["Yes", "No", "Yes, or no", "I know", "Yes", "maybe"]
+    lines = [json.dumps({"question_id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
+    (files / "ours.random.jsonl").write_text("".join(lines))
+    others = [files / f"theirs.{split}.jsonl" for split in ("random", "adversarial")]
+    done = pope("--against", *others, "--resamples", 10, "--output", files / "scores.json")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0][-1] == "unreadable" and rows[1][0] == "random" and rows[1][-1] == "3"
+    assert rows[2][0] == "against" and rows[2][-1] == "0"
+    found = json.loads((files / "scores.json").read_text())["sets"]["random"]
+    assert (found["draws"][0]["unreadable"], found["mean"]["unreadable"]) == (3, 3)
+    # the script of VCD: right but for "maybe", which it takes for a yes under no
+    assert (found["mean"]["accuracy"], found["mean"]["yes_rate"]) == (5 / 6, 4 / 6)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +243,7 @@ def test_mme(files, command):
     (folder / "existence.txt").write_text("1.png\tIs there a cat?\tYes\tYes\n1.png\tIs there a dog?\tNo\tyes\n")
     done = command("evaluate", "mme", "--results", folder, "--output", files / "mme.json")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].split() == ["existence", "2", "0.5000", "0.0000", "50.0000"]
+    assert done.stdout.splitlines()[1].split() == ["existence", "2", "0.5000", "0.0000", "50.0000", "0"]
     assert json.loads((files / "mme.json").read_text())["subtasks"]["existence"]["score"] == 50
     assert "no .txt file" in refused(command("evaluate", "mme", "--results", files))
 

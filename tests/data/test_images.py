@@ -1,6 +1,7 @@
 """Pictures of every kind become what a viewer shows of them, or are refused by name."""
 
 import struct
+import zlib
 
 import pytest
 import torch
@@ -136,6 +137,21 @@ def test_one_color_may_stand_for_nothing(tmp_path, mode):
     assert (pixels(read_image(tmp_path / "a.png")) == 255).all()
     image.save(tmp_path / "b.png")
     assert read_image(tmp_path / "b.png").getpixel((0, 0)) == BLACK
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_one_color_of_16_bits_may_stand_for_nothing(tmp_path):
+    values = np.full((8, 8, 3), 0x1234, ">u2")
+    values[2:6, 2:6] = 0
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    parts += chunk(b"tRNS", struct.pack(">HHH", *[0x1234] * 3)) + chunk(b"IDAT", zlib.compress(rows))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b""))
+    found = read_image(tmp_path / "a.png")
+    assert found.getpixel((0, 0)) == WHITE and found.getpixel((4, 4)) == BLACK
 
 
 def test_palettes(tmp_path):

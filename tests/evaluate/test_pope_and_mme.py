@@ -52,6 +52,14 @@ def test_rules(rule, table):
         assert pope.is_right(answer, "no", rule) is under_no, answer
 
 
+def test_answers_that_are_not_plain_are_counted_and_change_no_number():
+    plain = ["Yes", "no.", "The answer is YES!", "No, there is no cat", "yes\nyes", "_no_", "Yes1"]
+    other = ["", "maybe", "not", "I know", "snow", "eyes", "yes and no", "No. Yes", "Nein", "1", "yesno"]
+    assert pope.count_unreadable(plain) == 0
+    assert pope.count_unreadable(other) == len(other)
+    assert pope.count_unreadable([*plain, *other, "Yes"]) == len(other)
+
+
 def asked(labels, images=None):
     return [
         Question(i, images[i] if images else f"{i}.png", "Is there a cat in the image?", label)
@@ -379,7 +387,7 @@ def test_mme_by_hand(tmp_path):
     path = tmp_path / "existence.txt"
     path.write_text("".join("\t".join(row) + "\n" for row in rows))
     score = mme.score(mme.read(path))
-    assert score == {"accuracy": 5 / 8, "accuracy_plus": 1 / 4, "score": 62.5 + 25, "questions": 8}
+    assert score == {"accuracy": 5 / 8, "accuracy_plus": 1 / 4, "score": 62.5 + 25, "questions": 8, "unreadable": 5}
     assert mme.score_folder(tmp_path) == {"existence": score}
     for name in mme.HALLUCINATION:
         (tmp_path / f"{name}.txt").write_text(path.read_text())
