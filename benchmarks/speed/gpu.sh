@@ -37,9 +37,6 @@ build() {
         fi
         nvidia-smi
         nvcc --version
-        # this GPU's own architecture alone; 90a has instructions that plain 90 lacks
-        : "${HKDFAST_CUDA_ARCHS:=$($python -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')}"
-        export HKDFAST_CUDA_ARCHS
         rm -f hkdfast/_cpu*.so hkdfast/_cuda*.so
         $python setup.py -q build_ext --inplace
     fi

@@ -52,6 +52,7 @@ int longest_of(py::list given, int device) {
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace pybind11::literals;
+  m.attr("architectures") = HKDFAST_CUDA_ARCHS;  // as setup.py names them, "90a 100"
   m.def("missing", &hkdfast::missing, "device"_a);
   m.def("longest", &hkdfast::longest_of, "tiles"_a, "device"_a);
   m.def("rows", &hkdfast::rows, "objective"_a, "student"_a, "teacher"_a, "noisy"_a, "alpha"_a, "labels"_a, "weight"_a,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backends
+from ..ops.native import not_built
 from .extras import extras, version
 
 
@@ -33,7 +34,7 @@ def report():
         },
         "backends": backends() | {"HKDFAST_BACKEND": os.environ.get("HKDFAST_BACKEND") or "not set"},
         "processor": processor(),
-        "GPU": gpus() or {"none": gpu_reason()},
+        "GPU": (gpus() or {"none": gpu_reason()}) | {"CUDA kernels of hkdfast": cuda_kernels()},
         "extras": {extra: extra_fact(extra, packages) for extra, packages in extras().items()}
         or {"unknown": "hkdfast is not installed (pip install -e .), so it has no metadata to read them from"},
     }
@@ -51,6 +52,15 @@ def processor():
         "instructions of hkdfast": used,
         "instructions of torch": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def cuda_kernels():
+    try:
+        from .. import _cuda
+
+        return "built for " + ", ".join(f"sm_{arch}" for arch in _cuda.architectures.split())
+    except ImportError:
+        return f"not built: {not_built('_cuda')}"
 
 
 def gpus():

@@ -11,10 +11,7 @@ from . import native
 try:
     from .. import _cpu
 except ImportError as error:
-    raise ImportError(
-        f"{error}. Its C++ kernels are built when hkdfast is installed, if there is a C++17 compiler with OpenMP "
-        "(Debian: g++); install one, then hkdfast again: pip install -v shows what the compiler says"
-    ) from error
+    raise ImportError(f"{error}: {native.not_built('_cpu')}") from error
 
 
 def threads(x):

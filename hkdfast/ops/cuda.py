@@ -22,10 +22,7 @@ from .dispatch import after
 try:
     from .. import _cuda
 except ImportError as error:
-    raise ImportError(
-        f"{error}. Its CUDA kernels are built when hkdfast is installed, if nvcc is found (CUDA_HOME, /usr/local/cuda, "
-        "PATH; 12.8 or later for Blackwell): install the CUDA toolkit, then hkdfast again"
-    ) from error
+    raise ImportError(f"{error}: {native.not_built('_cuda')}") from error
 
 
 @lru_cache

@@ -1,6 +1,19 @@
-"""How tensors are handed to the compiled modules: as addresses."""
+"""How tensors are handed to the compiled modules: as addresses. And why a compiled module is missing."""
+
+import json
+from importlib.resources import files
 
 import torch
+
+
+def not_built(module):
+    """Why the installation of hkdfast did not build "_cpu" or "_cuda", and how to get it, in words.
+
+    setup.py writes it to hkdfast/_build.json, because pip hides what a build prints.
+    """
+    notes = files("hkdfast") / "_build.json"
+    why = json.loads(notes.read_text()).get(module) if notes.is_file() else None
+    return why or "install hkdfast again to build it; pip install -v shows what the build says"
 
 
 def tile(x):
