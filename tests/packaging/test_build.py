@@ -11,7 +11,7 @@ import pytest
 from hkdfast.cli import doctor
 from hkdfast.ops import native
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
