@@ -1,5 +1,6 @@
 """The study of HKD4VLM's reconstruction."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from hkd import export, study, table
+from hkd import cost, export, study, table
 from hkd.cells import Cells
 from hkd.chains import asking, load
 from hkd.command import parts
@@ -186,6 +187,18 @@ def test_what_a_table_means_is_one_sentence():
         "tuned directly [+4.8, +9.8] and not told apart from the large one tuned directly [-1.0, +0.8]."
     )
     assert table.meaning({"systems": {}}, "factcheck") == ""
+
+
+def test_the_results_file_says_how_the_study_is_made_now():
+    written, found = json.loads(table.FILE.read_text()), table.settings()
+    assert {name: written[name] for name in found} == found
+
+
+def test_both_ways_of_a_stage_that_are_timed_compute_the_same(monkeypatch):
+    monkeypatch.setattr(cost, "VOCABULARY", 300)
+    fused, eager = cost.stage("fused"), cost.stage("eager")
+    for name in ("losses", "norms"):
+        assert fused[name] == pytest.approx(eager[name], rel=1e-5)
 
 
 def test_cells_become_a_table(small, monkeypatch):

@@ -11,10 +11,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hkd import export
 from hkdfast.evaluate.pope import score
+from seed import study
 from seed.bases import BASES, load
 from seed.command import cells, parts
 from seed.study import SECOND, TRAINED, Exam, cell_file, yes_no
 from seed.table import SPLITS, equal_yes_rate, margin, marked, meaning, shifted, text, tuned_shift
+from world.questions import prompts
 from world.scenes import pictures
 from world.tinyllava import ask, prompt, question
 
@@ -71,6 +73,23 @@ def test_a_shift_moves_the_margin_alone(base):
     np.testing.assert_allclose(moved[5][..., 2] - moved[5][..., 1], cell[5][..., 2] - cell[5][..., 1], atol=1e-9)
     assert abs(equal_yes_rate(cell, moved) - 0.7) < 0.2
     assert tuned_shift(cell, [exam]) >= 0
+
+
+@pytest.mark.parametrize("system", TRAINED)
+def test_every_system_trains_the_adapter_alone(system, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # trainers have their folders where they run
+
+    def few(model, tokenizer, count, seed, device):
+        return prompts(model, tokenizer, 24, seed)
+
+    monkeypatch.setattr(study, "prompts", few)
+    trained, options = [], {"max_steps": 2, "per_device_train_batch_size": 8}
+    study.train("seed1", system, 1, lambda number, model: trained.append((number, model)), **options)
+    ((number, model),) = trained
+    assert number == 1
+    before, after = load("seed1")[0].state_dict(), model.get_base_model().state_dict()
+    assert any(after[name].any() for name in after if "lora_B" in name)
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() & after.keys())
 
 
 def test_the_bases_answer(base):

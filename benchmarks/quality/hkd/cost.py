@@ -23,7 +23,7 @@ from hkdfast.batch import answer_rows
 
 FILE = Path(__file__).parents[1] / "results" / "hkd_cost.json"
 VOCABULARY = 151936
-DTYPES = (512, 256)  # of teacher and student
+WIDTHS = (512, 256)  # of teacher and student
 BATCH, LENGTH = 8, 64
 STEPS = 4  # the first is not timed
 TEACH = {"divergence_weight": 1.0, "temperature": 2.0, "t_squared": True}
@@ -31,7 +31,7 @@ TEACH = {"divergence_weight": 1.0, "temperature": 2.0, "t_squared": True}
 
 def models():
     torch.manual_seed(0)
-    for width in DTYPES:
+    for width in WIDTHS:
         config = LlamaConfig(
             hidden_size=width,
             intermediate_size=2 * width,
@@ -118,7 +118,7 @@ def run(options):
         if abs(one - other) > 1e-4 * abs(one):
             sys.exit(f"the losses differ: {one} and {other}")
     facts = {"processor": platform.machine(), "torch": torch.__version__, "threads": options.threads}
-    facts |= {"vocabulary": VOCABULARY, "widths": DTYPES, "rows": BATCH * (LENGTH - 1)}
+    facts |= {"vocabulary": VOCABULARY, "widths": WIDTHS, "rows": BATCH * (LENGTH - 1)}
     FILE.write_text(json.dumps(facts | found, indent=1) + "\n")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hkd.study import STAGES, SYSTEMS, read_cell
+from hkd.study import STAGES, SYSTEMS, as_recorded, read_cell
 from hkd.tune import EPOCHS, LAYOUTS, RATES, RETOUCH, SPLITS, TAUGHT, TEACH, truths
 from hkdfast.evaluate.tables import layout
 from world.tracks import REWRITE
@@ -26,8 +26,8 @@ PARTS = {  # of the systems: two that differ in a part
 
 
 def settings():
-    """What the results file says about how they were made."""
-    return {
+    """What the results file says about how they were made, with the names of `as_recorded`."""
+    found = {
         "splits": {name: {"images": count, "seed": seed} for name, (count, seed) in SPLITS.items()},
         "stages": {name: asdict(stage) for name, stage in STAGES.items()},
         "distillation": TEACH,
@@ -37,6 +37,7 @@ def settings():
         "views": repr(RETOUCH),
         "resamples": RESAMPLES,
     }
+    return json.loads(as_recorded(json.dumps(found)))
 
 
 def read_cells(cells, track, seeds):
