@@ -35,7 +35,7 @@ def unit_stride(x):
 
 
 def rows(call, objective, student, teacher, noisy, alpha, labels, row_weight, loss, grad, metrics, *how):
-    """What a compiled row operation returns. how: its last arguments; the others are of `hkdfast.ops.reference.rows`."""
+    """What a compiled row operation returns. how: its last arguments; the rest as in `hkdfast.ops.reference.rows`."""
     ours = [unit_stride(x) for x in (student, teacher, noisy, grad)]
     vectors = [
         vector(x, dtype) for x, dtype in ((alpha, torch.float32), (labels, torch.int64), (row_weight, torch.float32))
