@@ -1,0 +1,55 @@
+"""examples/: each runs from end to end, and learns."""
+
+import math
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(request, monkeypatch):
+    """The module of the example that the test names."""
+    monkeypatch.setattr("sys.path", list(sys.path))  # what an example adds goes again
+    path = EXAMPLES / f"{request.param}.py"
+    spec = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("example", ["loss_in_a_loop"], indirect=True)
+def test_a_loop_learns(example):
+    losses = example.main(steps=30)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("example", ["trainer_compute_loss"], indirect=True)
+def test_a_trainer_learns(example):
+    losses = example.main(steps=20)
+    assert len(losses) == 2 and losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("example", ["text_teacher_student"], indirect=True)
+def test_a_student_gives_the_answers_of_its_teacher(example, tmp_path):
+    losses, right = example.main(["--output", str(tmp_path / "student")])
+    assert losses[-1] < 0.1 * losses[0] and right == 1
+    # what it saved is an ordinary folder, from which it runs again
+    names = [word for role in ("--teacher", "--student") for word in (role, str(tmp_path / "student"))]
+    again, right = example.main([*names, "--steps", "1"])
+    assert again[0] < 0.1 * losses[0] and right == 1
+
+
+@pytest.mark.parametrize("example", ["seed_on_a_folder"], indirect=True)
+def test_seed_trains_on_a_folder(example):
+    log = [entry for entry in example.main([]) if "divergence" in entry]
+    assert len(log) == 4 and all(math.isfinite(entry["loss"]) for entry in log)
+    assert all(0 <= entry["yes_rate"] <= 1 for entry in log)
+
+
+def test_every_example_has_a_test():
+    text = Path(__file__).read_text()
+    assert all(f'["{path.stem}"]' in text for path in EXAMPLES.glob("*.py"))
