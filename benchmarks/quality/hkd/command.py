@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from textwrap import fill
 
 import torch
 
@@ -81,7 +82,7 @@ def run(options):
         study.gather(cells, track, chains)
     found = {track: table.report(cells, track, chains) for track in tracks}
     for track in tracks:
-        print(f"\n{track}\n\n{table.text(found[track])}\n\n{table.meaning(found[track], track)}")
+        print(f"\n{track}\n\n{table.text(found[track])}\n\n{fill(table.meaning(found[track], track), 100)}")
     file = table.FILE if options.full else work / "hkd.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(machine() | {"chains": chains} | table.settings() | {"tracks": found}, indent=1) + "\n")
