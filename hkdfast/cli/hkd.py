@@ -13,8 +13,8 @@ from ..data.synthetic import RewriteStatement
 from ..data.tasks import TASKS, ChoiceInference, choice, example, is_none
 from ..hf import generate, loading, run_state
 from ..hf.choices import encoder
-from ..hf.configs import CoupledConfig, PyramidConfig, TernaryConfig, nth
-from ..hf.family import free_memory, places_of
+from ..hf.configs import CoupledConfig, PyramidConfig, TernaryConfig, at_or_last
+from ..hf.family import absolute_names, free_memory
 from ..hf.loading import base_of, is_adapter
 from ..hf.options import DEFAULTS, TRAINING, add_options, check_output, own
 from ..hf.progress import Progress
@@ -102,7 +102,7 @@ def train(args, progress):
         refined["num_train_epochs"] = args.refine_epochs
     for name in ("hard_weight", "learning_rates"):
         if refined[name]:
-            refined[name] = [nth(refined[name], place) for place in places]
+            refined[name] = [at_or_last(refined[name], place) for place in places]
     ternary = TernaryConfig(str(output / "ternary"), **refined)
     records = questions(args)
     data = examples(args, records)
@@ -114,12 +114,12 @@ def train(args, progress):
     check_letters(args, records, trainer.processing_class)
     progress.parts = parts(pyramid, ternary, trainer.sizes, places)
     begun = args.resume and Path(pyramid.output_dir).is_dir()  # else there is no first step to go on from
-    about = decisive(args, pyramid, ternary)
+    about = fingerprint(args, pyramid, ternary)
     if begun:
-        run_state.compare(output, about)
+        run_state.check_manifest(output, about)
     elif pyramid.process_index == 0:
-        run_state.begin(output, about)
-    if run_state.finished(ternary.output_dir) is None:
+        run_state.write_manifest(output, about)
+    if run_state.read_done(ternary.output_dir) is None:
         trainer.train(resume_from_checkpoint=begun)
         processor = trainer.processing_class
         del trainer
@@ -187,15 +187,15 @@ def product(names, folder, place):
     return str(next((each for each in made if each.is_dir()), names[place]))
 
 
-def decisive(args, pyramid, ternary):
-    """What decides the result of a run, for `run_state.begin`."""
-    about = options(args, "task", "augment", "rewrites", "template") | {"models": places_of(args.models)}
+def fingerprint(args, pyramid, ternary):
+    """What decides the result of a run, for `run_state.write_manifest`."""
+    about = options(args, "task", "augment", "rewrites", "template") | {"models": absolute_names(args.models)}
     for name in ("data", "unlabeled", "swaps"):
         file = getattr(args, name)
         about[name] = file and "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
     stages = range(1, len(args.models))
-    about |= {f"stage {stage}": pyramid.of_stage(stage).decisive() for stage in stages}
-    return about | {"ternary": ternary.decisive()}
+    about |= {f"stage {stage}": pyramid.of_stage(stage).fingerprint() for stage in stages}
+    return about | {"ternary": ternary.fingerprint()}
 
 
 def questions(args):

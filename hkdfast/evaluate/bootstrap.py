@@ -36,8 +36,8 @@ def paired(ours, theirs, metric="f1", *, level=0.95, resamples=10_000, seed=0):
     does not enter the interval: it holds for these bases and these seeds, on other images of the same kind.
 
     Args:
-        ours, theirs: lists of `pope.Marks`, pair by pair on the same questions: one per question set, base, seed and
-            draw in any order. An image is one cluster wherever its name occurs (see `source` of `pope.mark`). Pairs
+        ours, theirs: lists of `pope.Graded`, pair by pair on the same questions: one per question set, base, seed and
+            draw in any order. An image is one cluster wherever its name occurs (see `source` of `pope.grade`). Pairs
             that share no image are drawn separately, so each question set keeps its number of images.
         metric: one of pope.METRICS.
         level: coverage of the interval, 0 < level < 1.

@@ -92,11 +92,11 @@ def marks(records, answers, source=""):
 
     Args:
         records, answers: as in `score`.
-        source: as in `pope.mark`.
+        source: as in `pope.grade`.
     """
     truth = answers_to(records)
     right = [given == label for given, label in zip(answers, truth, strict=True)]
     harmless = [given is None or given == label for given, label in zip(answers, truth, strict=True)]
     images = tuple(source + record.image for record in records)
     label = torch.tensor([True] * len(records) + [False] * len(records))
-    return pope.Marks(images * 2, label, torch.tensor(right + harmless))
+    return pope.Graded(images * 2, label, torch.tensor(right + harmless))

@@ -32,7 +32,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Marks:
+class Graded:
     """The answers to one question set, marked. Everything that scores and intervals need."""
 
     images: tuple[str, ...]  # (N,) image of each question: questions on one image are not independent
@@ -119,7 +119,7 @@ def is_right(answer, label, rule="vcd"):
     return label == ("no" if {"No", "not", "no"} & set(words) else "yes")
 
 
-def mark(questions, answers, rule="vcd", source=""):
+def grade(questions, answers, rule="vcd", source=""):
     """The answers, marked by the rule of an official script.
 
     Args:
@@ -140,7 +140,7 @@ def mark(questions, answers, rule="vcd", source=""):
     if unlabeled:
         raise ValueError(f"{len(unlabeled)} questions have no label, the first is {unlabeled[0]!r}")
     right = [is_right(answer, question.label, rule) for question, answer in zip(questions, answers, strict=True)]
-    return Marks(
+    return Graded(
         tuple(source + question.image for question in questions),
         torch.tensor([question.label == "yes" for question in questions], dtype=torch.bool),
         torch.tensor(right, dtype=torch.bool),

@@ -9,7 +9,7 @@ def compare(asked, paths, ours, theirs, rate, compared, resamples):
     Args:
         asked, paths: {set name: questions}, and their files.
         ours, theirs: {set name: [answers of each draw]}; theirs may be None.
-        rate: function of (questions, answers) to (Marks, {metric: score}).
+        rate: function of (questions, answers) to (Graded, {metric: score}).
         compared: {name of a metric: what `bootstrap.paired` calls it} of those that get an interval.
     """
     sets, pairs = {}, ([], [])

@@ -24,8 +24,8 @@ __all__ = [
     "SeedTrainer",
     "TernaryConfig",
     "TernaryTrainer",
-    "head_fn",
     "as_teacher",
+    "head_fn",
     "language_linear_names",
     "seed_lora_config",
 ]

@@ -40,7 +40,7 @@ def language_linear_names(model):
     return [f"{prefix}.{name}" if prefix else name for name in linears]
 
 
-def pattern_of(names):
+def target_regex(names):
     """A regular expression for these module names and no others, the same in every layer but for its number."""
     forms = {re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) for name in names}
     shared, dot, _ = os.path.commonprefix(sorted(forms)).rpartition(r"\.")
@@ -68,7 +68,7 @@ def seed_lora_config(model, *, r=16, alpha=32, dropout=0.0, targets=None):
             f"no layer {', '.join(unknown)} in the language model, its linear layers are {', '.join(last)}"
         )
     chosen = [name for name in linears if targets is None or name.rpartition(".")[2] in targets]
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern_of(chosen))
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_regex(chosen))
 
 
 def adapted(model, config, rounds=1, shared=True):
@@ -158,7 +158,7 @@ def quantized(layer):
 
 
 @torch.no_grad()
-def absorb(model):
+def merge_and_reset(model):
     """Merge the active adapter into the weights below it and start it anew: the student becomes the next teacher.
 
     Weights of 16 bits are rounded once by it, so that the next round stands on the student up to that rounding.
@@ -176,13 +176,13 @@ def absorb(model):
             module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
 
 
-def state_of(model):
+def adapter_state(model):
     """What the active adapter has learned: {PEFT's name: CPU tensor}."""
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
     return {name: x.detach().cpu().clone() for name, x in state.items() if ".base_layer." not in name}
 
 
-def added_up(states):
+def concat_adapters(states):
     """One adapter that does what the adapters of all rounds do, one upon the other.
 
     LoRA products add: [B1 B2] [A1; A2] = B1 A1 + B2 A2. Whatever else was trained is as the last round left it.
@@ -197,8 +197,8 @@ def added_up(states):
     return total
 
 
-def added_config(config, rounds):
-    """The LoraConfig of `added_up`: as many times the rank, and the alpha that leaves the scaling as it was."""
+def concat_config(config, rounds):
+    """The LoraConfig of `concat_adapters`: as many times the rank, and the alpha that leaves the scaling as it was."""
     config = copy.deepcopy(config)
     gain = rounds**0.5 if config.use_rslora else rounds
     config.r, config.lora_alpha = config.r * rounds, config.lora_alpha * gain
@@ -211,5 +211,5 @@ def added_config(config, rounds):
 def save_adapter(model, states, folder):
     """Write the rounds' sum as an ordinary PEFT adapter on the original model."""
     folder = Path(folder)
-    added_config(model.peft_config[model.active_adapters[0]], len(states)).save_pretrained(folder)
-    save_file(added_up(states), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    concat_config(model.peft_config[model.active_adapters[0]], len(states)).save_pretrained(folder)
+    save_file(concat_adapters(states), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -91,7 +91,7 @@ def answer_file(model, processor, records, images, path, inference=INFERENCE, *,
     ]
     blanks = ("choice", "unshifted", "scores")
     size = inference.batch_size
-    with generate.filling(path, lines, blanks, size, resume=resume, progress=progress) as (done, write):
+    with generate.resumable_jsonl(path, lines, blanks, size, resume=resume, progress=progress) as (done, write):
         rest = [tasks.choice(one, inference.template) for one in records[len(done) :]]
         if rest:
             options = {name: getattr(inference, name) for name in ANSWERED}

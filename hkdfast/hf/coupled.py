@@ -14,9 +14,9 @@ from .adapter import check_adapter
 from .collator import QuestionCollator
 from .family import check_apart, check_heads
 from .frozen import settle
-from .head import LanguageHead, head_fn, plain
+from .head import LanguageHead, head_fn, unwrap_peft
 from .loading import fill_adapter, load_weights
-from .trainer import AnswerTrainer
+from .trainer import RowMeanTrainer
 
 
 class CoupledModels(torch.nn.Module):
@@ -46,7 +46,7 @@ class CoupledModels(torch.nn.Module):
         """See that the heads are what they seem. Not in forward: autocast would keep what it casts without gradient."""
         for model, head in zip(self.models.values(), self.heads, strict=True):
             if not head.verified:
-                head.verify(model, batch, plain(model).config)
+                head.verify(model, batch, unwrap_peft(model).config)
 
     def train(self, mode=True):
         super().train(mode)
@@ -65,7 +65,7 @@ class CoupledModels(torch.nn.Module):
                 model.enable_input_require_grads()
 
 
-class CoupledTrainer(AnswerTrainer):
+class CoupledTrainer(RowMeanTrainer):
     """Trainer of CoupledModels: a learning rate, a gradient norm and a folder for each model that learns.
 
     Args:
@@ -75,7 +75,7 @@ class CoupledTrainer(AnswerTrainer):
         rates: {role: learning rate}.
         title: of the progress bar.
         marks: dict that every entry of the log gets.
-        about: what decides the result, for `run_state.enter`; None: output_dir is entered without a look.
+        about: what decides the result, for `run_state.start_or_resume`; None: output_dir is entered without a look.
         data_collator: default: QuestionCollator(processing_class, answers=True), if that is a processor.
         others: as in Trainer.
 
@@ -123,8 +123,8 @@ class CoupledTrainer(AnswerTrainer):
         checkpoint = run_state.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
         self.check_room()
         if self.about is not None:
-            run_state.enter(self.args.output_dir, self.about, checkpoint, self.args.should_save)
-        if checkpoint and self.stands_at_end(checkpoint):
+            run_state.start_or_resume(self.args.output_dir, self.about, checkpoint, self.args.should_save)
+        if checkpoint and self.restore_if_finished(checkpoint):
             return None
         set_seed(self.args.seed)
         return super().train(resume_from_checkpoint=checkpoint, **others)
@@ -135,8 +135,8 @@ class CoupledTrainer(AnswerTrainer):
             inputs = self.without_copies(inputs)
         with self.watched(*self.model.models.values()):
             value, metrics = model(inputs, num_items_in_batch)
-        self.note(metrics)
-        value = self.over_processes(value, num_items_in_batch)
+        self.log_rows(metrics)
+        value = self.scale_for_processes(value, num_items_in_batch)
         return (value, {"loss": value}) if return_outputs else value
 
     def without_copies(self, inputs):
@@ -203,7 +203,7 @@ class CoupledTrainer(AnswerTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.save_models(self.args.output_dir)
-            run_state.finish(self.args.output_dir, self.marks | {"history": self.state.log_history})
+            run_state.mark_done(self.args.output_dir, self.marks | {"history": self.state.log_history})
             for checkpoint in () if self.args.keep_checkpoints else run_state.checkpoints(self.args.output_dir):
                 shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()

@@ -11,19 +11,19 @@ from transformers import AutoProcessor, set_seed
 from ..shell import absolute
 from . import loading
 from .adapter import adapted, check_adapter, seed_lora_config
-from .head import LanguageHead, plain
+from .head import LanguageHead, unwrap_peft
 from .loading import base_of, is_adapter, reading
 
 # of an image processor: what it is called says nothing about the pixels it makes
 KINDS = ("image_processor_type", "processor_class", "auto_map")
 
 
-def names_of(models):
+def model_names(models):
     """The folder or Hub name of each model that is given by one, None for each that is an object."""
     return [str(model) if isinstance(model, (str, Path)) else None for model in models]
 
 
-def places_of(names):
+def absolute_names(names):
     """The same with folders as absolute paths, which mean the same wherever a run is resumed from."""
     return [absolute(name) for name in names]
 
@@ -50,7 +50,7 @@ def load_model(name, dtype="auto"):
     return loaded(name, lambda base: loading.load_weights(base, dtype))
 
 
-def outlined(name):
+def meta_model(name):
     """The model under a name, or the adapter on its model, without its weights: in no memory.
 
     Raises:
@@ -60,7 +60,7 @@ def outlined(name):
 
 
 def loaded(name, load):
-    (base,) = places_of([base_of(name)])  # it goes into the adapters that are saved
+    (base,) = absolute_names([base_of(name)])  # it goes into the adapters that are saved
     config = loading.adapter_config(name) if is_adapter(name) else None
     model = load(base)
     if config is None:
@@ -71,7 +71,7 @@ def loaded(name, load):
     return model
 
 
-def trainable(model, args, peft_config=None):
+def prepare_for_training(model, args, peft_config=None):
     """The model as it is trained: its frozen weights frozen, with a LoRA adapter if one is asked for.
 
     Args:
@@ -84,10 +84,10 @@ def trainable(model, args, peft_config=None):
             would be trained and not saved with it, or a text of args.frozen that is in the name of no weight.
     """
     LanguageHead(model)
-    names = [name for name, _ in plain(model).named_parameters()]
+    names = [name for name, _ in unwrap_peft(model).named_parameters()]
     for text in args.freeze or ():
         if not any(text in name for name in names):
-            raise ValueError(f"frozen: {text!r} is in the name of no weight of {type(plain(model)).__name__}")
+            raise ValueError(f"frozen: {text!r} is in the name of no weight of {type(unwrap_peft(model)).__name__}")
     if not isinstance(model, PeftModel) and (peft_config is not None or args.lora_r is not None):
         set_seed(args.seed)  # the adapter starts from the same numbers in every process and every run
         lora = {"alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}

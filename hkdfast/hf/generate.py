@@ -100,7 +100,7 @@ def plain_generation(model, tokenizer):
 
 
 @torch.inference_mode()
-def reply(model, processor, texts, images, decoding, number=0):
+def generate_texts(model, processor, texts, images, decoding, number=0):
     """The model's replies to a batch of texts, one image each; `number` of the batch picks its random numbers."""
     # the layers of an adapter sit in the base model, and its generate() is not wrapped
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -143,17 +143,19 @@ def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, n
         for q in questions
     ]
     size = decoding.batch_size
-    with filling(path, lines, ("text",), size, resume=resume, progress=progress) as (done, write):
+    with resumable_jsonl(path, lines, ("text",), size, resume=resume, progress=progress) as (done, write):
         for start in range(len(done), len(lines), size):
             batch = questions[start : start + size]
             texts = [f"{q.text} {decoding.instruction}".strip() for q in batch]
             pictures = [read_image(Path(images).expanduser() / q.image) for q in batch]
-            write([{"text": text} for text in reply(model, processor, texts, pictures, decoding, start // size)])
+            write(
+                [{"text": text} for text in generate_texts(model, processor, texts, pictures, decoding, start // size)]
+            )
     return [line["text"] for line in done]
 
 
 @contextmanager
-def filling(path, lines, blanks, size, *, resume=False, progress=True):
+def resumable_jsonl(path, lines, blanks, size, *, resume=False, progress=True):
     """Lines to be filled in, batch by batch, in a JSON-lines file that appears when all are.
 
     Until then what is done stands in `path` with ".partial" added.
@@ -172,7 +174,7 @@ def filling(path, lines, blanks, size, *, resume=False, progress=True):
     path = Path(path).expanduser()
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = max((kept_lines(file, lines, blanks) for file in (path, partial)), key=len) if resume else []
+    kept = max((reusable_lines(file, lines, blanks) for file in (path, partial)), key=len) if resume else []
     if len(kept) < len(lines):
         kept = kept[: len(kept) // size * size]
     with jsonl.replacing(partial) as file:  # what is kept is never missing, whenever this run is stopped
@@ -196,7 +198,7 @@ def filling(path, lines, blanks, size, *, resume=False, progress=True):
     partial.replace(path)
 
 
-def kept_lines(path, lines, blanks):
+def reusable_lines(path, lines, blanks):
     """The lines that an earlier run left in `path`, as far as they are those expected."""
     if not path.is_file():
         return []

@@ -23,7 +23,7 @@ PROBE = 60.0  # the probe's logits run from -60 to 60: a softcap shows there
 WORDS = 1024  # of the vocabulary that the probe compares: all of them in float64 would be a second head
 
 
-def plain(model):
+def unwrap_peft(model):
     """The Hugging Face model inside a PEFT model."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -83,7 +83,7 @@ class LanguageHead:
     """
 
     def __init__(self, model):
-        inner = plain(model)
+        inner = unwrap_peft(model)
         find = getattr(inner, "get_output_embeddings", None)
         self.module = find() if find is not None else None
         if self.module is None:
@@ -185,7 +185,7 @@ class LanguageHead:
             )
         made = output.logits.flatten().double()
         pairs = self.candidates(config)
-        gaps = [(made - bent(ramp.double(), *pair)).abs().max().item() for pair in pairs]
+        gaps = [(made - apply_transform(ramp.double(), *pair)).abs().max().item() for pair in pairs]
         best = min(range(len(pairs)), key=gaps.__getitem__)
         if gaps[best] > tolerance(ramp.dtype) * PROBE * max(1, abs(pairs[best][0])):
             tried = [f"scale {a:g} softcap {b} (off by {gap:.2g})" for (a, b), gap in zip(pairs, gaps, strict=True)]
@@ -205,7 +205,7 @@ def tolerance(dtype):
     return max(8 * torch.finfo(dtype).eps, 1e-4)
 
 
-def bent(x, scale, softcap):
+def apply_transform(x, scale, softcap):
     x = x * scale
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
@@ -216,7 +216,7 @@ def low_rank_of(module, name):
     return module.lora_A[name], module.lora_B[name], module.scaling[name], module.lora_dropout[name]
 
 
-def take_rows(hidden, rows):
+def select_rows(hidden, rows):
     if hidden.shape[:2] != rows.shape:
         raise ValueError(
             f"the head sees hidden states {tuple(hidden.shape)}, but input_ids are {tuple(rows.shape)}: the processor "
@@ -230,7 +230,7 @@ def hidden_states(model, head, batch, rows):
     taken = []
 
     def take(_, hidden):
-        taken.append(take_rows(hidden, rows))
+        taken.append(select_rows(hidden, rows))
         return hidden[:1, :1, :1]
 
     with forward_replaced(head.module, take):
@@ -239,7 +239,7 @@ def hidden_states(model, head, batch, rows):
     return hidden
 
 
-def inside_head(model, inner, head, batch, rows, loss):
+def loss_in_head(model, inner, head, batch, rows, loss):
     """Run the model with a loss in the place of its head, and return the loss from the wrapper's own forward, where it
     looks for what is used.
 
@@ -250,7 +250,7 @@ def inside_head(model, inner, head, batch, rows, loss):
     """
 
     def at_head(_, hidden):
-        value, metrics = loss(take_rows(hidden, rows))
+        value, metrics = loss(select_rows(hidden, rows))
         results.append((value.reshape(1, 1, 1), metrics))
         return results[-1][0]  # the very tensor: a sharding wrapper of the head hangs its hooks on it
 
@@ -279,7 +279,7 @@ def head_fn(model, *, head=None):
 
     def run(batch):
         if not head.verified:
-            head.verify(model, batch, plain(model).config)
+            head.verify(model, batch, unwrap_peft(model).config)
         return head.source(hidden_states(model, head, batch, answer_rows(batch)[0]))
 
     return run

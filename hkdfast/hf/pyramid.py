@@ -9,15 +9,15 @@ from . import run_state
 from .configs import PyramidConfig
 from .coupled import CoupledTrainer, restore, save_model
 from .family import (
+    absolute_names,
     adapters_of,
     check_apart,
     check_family,
     check_heads,
     load_model,
-    names_of,
-    outlined,
-    places_of,
-    trainable,
+    meta_model,
+    model_names,
+    prepare_for_training,
 )
 from .frozen import flags_kept
 from .trainer import check_parts
@@ -84,16 +84,16 @@ class PyramidTrainer:
             raise ValueError("a model stands twice in the chain: each place needs an object of its own, or a name")
         check_apart({f"model {place}": model for place, model in enumerate(models, 1)})
         args.check_places(len(models))
-        self.adapters, self.names = adapters_of(peft_config, len(models)), names_of(models)
+        self.adapters, self.names = adapters_of(peft_config, len(models)), model_names(models)
         processing_class = check_family([name for name in self.names if name], processing_class)
         self.sizes = []  # weights of each model
         for place, (model, name) in enumerate(zip(models, self.names, strict=True)):
-            outline = outlined(name) if name else model
+            outline = meta_model(name) if name else model
             self.sizes.append(sum(parameter.numel() for parameter in outline.parameters()))
             check_heads({f"model {place + 1}": outline}, processing_class)
             if self.learns(place, args) and (name or isinstance(model, PeftModel)):  # another would get its adapter
                 with flags_kept(outline):
-                    trainable(outline, args, self.adapters[place])
+                    prepare_for_training(outline, args, self.adapters[place])
         self.given, self.args, self.stages = list(models), args, len(models) - 1
         self.data = {
             "data_collator": data_collator,
@@ -123,9 +123,9 @@ class PyramidTrainer:
             raise ValueError("the chain has been trained: make a new trainer for more")
         done = self.standing(resume_from_checkpoint)
         self.history = [entry for about in done for entry in about["history"]]
-        teacher = self.obtain(len(done), len(done))
+        teacher = self.load_stage_model(len(done), len(done))
         for stage in range(len(done) + 1, self.stages + 1):
-            student = self.obtain(stage, stage - 1)
+            student = self.load_stage_model(stage, stage - 1)
             self.history += self.run(stage, teacher, student, resume_from_checkpoint)
             teacher = student
             del student
@@ -146,19 +146,21 @@ class PyramidTrainer:
         if resume not in (True, False, None):
             raise ValueError(f"resume_from_checkpoint must be True or False, got {resume!r}: output_dir says how far")
         output_dir = Path(self.args.output_dir)
-        begun = [str(folder) for folder in sorted(output_dir.glob("stage-*")) if run_state.used(folder)]
+        begun = [str(folder) for folder in sorted(output_dir.glob("stage-*")) if run_state.has_training(folder)]
         if begun and not resume:
             raise ValueError(f"{begun[-1]} has been trained in: resume it, or name another output_dir")
         if resume and not output_dir.is_dir():
             raise ValueError(f"nothing to resume: no folder {output_dir}")
         for stage in range(1, self.stages + 1):
-            if run_state.used(self.folder(stage)):
-                run_state.compare(self.folder(stage), self.about(stage))
+            if run_state.has_training(self.folder(stage)):
+                run_state.check_manifest(self.folder(stage), self.about(stage))
         done = []
-        while len(done) < self.stages and (about := run_state.finished(self.folder(len(done) + 1))) is not None:
+        while len(done) < self.stages and (about := run_state.read_done(self.folder(len(done) + 1))) is not None:
             done.append(about)
         late = [
-            self.folder(stage) for stage in range(len(done) + 2, self.stages + 1) if run_state.used(self.folder(stage))
+            self.folder(stage)
+            for stage in range(len(done) + 2, self.stages + 1)
+            if run_state.has_training(self.folder(stage))
         ]
         if late:
             missing = self.folder(len(done) + 1)
@@ -166,24 +168,24 @@ class PyramidTrainer:
         return done
 
     def about(self, stage):
-        """What decides the result of a stage, for `run_state.enter`."""
+        """What decides the result of a stage, for `run_state.start_or_resume`."""
         adapters = [adapter and adapter.to_dict() for adapter in self.adapters]
-        chain = {"stage": stage, "models": places_of(self.names), "peft_config": adapters}
-        return chain | self.args.of_stage(stage).decisive()
+        chain = {"stage": stage, "models": absolute_names(self.names), "peft_config": adapters}
+        return chain | self.args.of_stage(stage).fingerprint()
 
     @staticmethod
     def learns(place, args):
         """Whether the model in this place of the chain, from 0, is trained in some stage."""
         return bool(place) or args.roles()["teacher"]
 
-    def obtain(self, place, done):
+    def load_stage_model(self, place, done):
         """The model in this place of the chain, from 0, as the first `done` stages have left it."""
         if self.names[place]:
             model = load_model(self.names[place], self.args.dtype)
         else:
             model, self.given[place] = self.given[place], None  # so that nothing here outlives its stages
         if self.learns(place, self.args):
-            model = trainable(model, self.args, self.adapters[place])
+            model = prepare_for_training(model, self.args, self.adapters[place])
         if place and place == done:
             restore(model, self.folder(done) / "student")
         return model

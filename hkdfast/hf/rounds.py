@@ -7,15 +7,15 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from . import run_state
-from .adapter import absorb, check_adapter, save_adapter, state_of
+from .adapter import adapter_state, check_adapter, merge_and_reset, save_adapter
 from .loading import fill_adapter, reading
-from .trainer import AnswerTrainer
+from .trainer import RowMeanTrainer
 
 ROUNDS = "rounds"  # folder beside a saved adapter: what each round has learned, where there was more than one
 HISTORY = "history.json"  # in it: what earlier rounds have logged
 
 
-class RoundsTrainer(AnswerTrainer):
+class RoundsTrainer(RowMeanTrainer):
     """Trainer of a PEFT model that runs `args.rounds` trainings, each with its own optimizer, schedule and checkpoints.
 
     Between rounds the adapter is merged into the weights below it and starts anew. What is saved is the sum of all
@@ -51,7 +51,7 @@ class RoundsTrainer(AnswerTrainer):
         output_dir, result = self.args.output_dir, None
         checkpoint = run_state.checkpoint_of(output_dir, resume_from_checkpoint)
         self.check_room()
-        run_state.enter(output_dir, self.args.decisive(), checkpoint, self.args.should_save)
+        run_state.start_or_resume(output_dir, self.args.fingerprint(), checkpoint, self.args.should_save)
         set_seed(self.args.seed)
         if self.args.rounds == 1:
             return self.train_round(checkpoint, others)
@@ -66,7 +66,7 @@ class RoundsTrainer(AnswerTrainer):
                     self.optimizer = self.lr_scheduler = None
                     result = self.train_round(checkpoint if number == resumed else None, others)
                 if number < self.args.rounds:
-                    self.evolve()
+                    self.next_round()
         finally:
             self.args.output_dir = output_dir
         self.state.log_history = self.history + self.state.log_history
@@ -75,16 +75,16 @@ class RoundsTrainer(AnswerTrainer):
     def train_round(self, checkpoint, others):
         if checkpoint is not None:
             self.history = read_history(checkpoint)
-            if self.stands_at_end(checkpoint):
+            if self.restore_if_finished(checkpoint):
                 return None
         return super().train(resume_from_checkpoint=checkpoint, **others)
 
-    def evolve(self):
+    def next_round(self):
         """The student becomes the next teacher, with a new adapter."""
-        self.states.append(state_of(self.model))
+        self.states.append(adapter_state(self.model))
         self.history = self.history + self.state.log_history
         set_seed(self.args.seed + self.round)  # the adapter starts from the same numbers in every process and every run
-        absorb(self.model)
+        merge_and_reset(self.model)
 
     def load_round(self, checkpoint):
         folder = Path(checkpoint) / ROUNDS
@@ -112,7 +112,7 @@ class RoundsTrainer(AnswerTrainer):
         if not self.states or not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        states = [*self.states, state_of(self.model)]
+        states = [*self.states, adapter_state(self.model)]
         save_adapter(self.model, states, folder)
         (folder / ROUNDS).mkdir(exist_ok=True)
         for number, state in enumerate(states, 1):

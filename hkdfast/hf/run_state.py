@@ -16,7 +16,7 @@ DONE = "done.json"  # what a finished training logged, written last
 STATE = "trainer_state.json"  # of a checkpoint: Trainer's own, written last
 
 
-def begin(folder, about):
+def write_manifest(folder, about):
     """Write into a folder, which is made if need be, what decides the result of the training that begins there.
 
     Args:
@@ -26,7 +26,7 @@ def begin(folder, about):
     write(Path(folder) / RUN, about)
 
 
-def compare(folder, about):
+def check_manifest(folder, about):
     """See that the training that was begun in a folder is this one.
 
     Raises:
@@ -39,12 +39,12 @@ def compare(folder, about):
         raise ValueError(f"{folder} is another run, {name} was {old!r} and is {new!r} now: begin in another folder")
 
 
-def enter(folder, about, checkpoint=None, save=True):
+def start_or_resume(folder, about, checkpoint=None, save=True):
     """Begin a training in a folder, or see that it goes on from a checkpoint of its own.
 
     Args:
         folder: of this training.
-        about: as in `begin`.
+        about: as in `write_manifest`.
         checkpoint: to go on from, in this folder or another; None for a fresh training.
         save: whether this process writes.
 
@@ -53,25 +53,25 @@ def enter(folder, about, checkpoint=None, save=True):
             for its own, checkpoints or a finished training.
     """
     if checkpoint is not None:
-        compare(home_of(checkpoint), about)
-    if used(folder):
+        check_manifest(run_folder(checkpoint), about)
+    if has_training(folder):
         if checkpoint is None:
             raise ValueError(f"{folder} has been trained in: resume it, or name another output_dir")
-        compare(folder, about)
+        check_manifest(folder, about)
     if save:
         sweep(folder)
-        begin(folder, about)
+        write_manifest(folder, about)
 
 
-def home_of(checkpoint):
+def run_folder(checkpoint):
     """The folder of the training that a checkpoint stands in, which may have rounds."""
     folder = Path(checkpoint).absolute().parent
     return folder.parent if re.fullmatch(r"round-\d+", folder.name) else folder
 
 
-def used(folder):
+def has_training(folder):
     """Whether there is something in a folder to go on from."""
-    return finished(folder) is not None or last_checkpoint(folder) is not None
+    return read_done(folder) is not None or last_checkpoint(folder) is not None
 
 
 def differences(old, new, name=""):
@@ -83,13 +83,13 @@ def differences(old, new, name=""):
         yield name, old, new
 
 
-def finish(folder, about):
+def mark_done(folder, about):
     """Write that the training in a folder is finished."""
     write(Path(folder) / DONE, about)
 
 
-def finished(folder):
-    """What `finish` wrote, or None."""
+def read_done(folder):
+    """What `mark_done` wrote, or None."""
     return read(Path(folder) / DONE)
 
 
@@ -128,7 +128,7 @@ def kept(folder):
         return None
     for home in dict.fromkeys((folder, *sorted(folder.glob("pyramid/stage-*")), folder / "ternary")):
         checkpoint = last_checkpoint(home)
-        if finished(home) is not None:
+        if read_done(home) is not None:
             found.append(f"{home.relative_to(folder)}, finished")
         elif checkpoint is not None:
             found.append(Path(checkpoint).relative_to(folder).as_posix())

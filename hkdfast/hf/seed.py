@@ -12,7 +12,7 @@ from .adapter import adapted, check_adapter, seed_lora_config
 from .collator import QuestionCollator
 from .configs import LOSS, SeedConfig
 from .frozen import settle
-from .head import LanguageHead, as_teacher, hidden_states, inside_head, plain
+from .head import LanguageHead, as_teacher, hidden_states, loss_in_head, unwrap_peft
 from .rounds import RoundsTrainer
 from .trainer import check_parts
 
@@ -111,7 +111,7 @@ class SeedTrainer(RoundsTrainer):
         if self.model.training:
             settle(self.model)
         if not self.head.verified:
-            self.head.verify(model, inputs, plain(self.model).config)
+            self.head.verify(model, inputs, unwrap_peft(self.model).config)
         answers, labels = answer_rows(inputs)
         rows = self.counted(answers)
         labels = labels if labels is None else labels[rows[answers]]
@@ -124,7 +124,7 @@ class SeedTrainer(RoundsTrainer):
                 step=self.args.noise_step,
                 sigma=self.args.noise_sigma,
                 draws=self.args.noise_draws,
-                placeholders=placeholders(plain(self.model).config),
+                placeholders=placeholders(unwrap_peft(self.model).config),
                 **noise,
             )
 
@@ -133,14 +133,14 @@ class SeedTrainer(RoundsTrainer):
             teacher = [self.head.source(x, adapted=False) for x in (clean, *noisy)]
             value, metrics = distill_loss(
                 student, self.purify(*teacher), labels=labels, num_items=num_items_in_batch, return_metrics=True,
-                **self.args.of(LOSS),
+                **self.args.select(LOSS),
             )  # fmt: skip
-            return value, metrics | self.leaning(student, labels)
+            return value, metrics | self.yes_rows(student, labels)
 
         with self.watched(self.model):
-            value, metrics = inside_head(model, self.accelerator.unwrap_model(model), self.head, inputs, rows, loss)
-        self.note({name: rows for name, rows in metrics.items() if name != "cross_entropy" or labels is not None})
-        value = self.over_processes(value, num_items_in_batch)
+            value, metrics = loss_in_head(model, self.accelerator.unwrap_model(model), self.head, inputs, rows, loss)
+        self.log_rows({name: rows for name, rows in metrics.items() if name != "cross_entropy" or labels is not None})
+        value = self.scale_for_processes(value, num_items_in_batch)
         return (value, {"loss": value}) if return_outputs else value
 
     def purify(self, clean, *noisy):
@@ -162,7 +162,7 @@ class SeedTrainer(RoundsTrainer):
         }
 
     @torch.no_grad()
-    def leaning(self, student, labels):
+    def yes_rows(self, student, labels):
         """Per row, whether the student's logits are higher for yes than for no; nothing for rows of other words."""
         if self.yes_no is None:
             return {}

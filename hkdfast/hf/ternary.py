@@ -2,7 +2,15 @@
 
 from .configs import TernaryConfig
 from .coupled import CoupledTrainer, save_model
-from .family import adapters_of, check_apart, check_family, load_model, names_of, places_of, trainable
+from .family import (
+    absolute_names,
+    adapters_of,
+    check_apart,
+    check_family,
+    load_model,
+    model_names,
+    prepare_for_training,
+)
 from .trainer import check_parts
 
 
@@ -55,20 +63,23 @@ class TernaryTrainer(CoupledTrainer):
         if isinstance(models, str) or len(models) != len(roles):
             raise ValueError(f"form {args.form!r} couples {len(roles)} models ({', '.join(roles)}), got {models!r}")
         check_apart(dict(zip(roles, models, strict=True)), roles)
-        adapters, names = adapters_of(peft_config, len(roles)), names_of(models)
+        adapters, names = adapters_of(peft_config, len(roles)), model_names(models)
         processing_class = check_family([name for name in names if name], processing_class)
-        about = {"models": places_of(names), "peft_config": [adapter and adapter.to_dict() for adapter in adapters]}
+        about = {
+            "models": absolute_names(names),
+            "peft_config": [adapter and adapter.to_dict() for adapter in adapters],
+        }
         made = {}
         for (role, learns), model, name, adapter in zip(roles.items(), models, names, adapters, strict=True):
             model = load_model(name, args.dtype) if name else model
-            made[role] = trainable(model, args, adapter) if learns else model
+            made[role] = prepare_for_training(model, args, adapter) if learns else model
         super().__init__(
             made,
             args,
             args.loss,
             {role: args.rate_of(place) for place, role in enumerate(roles)},
             title="ternary refinement",
-            about=about | args.decisive(),
+            about=about | args.fingerprint(),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -51,10 +51,10 @@ def check_parts(args, others):
             raise ValueError(f"{name} is not read by this trainer: {UNREAD[name]}")
 
 
-class AnswerTrainer(Trainer):
+class RowMeanTrainer(Trainer):
     """Trainer whose loss is a mean over the answer rows of a step's batches, over all its processes.
 
-    A subclass computes it, divided by num_items_in_batch where that is given, and hands per-row metrics to `note`,
+    A subclass computes it, divided by num_items_in_batch where that is given, and hands per-row metrics to `log_rows`,
     whose means are logged beside the loss. No logits are made: `predict` gives metrics, and None for predictions.
     """
 
@@ -83,7 +83,7 @@ class AnswerTrainer(Trainer):
             yield
         self.watching = False
 
-    def over_processes(self, value, num_items_in_batch):
+    def scale_for_processes(self, value, num_items_in_batch):
         """What this process has to return, so that the mean over processes is the loss of all."""
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -105,7 +105,7 @@ class AnswerTrainer(Trainer):
             loss = self.compute_loss(model, inputs).detach()
         # Trainer's own would be a mean over batches, whatever their numbers of answers
         count = self.counted(answer_rows(inputs)[0]).sum()
-        self.add("loss", loss * count, count)
+        self._accumulate("loss", loss * count, count)
         return loss, None, None
 
     def counted(self, rows):
@@ -127,12 +127,12 @@ class AnswerTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self.means(sums).items()})
         return output
 
-    def note(self, metrics):
+    def log_rows(self, metrics):
         """Add {name: (n,) tensor} of some rows to what is logged next."""
         for name, rows in metrics.items():
-            self.add(name, rows.sum(), rows.new_tensor(rows.numel()))
+            self._accumulate(name, rows.sum(), rows.new_tensor(rows.numel()))
 
-    def add(self, name, total, count):
+    def _accumulate(self, name, total, count):
         """Add the sum of so many rows."""
         sums = self.sums["train" if self.model.training else "eval"]
         sums[name] = sums[name] + torch.stack([total.float(), count.float()])
@@ -179,7 +179,7 @@ class AnswerTrainer(Trainer):
         with reading("checkpoint", checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def stands_at_end(self, checkpoint):
+    def restore_if_finished(self, checkpoint):
         """Load a checkpoint that stands at the end of its training; False if it does not stand there."""
         if not run_state.is_at_end(checkpoint):
             whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(checkpoint) / OPTIMIZER_NAME).is_file()

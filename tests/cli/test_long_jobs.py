@@ -27,7 +27,7 @@ from zoo import Rows, config, one_thread  # noqa: F401
 from hkdfast import cli, shell
 from hkdfast.cli import hkd
 from hkdfast.hf import SeedTrainer, generate, run_state
-from hkdfast.hf.family import trainable
+from hkdfast.hf.family import prepare_for_training
 from hkdfast.hf.progress import WIDTH, Progress, line
 
 ROUNDS = (*FEW, "--rounds", "2", "--save-steps", "1", "--learning-rate", "0.01")
@@ -230,7 +230,9 @@ def test_trainers_name_the_base_from_every_folder(home, tmp_path, monkeypatch): 
     monkeypatch.chdir(home)
     model = LlavaForConditionalGeneration.from_pretrained("model")
     trainer = SeedTrainer(model, config(tmp_path), train_dataset=Rows(zoo.batch()))
-    coupled = trainable(LlavaForConditionalGeneration.from_pretrained("model"), hkd.PyramidConfig("out", lora_r=2))
+    coupled = prepare_for_training(
+        LlavaForConditionalGeneration.from_pretrained("model"), hkd.PyramidConfig("out", lora_r=2)
+    )
     for made in (trainer.model, coupled):
         assert made.peft_config["default"].base_model_name_or_path == str(home / "model")
 
@@ -335,18 +337,18 @@ def test_a_training_that_is_stopped_before_anything_is_kept(home, whole, tmp_pat
 
 
 def test_a_stopped_evaluation_says_what_it_kept(home, tmp_path, monkeypatch, capfd):  # noqa: F811
-    reply, asked = generate.reply, []
+    plain, asked = generate.generate_texts, []
 
     def some(*args):
         if len(asked) == 2:
             stop("Ctrl-C")
         asked.append(args)
-        return reply(*args)
+        return plain(*args)
 
     words = ["--model", home / "model", "--images", home / "images", "--questions", home / "questions.jsonl"]
     words += ["--output", tmp_path / "scores.json", "--device", "cpu", "--batch-size", "2", "--max-new-tokens", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "reply", some)
+        patch.setattr(generate, "generate_texts", some)
         assert cli.main(["evaluate", "pope", *map(str, words)]) == 130
     shown = capfd.readouterr()
     assert f"hkdfast: stopped, 4 answers are kept in {tmp_path / 'scores.answers'}. To go on:" in shown.err

@@ -8,7 +8,7 @@ import torch
 
 from hkdfast.data import jsonl
 from hkdfast.evaluate import bootstrap, mme, pope
-from hkdfast.evaluate.pope import Marks, Question
+from hkdfast.evaluate.pope import Graded, Question
 
 # (answer, right if the label is yes, right if the label is no), read off the text of the scripts by hand
 VCD = [
@@ -71,13 +71,13 @@ def test_score_by_hand():
     labels = ["yes"] * 5 + ["no"] * 5
     answers = ["Yes", "yes", "Yes, a cat", "No", "maybe", "No", "not", "I know", "no", "maybe"]
     # vcd: 3 of 5 yes found; of the noes "maybe" alone counts as a yes
-    score = pope.score(pope.mark(asked(labels), answers, "vcd"))
+    score = pope.score(pope.grade(asked(labels), answers, "vcd"))
     assert score == {
         "accuracy": 7 / 10, "precision": 3 / 4, "recall": 3 / 5, "f1": 2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5),
         "yes_rate": 4 / 10, "questions": 10,
     }  # fmt: skip
     # pope: "maybe" and "I know" are a yes
-    score = pope.score(pope.mark(asked(labels), answers, "pope"))
+    score = pope.score(pope.grade(asked(labels), answers, "pope"))
     assert score == {
         "accuracy": 7 / 10, "precision": 4 / 6, "recall": 4 / 5, "f1": 2 * (4 / 6) * (4 / 5) / (4 / 6 + 4 / 5),
         "yes_rate": 6 / 10, "questions": 10,
@@ -86,10 +86,10 @@ def test_score_by_hand():
 
 def test_the_yes_rate_of_the_vcd_script_counts_by_the_label():
     # "yes and no" counts as yes under yes and as no under no; "maybe" the other way round
-    assert pope.score(pope.mark(asked(["yes", "no"]), ["yes and no"] * 2))["yes_rate"] == 0.5
-    assert pope.score(pope.mark(asked(["yes", "no"]), ["maybe"] * 2))["yes_rate"] == 0.5
-    assert pope.score(pope.mark(asked(["yes"] * 2), ["yes and no"] * 2))["yes_rate"] == 1
-    assert pope.score(pope.mark(asked(["no"] * 2), ["maybe"] * 2))["yes_rate"] == 1
+    assert pope.score(pope.grade(asked(["yes", "no"]), ["yes and no"] * 2))["yes_rate"] == 0.5
+    assert pope.score(pope.grade(asked(["yes", "no"]), ["maybe"] * 2))["yes_rate"] == 0.5
+    assert pope.score(pope.grade(asked(["yes"] * 2), ["yes and no"] * 2))["yes_rate"] == 1
+    assert pope.score(pope.grade(asked(["no"] * 2), ["maybe"] * 2))["yes_rate"] == 1
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_yes_rate_of_the_vcd_script_counts_by_the_label():
     ],
 )
 def test_ratios_over_nothing_are_zero(labels, answers, expected):
-    score = pope.score(pope.mark(asked(labels), answers))
+    score = pope.score(pope.grade(asked(labels), answers))
     assert {name: score[name] for name in expected} == pytest.approx(expected, abs=1e-15)
 
 
@@ -201,11 +201,11 @@ def test_read_answers_refuses(tmp_path, records, message):
 
 def test_mark_refuses():
     with pytest.raises(ValueError, match="unknown rule 'lenient', expected one of vcd, pope"):
-        pope.mark(asked(["yes"]), ["yes"], "lenient")
+        pope.grade(asked(["yes"]), ["yes"], "lenient")
     with pytest.raises(ValueError, match="1 answers for 2 questions"):
-        pope.mark(asked(["yes", "no"]), ["yes"])
+        pope.grade(asked(["yes", "no"]), ["yes"])
     with pytest.raises(ValueError, match="1 questions have no label"):
-        pope.mark(asked(["yes", None]), ["yes", "no"])
+        pope.grade(asked(["yes", None]), ["yes", "no"])
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -226,7 +226,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def marks(right, label=None, images=None):
     right = torch.as_tensor(right).bool()
     label = torch.ones_like(right) if label is None else torch.as_tensor(label).bool()
-    return Marks(tuple(images or map(str, range(len(right)))), label, right)
+    return Graded(tuple(images or map(str, range(len(right)))), label, right)
 
 
 def random_marks(n, share, seed, label=None, images=None):
@@ -334,7 +334,7 @@ def test_question_sets_keep_their_size():
 
 def test_sources_keep_equal_file_names_apart():
     questions = asked(["yes", "no"], ["1.png", "2.png"])
-    sets = [pope.mark(questions, ["yes", "no"], source=source) for source in ("one/", "two/")]
+    sets = [pope.grade(questions, ["yes", "no"], source=source) for source in ("one/", "two/")]
     assert bootstrap.paired(sets, sets, resamples=10).images == 4
     assert bootstrap.paired([sets[0]] * 2, [sets[0]] * 2, resamples=10).images == 2
 

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from zoo import Rows, config, one_thread  # noqa: F401
 
 from hkdfast.hf import PyramidConfig, PyramidTrainer, SeedConfig, SeedTrainer, TernaryConfig, TernaryTrainer, as_teacher
-from hkdfast.hf.adapter import absorb, check_config
+from hkdfast.hf.adapter import check_config, merge_and_reset
 from hkdfast.hf.configs import UNREAD
 from hkdfast.hf.frozen import settle
 from hkdfast.hf.head import evaluating
@@ -189,7 +189,7 @@ def test_a_new_round_begins_as_its_teacher_however_the_adapter_was_drawn():
     model = peft.get_peft_model(zoo.build("llava"), lora(init_lora_weights=False))
     assert off(logits(model), logits(zoo.build("llava"))) > 0.1
     before = logits(model)
-    absorb(model)
+    merge_and_reset(model)
     with as_teacher(model):
         assert off(model(**zoo.batch(seed=9)).logits, before) < 1e-4
     assert off(logits(model), before) < 1e-4
@@ -473,7 +473,9 @@ def test_options_that_would_be_ignored_are_refused(tmp_path, kind):
 def test_options_that_are_set_late_are_refused_too(tmp_path):
     args = config(tmp_path / "out")
     args.label_smoothing_factor = 0.1
-    with pytest.raises(ValueError, match="label_smoothing_factor cannot be used here: distributions of teachers"):
+    with pytest.raises(
+        ValueError, match="label_smoothing_factor cannot be used here: the distributions of the teachers"
+    ):
         SeedTrainer(zoo.build("llava"), args)
 
 

@@ -145,7 +145,7 @@ def test_sampling_draws_from_the_whole_vocabulary_at_the_temperature(loaded, hom
         p = (model(**inputs).logits[0, -1] / 3).softmax(-1)
     n = 4000
     decoding = GenerationOptions(sample=True, temperature=3.0, max_new_tokens=1, batch_size=n)
-    drawn = generate.reply(model, processor, [text] * n, [picture] * n, decoding)
+    drawn = generate.generate_texts(model, processor, [text] * n, [picture] * n, decoding)
     words = processor.tokenizer.batch_decode(torch.arange(len(p)).view(-1, 1), skip_special_tokens=True)
     expected = {word: sum(p[i].item() for i, other in enumerate(words) if other == word) for word in set(words)}
     for word, share in expected.items():
@@ -154,25 +154,25 @@ def test_sampling_draws_from_the_whole_vocabulary_at_the_temperature(loaded, hom
 
 def test_resume_gives_the_answers_of_an_uninterrupted_run(loaded, questions, home, tmp_path, monkeypatch):
     whole = ask(loaded, questions, home, tmp_path / "whole.jsonl", sample=True)
-    reply, asked = generate.reply, []
+    plain, asked = generate.generate_texts, []
 
     def failing(model, processor, texts, images, decoding, number):
         if number == 2:
             raise RuntimeError("power cut")
-        return reply(model, processor, texts, images, decoding, number)
+        return plain(model, processor, texts, images, decoding, number)
 
     def counting(model, processor, texts, images, decoding, number):
         asked.append(number)
-        return reply(model, processor, texts, images, decoding, number)
+        return plain(model, processor, texts, images, decoding, number)
 
     path = tmp_path / "cut.jsonl"
-    monkeypatch.setattr(generate, "reply", failing)
+    monkeypatch.setattr(generate, "generate_texts", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         ask(loaded, questions, home, path, sample=True)
     assert not path.exists()
     with (tmp_path / "cut.jsonl.partial").open("a") as file:
         file.write('{"question_id": 8, "prompt": "Is th')  # a line that the stop cut in two
-    monkeypatch.setattr(generate, "reply", counting)
+    monkeypatch.setattr(generate, "generate_texts", counting)
     kept = (tmp_path / "cut.jsonl.partial").read_text().splitlines()[:-1]
     with monkeypatch.context() as at_once, pytest.raises(RuntimeError, match="power cut"):
         # a second stop, before the resumed run has asked anything, takes nothing away
@@ -185,10 +185,10 @@ def test_resume_gives_the_answers_of_an_uninterrupted_run(loaded, questions, hom
     assert ask(loaded, questions, home, path, sample=True, resume=True) == whole
     assert asked == [2, 3]
     # other settings are another run, and resumed as well: what is whole there does not hide what is partial
-    monkeypatch.setattr(generate, "reply", failing)
+    monkeypatch.setattr(generate, "generate_texts", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         ask(loaded, questions, home, path, sample=True, temperature=0.5, resume=True)
-    monkeypatch.setattr(generate, "reply", counting)
+    monkeypatch.setattr(generate, "generate_texts", counting)
     ask(loaded, questions, home, path, sample=True, temperature=0.5, resume=True)
     assert asked == [2, 3, 2, 3]
 

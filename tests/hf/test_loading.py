@@ -23,7 +23,7 @@ from hkdfast.hf.coupled import restore, save_model  # noqa: E402
 from hkdfast.hf.templates import answered, prompts  # noqa: E402
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
-BOTH = [lambda folder: generate.load(folder, device="cpu"), family.load_model, family.outlined]
+BOTH = [lambda folder: generate.load(folder, device="cpu"), family.load_model, family.meta_model]
 QUESTION = "Is there a cat in the image?"
 
 
@@ -192,7 +192,7 @@ def test_a_damaged_model_of_the_hub_is_refused_by_the_name_of_its_file(home, tmp
 def test_a_quantized_model_has_an_outline(copy):
     how = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     edit(copy / "config.json", lambda found: found | {"quantization_config": how})
-    assert {x.device.type for x in family.outlined(copy).parameters()} == {"meta"}
+    assert {x.device.type for x in family.meta_model(copy).parameters()} == {"meta"}
 
 
 def test_weights_that_fit_nothing_are_told(copy, capfd):
@@ -208,7 +208,7 @@ def test_a_whole_model_is_loaded_with_all_its_numbers(home):
     expected = zoo.build("llava").state_dict()
     for model in (generate.load(home / "model", device="cpu")[0], family.load_model(home / "model")):
         assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
-    outline = family.outlined(home / "model")
+    outline = family.meta_model(home / "model")
     assert {x.device.type for x in outline.parameters()} == {"meta"}
 
 
@@ -257,7 +257,7 @@ MISFITS = {
 PUT = {
     "asked": lambda home, adapter: generate.load(home / "model", adapter, device="cpu"),
     "trained": lambda home, adapter: family.load_model(adapter),
-    "outlined": lambda home, adapter: family.outlined(adapter),
+    "outlined": lambda home, adapter: family.meta_model(adapter),
 }
 
 
@@ -329,7 +329,7 @@ def test_adapters_of_every_kind_load_whole(home, tmp_path, config):
         for model in (generate.load(home / "model", tmp_path, device="cpu")[0], family.load_model(tmp_path).eval()):
             assert torch.equal(model(**batch).logits, expected)
         assert not torch.allclose(expected, zoo.build("llava")(**batch).logits, atol=1e-2)
-    family.outlined(tmp_path)
+    family.meta_model(tmp_path)
 
 
 def test_virtual_tokens_are_refused(home, tmp_path):
@@ -529,14 +529,14 @@ def test_a_lack_of_memory_is_told_in_one_line(home, tmp_path, capfd, monkeypatch
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(generate, "reply", full)
+            patch.setattr(generate, "generate_texts", full)
             assert ask(home, tmp_path / f"{type(error).__name__}.json") == 2
         assert "out of memory" in refusal(capfd)
 
     def broken(*args, **others):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(generate, "reply", broken)
+    monkeypatch.setattr(generate, "generate_texts", broken)
     with pytest.raises(RuntimeError, match="a fault of ours"):  # is not hidden
         ask(home, tmp_path / "ours.json")
 

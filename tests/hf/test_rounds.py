@@ -14,7 +14,7 @@ from zoo import Rows, config, one_thread  # noqa: F401
 from hkdfast import cli
 from hkdfast.data.generation import GenerationOptions
 from hkdfast.hf import QuestionCollator, SeedTrainer, as_teacher, seed_lora_config
-from hkdfast.hf.generate import reply
+from hkdfast.hf.generate import generate_texts
 
 
 def trainer_of(folder, batch, adapter=None, **options):
@@ -277,7 +277,7 @@ def test_from_pictures_to_answers(tmp_path, name, answers):
     loaded = peft.PeftModel.from_pretrained(zoo.build(name), tmp_path / "adapter").eval()
     texts, images = [e["text"] for e in examples], [e["image"] for e in examples]
     few = GenerationOptions(max_new_tokens=3)
-    said = [reply(model, processor, texts, images, few) for model in (loaded, trainer.model.eval())]
+    said = [generate_texts(model, processor, texts, images, few) for model in (loaded, trainer.model.eval())]
     assert said[0] == said[1]
     inputs = QuestionCollator(processor)(examples)
     with torch.no_grad():

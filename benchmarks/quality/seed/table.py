@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hkdfast.evaluate.bootstrap import paired
-from hkdfast.evaluate.pope import Marks, score
+from hkdfast.evaluate.pope import Graded, score
 from hkdfast.evaluate.tables import layout
 from world.questions import SPLITS
 
@@ -68,7 +68,7 @@ def tuned_shift(cell, exams, slack=0.005):
 
 
 def marked(cell, exams, mode):
-    """{split: [Marks of each set and draw]}. Draws take the same random numbers whatever the system."""
+    """{split: [Graded of each set and draw]}. Draws take the same random numbers whatever the system."""
     pairs = {split: [] for split in SPLITS}
     for exam in exams:
         for number, split in enumerate(SPLITS):
@@ -83,7 +83,7 @@ def marked(cell, exams, mode):
                     yes, no = np.exp(log_p[:, YES]), np.exp(log_p[:, NO])
                     words = np.where(u < yes, YES, np.where(u < yes + no, NO, 2))
                 right = torch.where(label, torch.from_numpy(words == YES), torch.from_numpy(words == NO))
-                pairs[split].append(Marks(names, label, right))
+                pairs[split].append(Graded(names, label, right))
     return pairs
 
 
