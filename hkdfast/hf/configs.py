@@ -211,8 +211,8 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
     divergence: str = arg("forward_kl", "Divergence of a model from the models it learns from.", DIVERGENCES)
     hard_weight: list[float] = arg(
         [1.0],
-        "Weight of the cross-entropy on the labels, one value per model (the last is repeated). Ignored for models that "
-        "are not trained.",
+        "Weight of the cross-entropy on the labels, one value per model (the last is repeated). Ignored for models "
+        "that are not trained.",
     )
     detach: bool = arg(
         True, "Detach the teacher, so that only the student receives the gradient; with --no-detach both do."
@@ -254,7 +254,8 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
             )
         if self.optim in FUSED or self.optim.endswith("layerwise"):
             raise ValueError(
-                f"optim {self.optim.value!r} steps in the backward pass: learning rates and gradient norms per model are impossible"
+                f"optim {self.optim.value!r} steps in the backward pass: it allows no learning rate or gradient norm "
+                "per model"
             )
         check_backend(self.backend)
 

@@ -657,4 +657,4 @@ def test_a_broken_image_is_named_before_the_model_is_loaded(tmp_path, command):
     (tmp_path / "0.png").write_text("not an image")
     words = ["--task", "factcheck", "--data", tmp_path / "q.json", "--images", tmp_path, "--model", tmp_path / "none"]
     code, _, err = command(*words, "--output", tmp_path / "s.json")
-    assert code == 2 and "0.png" in err and "does not decode" in err
+    assert code == 2 and "0.png" in err and "is no picture that Pillow reads" in err
