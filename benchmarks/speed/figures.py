@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
+from datetime import date
 from pathlib import Path
 
 from speed_table import floor_of, floors
@@ -148,16 +149,58 @@ def draw(path):
 FRONT = (
     ("from logits: reverse KL, bf16", "logits bf16, reverse_kl", ""),
     ("from LM heads: reverse KL, fp32", "heads fp32, reverse_kl", "float32 tiles"),
-    ("three models, coupled, fp32", "coupled fp32, three heads, forward_kl", "float32 tiles"),
 )
+MEMORY = {"rows": 1024, "hidden": 256, "dtype": "float32", "seed": 0}  # of the heads whose memory is measured
+VOCABULARIES = (8000, 16000, 32000, 64000, 128000)
 PEERS = (
     "eager",
     "torch.compile",
     "Liger chunked",
     "Liger chunked, compiled",
     "TRL ChunkedDivergence",
-    "pairwise distill_loss",
 )
+
+
+def measure_memory(path):
+    """Measure, as `hkdfast demo` does, the peak memory above the inputs of loss and gradients between two heads on this
+    machine's CPU, and write it beside a results file. Returns the path of what it wrote."""
+    import torch
+
+    from hkdfast.cli import demo
+
+    device, peaks = torch.device("cpu"), defaultdict(list)
+    for vocab in VOCABULARIES:
+        problems = demo.problems(argparse.Namespace(**MEMORY, vocab=vocab), device)
+        inputs = next(tensors for title, tensors, _ in problems if title == "heads")
+        for who, loss in demo.cases(MEMORY["dtype"])["heads"].items():
+            before = demo.peak(device, reset=True)
+            if before is None:
+                raise OSError("the peak memory of a process is not known here: Linux tells it")
+            demo.gradients(loss, inputs)
+            peaks[who].append({"vocab": vocab, "bytes": demo.peak(device) - before})
+    written = memory_file(path)
+    written.parent.mkdir(exist_ok=True)
+    facts = {"date": date.today().isoformat(), "torch": torch.__version__, "problem": MEMORY, "peaks": peaks}
+    written.write_text(json.dumps(facts, indent=1) + "\n")
+    return written
+
+
+def memory_file(path):
+    return path.parent / "memory" / path.name
+
+
+def front_memory(axis, found):
+    """Curves of the peak memory over the vocabulary."""
+    for who, points in found["peaks"].items():
+        xs, ys = ([point[name] for point in points] for name in ("vocab", "bytes"))
+        color = "C0" if who.startswith("hkdfast") else "0.6"
+        axis.plot(xs, [y / 1e9 for y in ys], marker="o", markersize=3, color=color)
+        axis.text(xs[-1], ys[-1] / 1e9, f"{who} {ys[-1] / 1e9:.1f} ", ha="right", va="bottom", fontsize=7)
+    axis.set_title(f"from LM heads, {found['problem']['rows']} tokens, fp32", fontsize=9)
+    axis.set_xlabel("vocabulary, tokens; memory above the inputs, GB", fontsize=8)
+    axis.set_ylim(0)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def front(path):
@@ -178,12 +221,18 @@ def front(path):
     ]
     if not panels:
         return None
+    memory = json.loads(memory_file(path).read_text()) if memory_file(path).is_file() else None
+    columns = len(panels) + (memory is not None)
     # the same results are the same file; text stays text
     pyplot.rcParams.update({"svg.hashsalt": path.stem, "svg.fonttype": "none"})
-    size = (4.2 * len(panels), 2.6 * len(measured))
-    figure, axes = pyplot.subplots(len(measured), len(panels), figsize=size, layout="constrained", squeeze=False)
+    size = (4 * columns, 2.6 * len(measured))
+    figure, axes = pyplot.subplots(len(measured), columns, figsize=size, layout="constrained", squeeze=False)
+    if memory is not None:
+        front_memory(axes[0, -1], memory)
+        for axis in axes[1:, -1]:
+            axis.axis("off")
     for label, row in zip(measured, axes, strict=True):
-        for axis, (title, group, tiles) in zip(row, panels, strict=True):
+        for axis, (title, group, tiles) in zip(row, panels, strict=False):
             front_bars(axis, {who: runs for who, runs in group.items() if tiles in who or who in PEERS}, facts[label])
             axis.set_title(title, fontsize=9)
             axis.set_xlabel(label, fontsize=8)
@@ -235,9 +284,13 @@ def main():
     parser = argparse.ArgumentParser(description="Draws the figures of the results files.")
     parser.add_argument("files", nargs="*", type=Path, help="by default all in benchmarks/speed/results")
     parser.add_argument("--readme", action="store_true", help="draw the README's figure, docs/figures/speed-FILE.svg")
+    parser.add_argument("--memory", action="store_true", help="measure results/memory/FILE.json on this machine's CPU")
     args = parser.parse_args()
+    if args.memory and len(args.files) != 1:
+        parser.error("--memory takes the one results file of this machine")
     for path in args.files or sorted(RESULTS.glob("*.json")):
-        print(*([front(path)] if args.readme else draw(path)), sep="\n")
+        made = [measure_memory(path)] if args.memory else [front(path)] if args.readme else draw(path)
+        print(*made, sep="\n")
 
 
 if __name__ == "__main__":
