@@ -112,11 +112,14 @@ class BuildExt(build_ext):
             built = f"built for {', '.join(f'sm_{arch}' for arch in ARCHS)}"
             say(f"the CUDA kernels are {built}{LEFT_OUT and '; ' + LEFT_OUT}; HKDFAST_CUDA_ARCHS names others")
         except (CCompilerError, ExecError, PlatformError) as error:
-            advice = "a C++17 compiler with OpenMP is needed (Debian: g++)"
+            say(error)  # the whole command line, which is too long for a note
+            why = "the C++ compiler failed; one for C++17 with OpenMP is needed (Debian: g++)"
             if ext.name == CUDA.name:
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-                advice = f"{NVCC} must know the architectures {' '.join(ARCHS)}, HKDFAST_CUDA_ARCHS names others"
-            self.leave_out(ext, f"{error}; {advice}; pip install -v shows what the compiler says")
+                why = (
+                    f"{NVCC} failed; it must know the architectures {' '.join(ARCHS)}, HKDFAST_CUDA_ARCHS names others"
+                )
+            self.leave_out(ext, f"{why}; pip install -v shows what it said")
 
     def leave_out(self, ext, why):
         name = ext.name.rpartition(".")[2]
