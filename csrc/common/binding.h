@@ -45,7 +45,7 @@ inline Objective objective(py::handle from) {
   read(from, "soft_weight", to.soft_weight);
   read(from, "hard_weight", to.hard_weight);
   read(from, "ignore_index", to.ignore_index);
-  read(from, "teacher_floor", to.floor);
+  read(from, "teacher_floor", to.teacher_floor);
   read(from, "difference", to.difference);
   read(from, "accumulate", to.accumulate);
   to.student = transform(from.attr("student"));
@@ -54,7 +54,7 @@ inline Objective objective(py::handle from) {
   const py::object law = from.attr("law");
   to.purified = !law.is_none();
   if (!to.purified) return to;
-  to.law.weight = choice<Weight>(law, "schedule", {"constant", "linear", "gate", "per_row"});
+  to.law.schedule = choice<Schedule>(law, "schedule", {"constant", "linear", "gate", "per_row"});
   to.law.confidence = choice<Confidence>(law, "confidence", {"max_prob", "entropy", "target"});
   to.law.mode = choice<Mode>(law, "mode", {"extrapolate", "subtract"});
   to.law.outside = choice<Outside>(law, "outside", {"clean", "drop"});

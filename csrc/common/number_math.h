@@ -8,12 +8,12 @@ namespace HKDFAST_ISA {
 // A factor on the way to a power of 2: scale * log2(e), in two floats.
 struct Rate {
   float high, low;
-  float least;  // below it a power is 0
+  float min_argument;  // below it a power is 0
 
   HKDFAST_HD explicit constexpr Rate(double scale)
       : high(static_cast<float>(scale * 1.4426950408889634)),
         low(static_cast<float>(scale * 1.4426950408889634 - high)),
-        least(static_cast<float>(-200 / scale)) {}
+        min_argument(static_cast<float>(-200 / scale)) {}
 };
 
 // e^(scale d) = 2^n (1 + r p), |r| <= 1/2.
@@ -22,7 +22,7 @@ struct Exponential {
   Power<F> power;
   F r, p;
 
-  HKDFAST_HD Exponential(F d, Rate rate) : Exponential(Power<F>::bounded(d, rate.least), rate.high, rate.low) {}
+  HKDFAST_HD Exponential(F d, Rate rate) : Exponential(Power<F>::bounded(d, rate.min_argument), rate.high, rate.low) {}
 
  private:
   HKDFAST_HD Exponential(F d, float high, float low) : power(d, high) {

@@ -21,13 +21,13 @@ struct Transform {
   float softcap = 0;  // 0: none
 };
 
-enum class Weight { constant, linear, gate, rows };
+enum class Schedule { constant, linear, gate, per_row };
 enum class Confidence { max_prob, entropy, target };
 enum class Mode { extrapolate, subtract };
 enum class Outside { clean, drop };
 
 struct Law {
-  Weight weight = Weight::constant;
+  Schedule schedule = Schedule::constant;
   Confidence confidence = Confidence::max_prob;
   double alpha = 1, threshold = 0.5, plausibility = 0;
   Mode mode = Mode::extrapolate;
@@ -37,7 +37,7 @@ struct Law {
 struct Objective {
   std::string divergence;
   float beta = 0.5f;
-  double temperature = 1, soft_weight = 1, hard_weight = 0, floor = -INFINITY;
+  double temperature = 1, soft_weight = 1, hard_weight = 0, teacher_floor = -INFINITY;
   std::int64_t ignore_index = -100;
   bool difference = false, accumulate = false, purified = false;  // purified: there is a law
   Transform student, teacher, noisy;

@@ -204,7 +204,7 @@ struct Power<Lanes> {
   Lanes n;
 
   // scalef knows no underflow that an infinite x would not undo, and x is a polynomial in what n leaves of d * rate
-  static HKDFAST_HD Lanes bounded(Lanes d, float least) { return larger(all(least), d); }
+  static HKDFAST_HD Lanes bounded(Lanes d, float min_argument) { return larger(all(min_argument), d); }
   HKDFAST_HD Power(Lanes d, float rate) : n(_mm512_roundscale_ps(d * rate, _MM_FROUND_TO_NEAREST_INT)) {}
   HKDFAST_HD Lanes times(Lanes x) const { return _mm512_scalef_ps(x, n); }
 };

@@ -24,17 +24,17 @@ template <class Run>
 inline void each_piece(std::int64_t vocab, int threads, Run run) {
   const std::int64_t count = pieces(vocab);
   if (threads == 1) {
-    for (std::int64_t i = 0; i < count; ++i) run(i, i * piece_words, least((i + 1) * piece_words, vocab));
+    for (std::int64_t i = 0; i < count; ++i) run(i, i * piece_words, smaller_of((i + 1) * piece_words, vocab));
     return;
   }
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (std::int64_t i = 0; i < count; ++i) run(i, i * piece_words, least((i + 1) * piece_words, vocab));
+  for (std::int64_t i = 0; i < count; ++i) run(i, i * piece_words, smaller_of((i + 1) * piece_words, vocab));
 }
 
 // Calls run(begin, n) for the blocks of a piece.
 template <class Run>
 inline void each_block(std::int64_t begin, std::int64_t end, Run run) {
-  for (; begin < end; begin += block_words) run(begin, static_cast<int>(least(block_words, end - begin)));
+  for (; begin < end; begin += block_words) run(begin, static_cast<int>(smaller_of(block_words, end - begin)));
 }
 
 // One row on its way through the sweeps.
@@ -84,7 +84,7 @@ struct Row {
     return all;
   }
 
-  // Clean and disturbed branch at temperature 1: the law's weight and the constants of the contrast.
+  // Clean and noisy branch at temperature 1: the law's weight and the constants of the contrast.
   void purify() {
     const Law& law = o.law;
     const bool by_entropy = law.confidence == Confidence::entropy;
@@ -99,23 +99,23 @@ struct Row {
       });
     });
     const Sums clean = joined(1, [](const Piece& p) { return p.teacher; });
-    const Sums disturbed = joined(1, [](const Piece& p) { return p.noisy; });
-    const double log_clean = clean.log_sum(), log_noisy = disturbed.log_sum();
+    const Sums noisy_sums = joined(1, [](const Piece& p) { return p.noisy; });
+    const double log_clean = clean.log_sum(), log_noisy = noisy_sums.log_sum();
     if (law.confidence == Confidence::max_prob)
       confidence = 1 / clean.sum;
     else if (law.confidence == Confidence::target)
       confidence = exp(static_cast<double>(label_logit(teacher)) - clean.peak - log_clean);
     else
       confidence = rows.vocab == 1 ? 1 : 1 - clean.entropy(1) / log(static_cast<double>(rows.vocab));
-    a = disturbed.sum == disturbed.sum ? purification(law, confidence, rows.alpha ? rows.alpha[row] : 0) : NAN;
+    a = noisy_sums.sum == noisy_sums.sum ? contrast_weight(law, confidence, rows.alpha ? rows.alpha[row] : 0) : NAN;
 
     contrast.a = static_cast<float>(a), contrast.extrapolate = law.mode == Mode::extrapolate;
-    contrast.clean_peak = clean.origin(), contrast.noisy_peak = disturbed.origin();
+    contrast.clean_peak = clean.origin(), contrast.noisy_peak = noisy_sums.origin();
     // without a single noisy word every word stands alone, and their common constant is free
-    contrast.alone = disturbed.sum == 0 ? 0.f : static_cast<float>(a * (contrast.extrapolate * log_clean - log_noisy));
-    contrast.least = -INFINITY;
+    contrast.clean_only_offset = noisy_sums.sum == 0 ? 0.f : static_cast<float>(a * (contrast.extrapolate * log_clean - log_noisy));
+    contrast.min_clean = -INFINITY;
     if (law.plausibility == 0) return;
-    contrast.least = static_cast<float>(log(law.plausibility));
+    contrast.min_clean = static_cast<float>(log(law.plausibility));
     contrast.outside = law.outside == Outside::drop ? -INFINITY : static_cast<float>(-log_clean);
     if (law.outside == Outside::drop) return;
 
@@ -127,7 +127,7 @@ struct Row {
         const Floats c = teacher.logits(row, at, n, x), d = noisy.logits(row, at, n, y);
         each_lanes(n, [&](int k) {
           const Lanes own = c(k) - contrast.clean_peak, other = d(k) - contrast.noisy_peak;
-          const auto in = own >= contrast.least;
+          const auto in = own >= contrast.min_clean;
           store(x.words + k, select(in, own, all(-INFINITY)));
           store(y.words + k, select(in, contrast.odds(own, other), all(-INFINITY)));
         });

@@ -36,7 +36,7 @@ struct Words {
 
 // One row of each metric, in the order of METRICS in hkdfast/ops/objective.py.
 struct Metrics {
-  double divergence, cross_entropy, student_entropy, teacher_entropy, confidence, purification, agreement;
+  double divergence, cross_entropy, student_entropy, teacher_entropy, confidence, contrast_weight, agreement;
 };
 
 inline void write(const Rows& rows, std::int64_t row, double loss, Metrics metrics) {
@@ -44,7 +44,7 @@ inline void write(const Rows& rows, std::int64_t row, double loss, Metrics metri
   if (!rows.metrics) return;
   float* to = rows.metrics + row;
   const double of[] = {metrics.divergence,      metrics.cross_entropy, metrics.student_entropy,
-                       metrics.teacher_entropy, metrics.confidence,    metrics.purification, metrics.agreement};
+                       metrics.teacher_entropy, metrics.confidence,    metrics.contrast_weight, metrics.agreement};
   for (double x : of) {
     *to = static_cast<float>(x);
     to += rows.n;
@@ -63,14 +63,14 @@ struct Distillation {
   const double scale = 1 / o.temperature;
   const bool hard = rows.labels && (o.hard_weight != 0 || rows.metrics), hard_apart = hard && scale != 1;
   // the floor makes of p another distribution than its sums tell
-  const bool short_cut = mean != Mean::none && o.floor == -INFINITY;
+  const bool short_cut = mean != Mean::none && o.teacher_floor == -INFINITY;
   Sums q, p, q_at_1;
   Total total{};
   double sum_q = 0;  // of the rounded q: not 1, and the gradient must add up to 0 for all that
 
   Distillation(Row r, Divergence divergence) : r(r), divergence(divergence) {}
 
-  bool labelled() const { return hard && rows.labels[r.row] >= 0; }
+  bool labeled() const { return hard && rows.labels[r.row] >= 0; }
 
   void run() {
     if (rows.labels && rows.labels[r.row] == o.ignore_index) {
@@ -79,7 +79,7 @@ struct Distillation {
     }
     if (o.purified) r.purify();
     gather();
-    const Words words(q, p, scale, o.floor);
+    const Words words(q, p, scale, o.teacher_floor);
     short_cut ? follow(words) : add_up(words);
     report();
     if (!rows.grad.data) return;
@@ -154,7 +154,7 @@ struct Distillation {
     double soft = total.value < 0 ? 0 : total.value;
     // a NaN among the logits is one in these, whatever a divergence selects; they are 0 if every word is masked
     if (!(q.sum > 0) || !(p.sum > 0)) soft = NAN;
-    const double cross = labelled() ? q_at_1.lse(1) - r.label_logit(r.student) : 0;
+    const double cross = labeled() ? q_at_1.lse(1) - r.label_logit(r.student) : 0;
     const double confidence = o.purified ? r.confidence : 1 / p.sum;
     write(rows, r.row, o.soft_weight * soft + (o.hard_weight != 0 ? o.hard_weight * cross : 0),
           {soft, cross, q.entropy(scale), p.entropy(scale), confidence, r.a, q.top == p.top ? 1. : 0.});
@@ -180,7 +180,7 @@ struct Distillation {
     if (without_numbers(rows.loss[r.row], weight)) mean_slope = NAN;
     const float mean_high = static_cast<float>(mean_slope), mean_low = static_cast<float>(mean_slope - mean_high);
     const float soft_by = static_cast<float>(o.soft_weight * weight * scale);
-    const float hard_by = labelled() ? static_cast<float>(o.hard_weight * weight) : 0.f;
+    const float hard_by = labeled() ? static_cast<float>(o.hard_weight * weight) : 0.f;
     // softmax Jacobian: d loss / d z = (slope - q * mean slope) / T
     const auto jacobian = [=](Lanes slope, Lanes share) {
       return fused(share, -mean_low, fused(share, -mean_high, slope)) * soft_by;

@@ -12,7 +12,7 @@ struct alignas(64) Block {
   float words[block_words];
 };
 
-inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t smaller_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 template <class Element>
 inline Element* at(const Tile& tile, std::int64_t row, std::int64_t begin) {
@@ -54,9 +54,9 @@ struct Floats {
   HKDFAST_HD Lanes operator()(int i) const { return load(x + i); }
   HKDFAST_HD float one(int i) const { return x[i]; }
   HKDFAST_HD float peak(int n) const {
-    Lanes most = all(-INFINITY);
-    each_lanes(n, [&](int i) { most = larger(load(x + i), most); });
-    return largest(most);
+    Lanes max_logit = all(-INFINITY);
+    each_lanes(n, [&](int i) { max_logit = larger(load(x + i), max_logit); });
+    return largest(max_logit);
   }
 };
 
@@ -66,14 +66,14 @@ struct Bfloats {
   HKDFAST_HD float one(int i) const { return from_bf16(x[i]); }
   HKDFAST_HD float peak(int n) const {
     // integers in the order of the numbers: twice as many to a register, and nothing to convert
-    std::int16_t most = INT16_MIN;
-#pragma omp simd reduction(max : most)
+    std::int16_t max_logit = INT16_MIN;
+#pragma omp simd reduction(max : max_logit)
     for (int i = 0; i < n; ++i) {
       const std::int16_t bits = static_cast<std::int16_t>(x[i]);
       const std::int16_t ordered = static_cast<std::int16_t>(bits ^ ((bits >> 15) & 0x7fff));
-      most = ordered > most ? ordered : most;
+      max_logit = ordered > max_logit ? ordered : max_logit;
     }
-    return from_bf16(static_cast<std::uint16_t>(most ^ ((most >> 15) & 0x7fff)));
+    return from_bf16(static_cast<std::uint16_t>(max_logit ^ ((max_logit >> 15) & 0x7fff)));
   }
 };
 
@@ -102,7 +102,7 @@ struct Source {
   void prefetch(std::int64_t row, std::int64_t begin, std::int64_t vocab) const {
     const int size = tile.dtype == Dtype::float32 ? 4 : 2;
     const char* from = static_cast<const char*>(tile.data) + (row * tile.stride + begin) * size;
-    const char* to = from + least(block_words, vocab - begin) * size;
+    const char* to = from + smaller_of(block_words, vocab - begin) * size;
     for (; from < to; from += 64) __builtin_prefetch(from);
   }
 

@@ -8,7 +8,7 @@ namespace HKDFAST_ISA {
 
 #ifndef __CUDA_ARCH__
 // Off by up to 2^-22 of size, as the GPU's result may be; in which direction follows from x.
-inline float disturbed(float x, float size) {
+inline float perturbed(float x, float size) {
   const std::uint32_t mixed = static_cast<std::uint32_t>(bits_of(x)) * 2654435761u;
   return x + size * 2.38418579e-7f * (static_cast<float>(mixed >> 8) * 1.1920929e-7f - 1.f);
 }
@@ -23,7 +23,7 @@ HKDFAST_HD float approximate_exp2(float x) {
 #else
   if (x == 0.f || x < -126.f) return x == 0.f ? 1.f : 0.f;
   const float y = exp2f(x);
-  return y - y == 0.f ? disturbed(y, y) : y;
+  return y - y == 0.f ? perturbed(y, y) : y;
 #endif
 }
 
@@ -35,7 +35,7 @@ HKDFAST_HD float approximate_log2(float x) {
   return y;
 #else
   const float y = log2f(x);
-  return y == 0.f || y - y != 0.f ? y : disturbed(y, x > 0.5f && x < 2.f ? 1.f : y);
+  return y == 0.f || y - y != 0.f ? y : perturbed(y, x > 0.5f && x < 2.f ? 1.f : y);
 #endif
 }
 
@@ -46,7 +46,7 @@ HKDFAST_HD float approximate_quotient(float a, float b) {
   return y;
 #else
   const float y = a / b;
-  return y - y == 0.f ? disturbed(y, y) : y;
+  return y - y == 0.f ? perturbed(y, y) : y;
 #endif
 }
 
@@ -115,7 +115,7 @@ HKDFAST_HD Term<Fast> SkewKL::operator()(Word<Fast> w) const {
 // word is taken off: then the sweep that sums the terms keeps it for the gradient.
 template <class Divergence>
 struct Tilt {
-  static constexpr bool kept = false;
+  static constexpr bool stashed = false;
 };
 
 struct Logs {
@@ -129,7 +129,7 @@ struct Tilted {
 
 template <>
 struct Tilt<JensenShannon> {
-  static constexpr bool kept = true;
+  static constexpr bool stashed = true;
   float beta;
 
   HKDFAST_HD explicit Tilt(JensenShannon divergence) : beta(divergence.beta) {}
@@ -143,7 +143,7 @@ struct Tilt<JensenShannon> {
 
 template <>
 struct Tilt<SkewReverseKL> {
-  static constexpr bool kept = true;
+  static constexpr bool stashed = true;
   float beta;
 
   HKDFAST_HD explicit Tilt(SkewReverseKL divergence) : beta(divergence.beta) {}

@@ -24,10 +24,10 @@ bool runs(const std::string& arch, int major, int minor) {
 }  // namespace
 
 int longest(const Task& task, int device) {
-  return longest_row(task, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), most_blocks);
+  return longest_row(task, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), max_blocks);
 }
 
-// Asks the driver for facts only: no context is made, no memory of the device taken.
+// Asks the driver for constants only: no context is made, no memory of the device taken.
 std::string missing(int device) {
   int major, minor;
   try {

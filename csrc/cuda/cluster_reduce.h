@@ -20,9 +20,9 @@ struct Scale {
 
 // The softmax sums of one lane, in float: a lane has few words. They are taken relative to an origin, some logit that the
 // lane met: its peak, or within slack of it, so that a larger logit seldom makes the sums move.
-struct Running {
+struct LaneSums {
   float origin = 0, bound = -INFINITY;  // above it a logit becomes the new origin
-  float peak = -INFINITY, mate = -INFINITY;
+  float peak = -INFINITY, other_at_peak = -INFINITY;
   int word = no_word;
   float sum = 0, sum_at_1 = 0, moment = 0, gap = 0;
 
@@ -39,22 +39,22 @@ struct Running {
     return by;
   }
 
-  // Before peak learns of most, the largest of x.
+  // Before peak learns of max_logit, the largest of x.
   template <class W>
-  HKDFAST_HD void find_first(const W& x, const W& other, float most, int lane, int base) {
-    if (!(most > peak)) return;
+  HKDFAST_HD void note_peak(const W& x, const W& other, float max_logit, int lane, int base) {
+    if (!(max_logit > peak)) return;
 #pragma unroll
     for (int k = W::count - 1; k >= 0; --k)
-      if (x.of[k] == most) word = base + W::place(lane, k), mate = other.of[k];
+      if (x.of[k] == max_logit) word = base + W::place(lane, k), other_at_peak = other.of[k];
   }
 };
 
 template <class W>
 HKDFAST_HD float largest(const W& x) {
-  float most = x.of[0];
+  float max_logit = x.of[0];
 #pragma unroll
-  for (int k = 1; k < W::count; ++k) most = fmaxf(most, x.of[k]);
-  return most;
+  for (int k = 1; k < W::count; ++k) max_logit = fmaxf(max_logit, x.of[k]);
+  return max_logit;
 }
 
 // By pairs.
@@ -64,14 +64,14 @@ HKDFAST_HD float total(const F (&x)[count]) {
 #pragma unroll
   for (int k = 0; k < count; ++k) part[k] = plain(x[k]);
 #pragma unroll
-  for (int apart = 1; apart < count; apart *= 2)
+  for (int distance = 1; distance < count; distance *= 2)
 #pragma unroll
-    for (int k = 0; k < count; k += 2 * apart) part[k] += part[k + apart];
+    for (int k = 0; k < count; k += 2 * distance) part[k] += part[k + distance];
   return part[0];
 }
 
 // A sum of many floats that loses none of them: what rounding takes is kept (Kahan).
-struct Careful {
+struct KahanSum {
   float sum = 0, lost = 0;
 
   HKDFAST_HD void add(float x) {
@@ -83,9 +83,9 @@ struct Careful {
 };
 
 // Of a lane at its peak; offset: the other side's origin less this one's, with the sign that the gap has.
-HKDFAST_HD Softmax softmax(const Running& r, const Scale& scale, double offset) {
+HKDFAST_HD Softmax softmax(const LaneSums& r, const Scale& scale, double offset) {
   Softmax s;
-  s.peak = r.peak, s.mate = r.mate, s.word = r.word;
+  s.peak = r.peak, s.other_at_peak = r.other_at_peak, s.word = r.word;
   const float by = r.peak > -INFINITY ? r.origin - r.peak : 0.f, factor = exp_(by, scale.rate);
   s.sum = static_cast<double>(factor) * r.sum;
   s.moment = static_cast<double>(factor) * r.moment + static_cast<double>(by) * scale.by * s.sum;
@@ -95,47 +95,47 @@ HKDFAST_HD Softmax softmax(const Running& r, const Scale& scale, double offset) 
 }
 
 // Over the lanes of a warp; every lane gets the result.
-template <class Team>
-HKDFAST_HD Softmax joined(const Team& team, const Softmax& of, const Scale& scale, bool moment, bool gap, bool at_1) {
+template <class ThreadContext>
+HKDFAST_HD Softmax joined(const ThreadContext& thread, const Softmax& of, const Scale& scale, bool moment, bool gap, bool at_1) {
   Softmax s;
-  s.peak = team.largest(of.peak);
+  s.peak = thread.largest(of.peak);
   // lanes without a word: their sums are 0, or NaN
   const float by = of.peak > -INFINITY ? of.peak - s.peak : 0.f;
   const double factor = exp_(by, scale.rate);
-  s.word = team.smallest(of.peak == s.peak ? of.word : no_word);
-  s.mate = team.largest(of.peak == s.peak && of.word == s.word ? of.mate : -INFINITY);
-  s.sum = team.sum(factor * of.sum);
-  if (moment) s.moment = team.sum(factor * (of.moment + static_cast<double>(by) * scale.by * of.sum));
-  if (gap) s.gap = team.sum(factor * of.gap);
-  if (at_1) s.sum_at_1 = team.sum(static_cast<double>(exp_(by, Rate(1))) * of.sum_at_1);
+  s.word = thread.smallest(of.peak == s.peak ? of.word : no_word);
+  s.other_at_peak = thread.largest(of.peak == s.peak && of.word == s.word ? of.other_at_peak : -INFINITY);
+  s.sum = thread.sum(factor * of.sum);
+  if (moment) s.moment = thread.sum(factor * (of.moment + static_cast<double>(by) * scale.by * of.sum));
+  if (gap) s.gap = thread.sum(factor * of.gap);
+  if (at_1) s.sum_at_1 = thread.sum(static_cast<double>(exp_(by, Rate(1))) * of.sum_at_1);
   return s;
 }
 
 // Records of all lanes of the cluster made one, for the first warp of every block. join(record) does it over a warp.
 // Between two calls the block has met at least once.
-template <class Team, class Join>
-HKDFAST_HD Record reduce(Team& team, int& turn, Record mine, Join join) {
-  Shared& shared = team.template at<Shared>(0);
+template <class ThreadContext, class Join>
+HKDFAST_HD SoftmaxTriple reduce(ThreadContext& thread, int& turn, SoftmaxTriple mine, Join join) {
+  SharedMemory& shared = thread.template at<SharedMemory>(0);
   mine = join(mine);
-  if (team.lane() == 0) shared.of_warp[team.warp()] = mine;
-  team.sync_block();
-  Record* const of_block = shared.of_block[turn];
+  if (thread.lane() == 0) shared.of_warp[thread.warp()] = mine;
+  thread.sync_block();
+  SoftmaxTriple* const of_block = shared.of_block[turn];
   turn ^= 1;
-  if (team.warp() == 0) {
-    mine = join(team.lane() < team.warps() ? shared.of_warp[team.lane()] : Record());
-    if (team.blocks() > 1) {
-      if (team.lane() == 0) of_block[team.block()] = mine;
-      team.sync_warp();
-      constexpr int parts = sizeof(Record) / 8;
+  if (thread.warp() == 0) {
+    mine = join(thread.lane() < thread.warps() ? shared.of_warp[thread.lane()] : SoftmaxTriple());
+    if (thread.blocks() > 1) {
+      if (thread.lane() == 0) of_block[thread.block()] = mine;
+      thread.sync_warp();
+      constexpr int parts = sizeof(SoftmaxTriple) / 8;
       static_assert(parts <= warp_lanes, "a lane sends one part of a record");
-      const std::uint64_t* from = reinterpret_cast<const std::uint64_t*>(of_block + team.block());
-      for (int block = 0; block < team.blocks(); ++block)
-        if (team.lane() < parts && block != team.block()) team.send(block, from + team.lane());
+      const std::uint64_t* from = reinterpret_cast<const std::uint64_t*>(of_block + thread.block());
+      for (int block = 0; block < thread.blocks(); ++block)
+        if (thread.lane() < parts && block != thread.block()) thread.send(block, from + thread.lane());
     }
   }
-  if (team.blocks() > 1) {
-    team.sync_cluster();
-    if (team.warp() == 0) mine = join(team.lane() < team.blocks() ? of_block[team.lane()] : Record());
+  if (thread.blocks() > 1) {
+    thread.sync_cluster();
+    if (thread.warp() == 0) mine = join(thread.lane() < thread.blocks() ? of_block[thread.lane()] : SoftmaxTriple());
   }
   return mine;
 }

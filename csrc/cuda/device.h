@@ -1,4 +1,4 @@
-// The Team of a thread on the GPU: one wrapper for each PTX instruction that the row loop needs (compute capability 9.0).
+// The ThreadContext of a thread on the GPU: one wrapper for each PTX instruction that the row loop needs (compute capability 9.0).
 #pragma once
 #include "layout.h"
 #include "../common/number_math.h"
@@ -8,10 +8,10 @@ namespace HKDFAST_ISA {
 
 extern __shared__ __align__(128) char shared_memory[];
 
-class DeviceTeam {
+class DeviceThread {
  public:
   // The shuffle tells the compiler that all lanes have the same warp: what follows from it needs no vector registers.
-  __device__ __forceinline__ DeviceTeam() : warp_(__shfl_sync(all_lanes, threadIdx.x / warp_lanes, 0)) {}
+  __device__ __forceinline__ DeviceThread() : warp_(__shfl_sync(all_lanes, threadIdx.x / warp_lanes, 0)) {}
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % warp_lanes; }
   __device__ __forceinline__ int warp() const { return warp_; }
@@ -28,13 +28,13 @@ class DeviceTeam {
 
   __device__ __forceinline__ float largest(float x) const {
 #pragma unroll
-    for (int apart = warp_lanes / 2; apart; apart /= 2) x = fmaxf(x, __shfl_xor_sync(all_lanes, x, apart));
+    for (int distance = warp_lanes / 2; distance; distance /= 2) x = fmaxf(x, __shfl_xor_sync(all_lanes, x, distance));
     return x;
   }
   __device__ __forceinline__ int smallest(int x) const { return __reduce_min_sync(all_lanes, x); }
   __device__ __forceinline__ double sum(double x) const {
 #pragma unroll
-    for (int apart = warp_lanes / 2; apart; apart /= 2) x += __shfl_xor_sync(all_lanes, x, apart);
+    for (int distance = warp_lanes / 2; distance; distance /= 2) x += __shfl_xor_sync(all_lanes, x, distance);
     return x;
   }
 

@@ -25,10 +25,10 @@ inline void check(cudaError_t error, const char* call) {
 namespace HKDFAST_ISA {
 
 template <class Divergence, Kind KIND, bool PURIFIED>
-__global__ void __launch_bounds__(most_warps * warp_lanes, 1)
+__global__ void __launch_bounds__(max_warps * warp_lanes, 1)
     rows_kernel(const __grid_constant__ Task task, const Divergence divergence) {
-  DeviceTeam team;
-  RowLoop<DeviceTeam, Divergence, KIND, PURIFIED>(team, task, divergence).rows();
+  DeviceThread thread;
+  RowLoop<DeviceThread, Divergence, KIND, PURIFIED>(thread, task, divergence).rows();
 }
 
 // Clusters that this device runs at a time; asked once for every kernel, layout and device.
@@ -52,7 +52,7 @@ bool launch(Task task, Divergence divergence, int device, cudaStream_t stream) {
   const auto kernel = rows_kernel<Divergence, KIND, PURIFIED>;
   int shared = 0;
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  task.plan = plan_of(task, shared, most_blocks);
+  task.plan = plan_of(task, shared, max_blocks);
   if (!task.plan.blocks) return false;
   const unsigned blocks = static_cast<unsigned>(task.plan.blocks);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, task.plan.bytes), "cudaFuncSetAttribute");

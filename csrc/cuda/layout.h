@@ -7,7 +7,7 @@ namespace hkdfast {
 
 constexpr int warp_lanes = 32;
 constexpr int step_words = 256;  // of a warp; the unit in which a row is dealt out
-constexpr int most_blocks = 16, most_warps = 16;
+constexpr int max_blocks = 16, max_warps = 16;
 
 // A row is cut into chunks, dealt out to the warps of the cluster in turn. A warp has its own ring of slots, each with
 // room for a chunk of every tile: it alone fills, reads and frees them, so that no barrier of the block guards the data.
@@ -31,7 +31,7 @@ struct Task {
   std::int64_t n = 0, ignore_index = -100;
   int vocab = 0;
   float beta = 0.5f;
-  double temperature = 1, soft_weight = 1, hard_weight = 0, floor = -INFINITY;
+  double temperature = 1, soft_weight = 1, hard_weight = 0, teacher_floor = -INFINITY;
   bool difference = false, accumulate = false, skips = false;  // skips: a row whose label is ignore_index is none
   Transform student_logits, teacher_logits, noisy_logits;
   Law law;
@@ -45,17 +45,17 @@ struct Softmax {
   double gap = 0;     // of (y - x) e^d, y - x the teacher's logit less the student's
   double sum_at_1 = 0;  // of e^(x - peak)
   float peak = -INFINITY;
-  float mate = -INFINITY;  // the other side's logit at the peak's word
+  float other_at_peak = -INFINITY;  // the other side's logit at the peak's word
   int word = INT32_MAX;    // the first that has the peak
   int unused = 0;
 };
 
-struct Record {
+struct SoftmaxTriple {
   Softmax side[3];  // student, teacher, noisy
 };
 
 // What a row's later sweeps need to know.
-struct Facts {
+struct RowConstants {
   generic::Contrast contrast;
   float peak_q, peak_p, shift, floor;
   float share_q, share_p, share_q_low, share_p_low;  // 1 / sum in two floats
@@ -64,10 +64,10 @@ struct Facts {
   int blank;  // the row's gradient is 0
 };
 
-struct Shared {
-  Facts facts;
-  Record of_warp[most_warps];
-  Record of_block[2][most_blocks];  // in turn: a block may be a reduction ahead of one that still reads
+struct SharedMemory {
+  RowConstants constants;
+  SoftmaxTriple of_warp[max_warps];
+  SoftmaxTriple of_block[2][max_blocks];  // in turn: a block may be a reduction ahead of one that still reads
 };
 
 inline int size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -82,7 +82,7 @@ inline Task task_of(const Objective& o, const Rows& rows) {
   task.alpha = rows.alpha, task.weight = rows.weight, task.labels = rows.labels;
   task.loss = rows.loss, task.metrics = rows.metrics;
   task.n = rows.n, task.vocab = static_cast<int>(rows.vocab), task.ignore_index = o.ignore_index;
-  task.beta = o.beta, task.temperature = o.temperature, task.floor = o.floor;
+  task.beta = o.beta, task.temperature = o.temperature, task.teacher_floor = o.teacher_floor;
   task.soft_weight = o.soft_weight, task.hard_weight = o.hard_weight;
   task.difference = o.difference && rows.student.data;
   task.accumulate = o.accumulate;
@@ -110,7 +110,7 @@ inline Kind kind_of(const Task& task) {
   }
   for (const Transform* transform : transforms)
     if (transform->scale != 1.f || transform->softcap != 0.f) return Kind::any;
-  if (task.difference || task.floor != -INFINITY) return Kind::any;
+  if (task.difference || task.teacher_floor != -INFINITY) return Kind::any;
   return narrow ? Kind::narrow : wide ? Kind::wide : Kind::any;
 }
 
@@ -132,7 +132,7 @@ inline Plan plan_for(const Task& task, int shared_bytes, int blocks, int warps) 
     plan.tile_at[i] = plan.slot_bytes;
     if (tiles[i]->data) plan.slot_bytes += plan.chunk * size_of(tiles[i]->dtype) + (aligned(*tiles[i]) ? 0 : 16);
   }
-  const int row = ceil_div(plan.chunks, all_warps), fixed = round_up(sizeof(Shared), 128);
+  const int row = ceil_div(plan.chunks, all_warps), fixed = round_up(sizeof(SharedMemory), 128);
   plan.slots = (shared_bytes - fixed - 128) / (warps * (plan.slot_bytes + 8));
   if (plan.slots < row) return plan;
   if (plan.slots > 2 * row) plan.slots = 2 * row;
@@ -147,7 +147,7 @@ inline Plan plan_for(const Task& task, int shared_bytes, int blocks, int warps) 
 inline Plan plan_of(const Task& task, int shared_bytes, int largest_cluster) {
   Plan fits;
   for (int blocks = 1; blocks <= largest_cluster; blocks *= 2) {
-    const Plan plan = plan_for(task, shared_bytes, blocks, task.vocab <= 8192 ? 4 : most_warps);
+    const Plan plan = plan_for(task, shared_bytes, blocks, task.vocab <= 8192 ? 4 : max_warps);
     if (!plan.blocks) continue;
     if (!fits.blocks) fits = plan;
     if (blocks > 8) break;
@@ -158,8 +158,8 @@ inline Plan plan_of(const Task& task, int shared_bytes, int largest_cluster) {
 
 // The most words that a row of such tiles can have: what fits does not depend on more than the steps that a warp has.
 inline int longest_row(Task task, int shared_bytes, int largest_cluster) {
-  const int words = largest_cluster * most_warps * step_words;
-  for (task.vocab = words; plan_for(task, shared_bytes, largest_cluster, most_warps).blocks; task.vocab += words) {
+  const int words = largest_cluster * max_warps * step_words;
+  for (task.vocab = words; plan_for(task, shared_bytes, largest_cluster, max_warps).blocks; task.vocab += words) {
   }
   return task.vocab - words;
 }

@@ -11,13 +11,13 @@ HKDFAST_HD bool ignored(const Task& task, std::int64_t row) {
   return task.skips && task.labels[row] == task.ignore_index;
 }
 
-template <class Team>
+template <class ThreadContext>
 class Ring {
  public:
   // A cluster takes every clusters()-th row. Its blocks have met before any of them loads or sends.
-  HKDFAST_HD Ring(Team& team, const Task& task)
-      : team_(team), task_(task), first_(team.block() * team.warps() + team.warp()),
-        all_warps_(team.blocks() * team.warps()) {
+  HKDFAST_HD Ring(ThreadContext& thread, const Task& task)
+      : thread_(thread), task_(task), first_(thread.block() * thread.warps() + thread.warp()),
+        all_warps_(thread.blocks() * thread.warps()) {
     const int chunks = task.plan.chunks;
     own_ = first_ < chunks ? (chunks - first_ - 1) / all_warps_ + 1 : 0;
     each_tile([&](const Tile& tile, int) {
@@ -28,11 +28,11 @@ class Ring {
                                     static_cast<std::uintptr_t>(task.vocab) * size;
       whole_ = whole_ && places % 16 == 0;
     });
-    if (team.lane() == 0)
-      for (int slot = 0; slot < task.plan.slots; ++slot) team.init(barrier(slot));
-    team.publish_barriers();
-    team.sync_cluster();
-    next_row_ = live(team.cluster());
+    if (thread.lane() == 0)
+      for (int slot = 0; slot < task.plan.slots; ++slot) thread.init(barrier(slot));
+    thread.publish_barriers();
+    thread.sync_cluster();
+    next_row_ = live(thread.cluster());
     if (own_ == 0) next_row_ = task.n;
     for (int slot = 0; slot < task.plan.slots; ++slot) refill(slot);
   }
@@ -46,8 +46,8 @@ class Ring {
     std::uint32_t parity = parity_;
     for (int i = 0; i < own_; ++i) {
       if (first) {
-        team_.wait(barrier(slot), parity);
-        team_.sync_warp();  // words at a row's ends came by other lanes
+        thread_.wait(barrier(slot), parity);
+        thread_.sync_warp();  // words at a row's ends came by other lanes
       }
       const int begin = chunk_begin(i), at = slot_at(slot);
       const int words = task_.vocab - begin < plan.chunk ? task_.vocab - begin : plan.chunk;
@@ -69,13 +69,13 @@ class Ring {
  private:
   HKDFAST_HD int chunk_begin(int i) const { return (first_ + i * all_warps_) * task_.plan.chunk; }
   HKDFAST_HD int slot_at(int slot) const {
-    return task_.plan.slots_at + (team_.warp() * task_.plan.slots + slot) * task_.plan.slot_bytes;
+    return task_.plan.slots_at + (thread_.warp() * task_.plan.slots + slot) * task_.plan.slot_bytes;
   }
   HKDFAST_HD int barrier(int slot) const {
-    return (sizeof(Shared) + 127) / 128 * 128 + 8 * (team_.warp() * task_.plan.slots + slot);
+    return (sizeof(SharedMemory) + 127) / 128 * 128 + 8 * (thread_.warp() * task_.plan.slots + slot);
   }
   HKDFAST_HD std::int64_t live(std::int64_t row) const {
-    while (row < task_.n && ignored(task_, row)) row += team_.clusters();
+    while (row < task_.n && ignored(task_, row)) row += thread_.clusters();
     return row;
   }
 
@@ -101,22 +101,22 @@ class Ring {
   HKDFAST_HD void copy_ends(const Tile& tile, const Bulk& b, int slot_at, int words) {
     const int size = tile.dtype == Dtype::float32 ? 4 : 2;
     if (b.begin >= b.from && b.begin + words * size <= b.to) return;
-    for (int word = team_.lane(); word < words; word += warp_lanes) {
+    for (int word = thread_.lane(); word < words; word += warp_lanes) {
       const char* from = b.begin + word * size;
       if (from >= b.from && from < b.to) continue;
       if (size == 4)
-        team_.template at<float>(slot_at + b.at + 4 * word) = *reinterpret_cast<const float*>(from);
+        thread_.template at<float>(slot_at + b.at + 4 * word) = *reinterpret_cast<const float*>(from);
       else
-        team_.template at<std::uint16_t>(slot_at + b.at + 2 * word) = *reinterpret_cast<const std::uint16_t*>(from);
+        thread_.template at<std::uint16_t>(slot_at + b.at + 2 * word) = *reinterpret_cast<const std::uint16_t*>(from);
     }
   }
 
   HKDFAST_HD void mask(const Tile& tile, int at, int from, int to) {
-    for (int word = from + team_.lane(); word < to; word += warp_lanes) {
+    for (int word = from + thread_.lane(); word < to; word += warp_lanes) {
       if (tile.dtype == Dtype::float32)
-        team_.template at<float>(at + 4 * word) = -INFINITY;
+        thread_.template at<float>(at + 4 * word) = -INFINITY;
       else
-        team_.template at<std::uint16_t>(at + 2 * word) = tile.dtype == Dtype::bfloat16 ? 0xff80 : 0xfc00;
+        thread_.template at<std::uint16_t>(at + 2 * word) = tile.dtype == Dtype::bfloat16 ? 0xff80 : 0xfc00;
     }
   }
 
@@ -126,15 +126,15 @@ class Ring {
     const Plan& plan = task_.plan;
     const int begin = chunk_begin(next_chunk_), at = slot_at(slot);
     const int words = task_.vocab - begin < plan.chunk ? task_.vocab - begin : plan.chunk;
-    team_.fence_before_copies();  // what this lane stored or read there comes before what the copy engine writes
-    team_.sync_warp();
+    thread_.fence_before_copies();  // what this lane stored or read there comes before what the copy engine writes
+    thread_.sync_warp();
     if (whole_) {
-      if (team_.lane() == 0) {
-        team_.expect(barrier(slot), words * word_bytes_);
+      if (thread_.lane() == 0) {
+        thread_.expect(barrier(slot), words * word_bytes_);
         each_tile([&](const Tile& tile, int tile_at) {
           const int size = tile.dtype == Dtype::float32 ? 4 : 2;
           const char* from = static_cast<const char*>(tile.data) + (next_row_ * tile.stride + begin) * size;
-          team_.copy(at + tile_at, from, words * size, barrier(slot));
+          thread_.copy(at + tile_at, from, words * size, barrier(slot));
         });
       }
     } else {
@@ -146,22 +146,22 @@ class Ring {
     }
     if (++next_chunk_ == own_) {
       next_chunk_ = 0;
-      next_row_ = live(next_row_ + team_.clusters());
+      next_row_ = live(next_row_ + thread_.clusters());
     }
   }
 
   HKDFAST_HD void refill_ragged(int slot, int at, int begin, int words) {
-    if (team_.lane() == 0) {
+    if (thread_.lane() == 0) {
       int bytes = 0;
       each_tile([&](const Tile& tile, int tile_at) {
         const Bulk b = bulk(tile, tile_at, begin, words);
         bytes += static_cast<int>(b.to - b.from);
       });
-      team_.expect(barrier(slot), bytes);
+      thread_.expect(barrier(slot), bytes);
       each_tile([&](const Tile& tile, int tile_at) {
         const Bulk b = bulk(tile, tile_at, begin, words);
         if (b.to > b.from)
-          team_.copy(at + b.at + static_cast<int>(b.from - b.begin), b.from, static_cast<int>(b.to - b.from), barrier(slot));
+          thread_.copy(at + b.at + static_cast<int>(b.from - b.begin), b.from, static_cast<int>(b.to - b.from), barrier(slot));
       });
     }
     each_tile([&](const Tile& tile, int tile_at) { copy_ends(tile, bulk(tile, tile_at, begin, words), at, words); });
@@ -174,7 +174,7 @@ class Ring {
     if (task_.noisy.data) run(task_.noisy, task_.plan.tile_at[2]);
   }
 
-  Team& team_;
+  ThreadContext& thread_;
   const Task& task_;
   int first_, all_warps_, own_;
   bool whole_ = true;   // every chunk of every tile is whole 16 bytes of global memory

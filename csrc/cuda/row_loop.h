@@ -1,5 +1,5 @@
 // The row operation by a cluster of thread blocks that holds a row in its shared memory, so that logits are read from
-// global memory once. A Team is what a thread knows of its surroundings: device.h has the GPU's, tests/tools/cluster.cpp one
+// global memory once. A ThreadContext is what a thread knows of its surroundings: device.h has the GPU's, tests/tools/cluster.cpp one
 // that runs on a CPU.
 //
 // 1. softmax sums of every tile; 2. with a law those of the contrast, whose weight the first sweep found; 3. the sum of the
@@ -17,29 +17,29 @@ namespace HKDFAST_ISA {
 
 HKDFAST_HD float finite(float x) { return x - x == 0.f ? x : 0.f; }
 
-template <class Team, class Divergence, Kind KIND, bool PURIFIED>
+template <class ThreadContext, class Divergence, Kind KIND, bool PURIFIED>
 class RowLoop {
  public:
-  HKDFAST_HD RowLoop(Team& team, const Task& task, Divergence divergence)
-      : team_(team), task_(task), divergence_(divergence), ring_(team, task),
+  HKDFAST_HD RowLoop(ThreadContext& thread, const Task& task, Divergence divergence)
+      : thread_(thread), task_(task), divergence_(divergence), ring_(thread, task),
         scale_(1 / task.temperature) {}
 
   HKDFAST_HD void rows() {
-    for (row_ = team_.cluster(); row_ < task_.n; row_ += team_.clusters()) {
+    for (row_ = thread_.cluster(); row_ < task_.n; row_ += thread_.clusters()) {
       if (ignored(task_, row_))
         blank();
       else
         row();
     }
-    team_.sync_cluster();  // no block leaves while another may still send to it
+    thread_.sync_cluster();  // no block leaves while another may still send to it
   }
 
  private:
   static constexpr bool FAST = KIND != Kind::any;
   using F = std::conditional_t<FAST, Fast, float>;
   using W = LaneWords<KIND>;
-  static constexpr bool distils = !std::is_same_v<Divergence, Decode>;
-  static constexpr bool keeps = FAST && Tilt<Divergence>::kept;
+  static constexpr bool distills = !std::is_same_v<Divergence, Decode>;
+  static constexpr bool stashes_tilts = FAST && Tilt<Divergence>::stashed;
   static constexpr float tilt_scale = 256;  // of what is kept: bits up to 200 in a format that ends at 65504
   static constexpr Mean mean = Divergence::mean;
   static constexpr bool mean_q = mean == Mean::gap_under_q, mean_p = mean == Mean::gap_under_p;
@@ -53,20 +53,20 @@ class RowLoop {
   // Distances from any origin are exact where logits are bfloat16, but a moment about it is not one about the peak.
   HKDFAST_HD float slack() const { return KIND == Kind::narrow && !measured() ? 16.f / (scale_.by > 1.f ? scale_.by : 1.f) : 0.f; }
   HKDFAST_HD bool hard() const { return KIND != Kind::narrow && task_.labels && (task_.hard_weight != 0 || measured()); }
-  HKDFAST_HD bool labelled() const { return hard() && task_.labels[row_] >= 0; }
-  HKDFAST_HD bool apart() const { return hard() && scale_.by != 1.f; }
-  HKDFAST_HD bool floored() const { return !FAST && task_.floor > -INFINITY; }
+  HKDFAST_HD bool labeled() const { return hard() && task_.labels[row_] >= 0; }
+  HKDFAST_HD bool needs_sum_at_1() const { return hard() && scale_.by != 1.f; }
+  HKDFAST_HD bool floored() const { return !FAST && task_.teacher_floor > -INFINITY; }
   HKDFAST_HD bool mean_known() const { return mean != Mean::none && !floored(); }
-  HKDFAST_HD Facts& facts() const { return team_.template at<Shared>(0).facts; }
-  HKDFAST_HD bool leader() const { return team_.warp() == 0 && team_.lane() == 0; }  // states the block's facts
-  HKDFAST_HD bool writer() const { return team_.block() == 0 && leader(); }
+  HKDFAST_HD RowConstants& constants() const { return thread_.template at<SharedMemory>(0).constants; }
+  HKDFAST_HD bool leader() const { return thread_.warp() == 0 && thread_.lane() == 0; }  // states the block's constants
+  HKDFAST_HD bool writer() const { return thread_.block() == 0 && leader(); }
 
   HKDFAST_HD W numbers_of(const Tile& tile, int tile_at, int at, int begin, int word) const {
-    if (FAST) return read<KIND>(team_, at + tile_at + (KIND == Kind::wide ? 4 : 2) * word, tile.dtype);
+    if (FAST) return read<KIND>(thread_, at + tile_at + (KIND == Kind::wide ? 4 : 2) * word, tile.dtype);
     const int size = tile.dtype == Dtype::float32 ? 4 : 2;
     const std::uintptr_t own = reinterpret_cast<std::uintptr_t>(tile.data) +
                                static_cast<std::uintptr_t>((row_ * tile.stride + begin) * size);
-    return read<KIND>(team_, at + tile_at + static_cast<int>(own & 15) + size * word, tile.dtype);
+    return read<KIND>(thread_, at + tile_at + static_cast<int>(own & 15) + size * word, tile.dtype);
   }
 
   HKDFAST_HD static float transformed(float x, const Transform& to) {
@@ -82,7 +82,7 @@ class RowLoop {
     if (base + W::step > task_.vocab) {
 #pragma unroll
       for (int k = 0; k < W::count; ++k)
-        if (base + W::place(team_.lane(), k) >= task_.vocab) x.of[k] = -INFINITY;
+        if (base + W::place(thread_.lane(), k) >= task_.vocab) x.of[k] = -INFINITY;
     }
   }
 
@@ -113,49 +113,49 @@ class RowLoop {
   HKDFAST_HD W teacher(int at, int begin, int word, const Contrast& contrast) const {
     W y = clean(at, begin, word);
     if (!PURIFIED) return y;
-    const W disturbed = noisy(at, begin, word);
+    const W noisy_step = noisy(at, begin, word);
 #pragma unroll
     for (int k = 0; k < W::count; ++k) y.of[k] -= contrast.clean_peak;
     if (task_.law.plausibility == 0) {
 #pragma unroll
-      for (int k = 0; k < W::count; ++k) y.of[k] = contrast.odds(y.of[k], disturbed.of[k] - contrast.noisy_peak);
+      for (int k = 0; k < W::count; ++k) y.of[k] = contrast.odds(y.of[k], noisy_step.of[k] - contrast.noisy_peak);
     } else {
 #pragma unroll
-      for (int k = 0; k < W::count; ++k) y.of[k] = contrast(y.of[k], disturbed.of[k] - contrast.noisy_peak);
+      for (int k = 0; k < W::count; ++k) y.of[k] = contrast(y.of[k], noisy_step.of[k] - contrast.noisy_peak);
     }
     return y;
   }
 
   // Likewise, in the sweeps after the first that has asked: in the fast kinds the contrast lies where its branches lay.
-  static constexpr bool keeps_contrast = FAST && PURIFIED;
+  static constexpr bool stashes_contrast = FAST && PURIFIED;
   HKDFAST_HD W teacher_again(int at, int begin, int word, const Contrast& contrast) const {
-    if constexpr (keeps_contrast)
-      return kept(at, word);
+    if constexpr (stashes_contrast)
+      return stashed(at, word);
     else
       return teacher(at, begin, word, contrast);
   }
 
   // Floats in the teacher's place, or in those of the two branches where they are of 16 bits.
-  HKDFAST_HD Eight* place_of(int half, int at, int word) const {
-    const int lane = team_.lane(), *const tile_at = task_.plan.tile_at;
+  HKDFAST_HD Bytes16* place_of(int half, int at, int word) const {
+    const int lane = thread_.lane(), *const tile_at = task_.plan.tile_at;
     const int offset = KIND == Kind::wide ? tile_at[1] + 4 * (word + W::place(lane, 4 * half))
                                           : tile_at[1 + half] + 2 * (word + W::place(lane, 0));
-    return &team_.template at<Eight>(at + offset);
+    return &thread_.template at<Bytes16>(at + offset);
   }
-  HKDFAST_HD void keep(int at, int word, const W& x) const {
+  HKDFAST_HD void stash(int at, int word, const W& x) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      Eight four;
+      Bytes16 four;
 #pragma unroll
       for (int k = 0; k < 4; ++k) four.of[k] = bits_of(x.of[4 * i + k]);
-      write_eight(place_of(i, at, word), four);
+      write_16_bytes(place_of(i, at, word), four);
     }
   }
-  HKDFAST_HD W kept(int at, int word) const {
+  HKDFAST_HD W stashed(int at, int word) const {
     W x;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Eight four = read_eight(place_of(i, at, word));
+      const Bytes16 four = read_16_bytes(place_of(i, at, word));
 #pragma unroll
       for (int k = 0; k < 4; ++k) x.of[4 * i + k] = float_of(four.of[k]);
     }
@@ -163,16 +163,16 @@ class RowLoop {
   }
 
   // Tilts in the teacher's place, which the gradient does without.
-  HKDFAST_HD void keep_tilts(int at, int word, const W& x) const {
-    if (KIND == Kind::wide) return keep(at, word, x);
-    Eight eight;
+  HKDFAST_HD void stash_tilts(int at, int word, const W& x) const {
+    if (KIND == Kind::wide) return stash(at, word, x);
+    Bytes16 eight;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) eight.of[k] = two_fp16(x.of[2 * k], x.of[2 * k + 1]);
-    write_eight(place_of(0, at, word), eight);
+    for (int k = 0; k < 4; ++k) eight.of[k] = pack_fp16(x.of[2 * k], x.of[2 * k + 1]);
+    write_16_bytes(place_of(0, at, word), eight);
   }
-  HKDFAST_HD W kept_tilts(int at, int word) const {
-    if (KIND == Kind::wide) return kept(at, word);
-    const Eight eight = read_eight(place_of(0, at, word));
+  HKDFAST_HD W stashed_tilts(int at, int word) const {
+    if (KIND == Kind::wide) return stashed(at, word);
+    const Bytes16 eight = read_16_bytes(place_of(0, at, word));
     W x;
 #pragma unroll
     for (int k = 0; k < W::count; ++k)
@@ -195,7 +195,7 @@ class RowLoop {
   }
 
   // One side's words added to a lane's sums, as distances from its origin; with the mean gap if the other side's are given.
-  HKDFAST_HD void take(Running& r, const F (&d)[W::count], const Scale& scale, bool with_moment, const F* to_p = nullptr,
+  HKDFAST_HD void take(LaneSums& r, const F (&d)[W::count], const Scale& scale, bool with_moment, const F* to_p = nullptr,
                        const F* to_q = nullptr) const {
     F e[W::count];
 #pragma unroll
@@ -223,26 +223,26 @@ class RowLoop {
   }
 
   struct Pair {
-    Running q, p;
+    LaneSums q, p;
   };
 
   // A step of both sides; the sides are student and (purified) teacher.
   template <bool WITH_Q, bool WITH_P>
-  HKDFAST_HD void take_both(Pair& r, const W& x, const W& y, int base) const {
-    const bool with_moment = measured(), with_first = measured() || mean_q || keeps;
+  HKDFAST_HD void add_both(Pair& r, const W& x, const W& y, int base) const {
+    const bool with_moment = measured(), with_first = measured() || mean_q || stashes_tilts;
     F to_q[W::count], to_p[W::count];
     float by = 0;  // how far the student's origin moves, less how far the teacher's does
     if (WITH_Q) {
-      const float most = largest(x);
-      if (most > r.q.bound) by += r.q.move(most, scale_, slack());
-      if (with_first) r.q.find_first(x, y, most, team_.lane(), base);
-      r.q.peak = fmaxf(r.q.peak, most);
+      const float max_logit = largest(x);
+      if (max_logit > r.q.bound) by += r.q.move(max_logit, scale_, slack());
+      if (with_first) r.q.note_peak(x, y, max_logit, thread_.lane(), base);
+      r.q.peak = fmaxf(r.q.peak, max_logit);
     }
     if (WITH_P) {
-      const float most = largest(y);
-      if (most > r.p.bound) by -= r.p.move(most, scale_, slack());
-      if (measured()) r.p.find_first(y, x, most, team_.lane(), base);
-      r.p.peak = fmaxf(r.p.peak, most);
+      const float max_logit = largest(y);
+      if (max_logit > r.p.bound) by -= r.p.move(max_logit, scale_, slack());
+      if (measured()) r.p.note_peak(y, x, max_logit, thread_.lane(), base);
+      r.p.peak = fmaxf(r.p.peak, max_logit);
     }
     if (by != 0.f) {
       if (mean_q) r.q.gap += by * r.q.sum;
@@ -255,7 +255,7 @@ class RowLoop {
         take(r.q, to_q, scale_, with_moment, to_p, to_q);
       else
         take(r.q, to_q, scale_, with_moment);
-      if (apart()) {
+      if (needs_sum_at_1()) {
         const Scale at_1(1);
         F e[W::count];
 #pragma unroll
@@ -271,8 +271,8 @@ class RowLoop {
     }
   }
 
-  HKDFAST_HD Record record(const Pair& r) const {
-    Record all;
+  HKDFAST_HD SoftmaxTriple record(const Pair& r) const {
+    SoftmaxTriple all;
     const double offset = static_cast<double>(r.p.origin) - r.q.origin;
     all.side[0] = softmax(r.q, scale_, mean_q ? offset : 0);
     all.side[1] = softmax(r.p, scale_, mean_p ? offset : 0);
@@ -280,63 +280,63 @@ class RowLoop {
   }
 
   template <class Join>
-  HKDFAST_HD Record reduced(const Record& mine, Join join) {
-    return reduce(team_, turn_, mine, join);
+  HKDFAST_HD SoftmaxTriple reduced(const SoftmaxTriple& mine, Join join) {
+    return reduce(thread_, turn_, mine, join);
   }
 
-  HKDFAST_HD Record join_pair(const Record& of) const {
-    Record all;
-    all.side[0] = joined(team_, of.side[0], scale_, measured(), mean_q, apart());
-    all.side[1] = joined(team_, of.side[1], scale_, measured(), mean_p, false);
+  HKDFAST_HD SoftmaxTriple join_both(const SoftmaxTriple& of) const {
+    SoftmaxTriple all;
+    all.side[0] = joined(thread_, of.side[0], scale_, measured(), mean_q, needs_sum_at_1());
+    all.side[1] = joined(thread_, of.side[1], scale_, measured(), mean_p, false);
     return all;
   }
 
-  // Clean and disturbed branch at temperature 1, and the student's sums where they are not gathered with the contrast.
-  HKDFAST_HD void purify(float clean_label, Record& found) {
+  // Clean and noisy branch at temperature 1, and the student's sums where they are not gathered with the contrast.
+  HKDFAST_HD void purify(float clean_label, SoftmaxTriple& found) {
     const bool by_entropy = task_.law.confidence == Confidence::entropy;
     const Scale at_1(1);
-    Running own, disturbed;
+    LaneSums clean_sums, noisy_sums;
     sweep<true, false>([&](int at, int begin, int word) {
-      const auto side = [&](Running& r, const W& y, bool with_moment) {
-        const float most = largest(y);
-        if (most > r.bound) r.move(most, at_1, 0.f);
-        r.peak = fmaxf(r.peak, most);
+      const auto side = [&](LaneSums& r, const W& y, bool with_moment) {
+        const float max_logit = largest(y);
+        if (max_logit > r.bound) r.move(max_logit, at_1, 0.f);
+        r.peak = fmaxf(r.peak, max_logit);
         F d[W::count];
         less(d, y, r.origin);
         take(r, d, at_1, with_moment);
       };
-      side(own, clean(at, begin, word), by_entropy);
-      side(disturbed, noisy(at, begin, word), false);
+      side(clean_sums, clean(at, begin, word), by_entropy);
+      side(noisy_sums, noisy(at, begin, word), false);
     });
-    Record mine;
-    mine.side[1] = softmax(own, at_1, 0);
-    mine.side[2] = softmax(disturbed, at_1, 0);
-    found = reduced(mine, [&](const Record& of) {
-      Record all;
-      all.side[1] = joined(team_, of.side[1], at_1, by_entropy, false, false);
-      all.side[2] = joined(team_, of.side[2], at_1, false, false, false);
+    SoftmaxTriple mine;
+    mine.side[1] = softmax(clean_sums, at_1, 0);
+    mine.side[2] = softmax(noisy_sums, at_1, 0);
+    found = reduced(mine, [&](const SoftmaxTriple& of) {
+      SoftmaxTriple all;
+      all.side[1] = joined(thread_, of.side[1], at_1, by_entropy, false, false);
+      all.side[2] = joined(thread_, of.side[2], at_1, false, false, false);
       return all;
     });
-    if (leader()) contrast_facts(found, clean_label);
-    team_.sync_block();
+    if (leader()) contrast_constants(found, clean_label);
+    thread_.sync_block();
     if (task_.law.plausibility == 0 || task_.law.outside == Outside::drop) return;
 
     // the words of the set share their clean mass by their purified odds
-    const Contrast contrast = facts().contrast;
-    Running mass, odds;
+    const Contrast contrast = constants().contrast;
+    LaneSums mass, odds;
     sweep<false, false>([&](int at, int begin, int word) {
       W in = clean(at, begin, word), out = noisy(at, begin, word);
 #pragma unroll
       for (int k = 0; k < W::count; ++k) {
         const float own = in.of[k] - contrast.clean_peak, other = out.of[k] - contrast.noisy_peak;
-        const bool inside = own >= contrast.least;
+        const bool inside = own >= contrast.min_clean;
         in.of[k] = inside ? own : -INFINITY;
         out.of[k] = inside ? contrast.odds(own, other) : -INFINITY;
       }
-      const auto side = [&](Running& r, const W& y) {
-        const float most = largest(y);
-        if (most > r.bound) r.move(most, at_1, 0.f);
-        r.peak = fmaxf(r.peak, most);
+      const auto side = [&](LaneSums& r, const W& y) {
+        const float max_logit = largest(y);
+        if (max_logit > r.bound) r.move(max_logit, at_1, 0.f);
+        r.peak = fmaxf(r.peak, max_logit);
         F d[W::count];
         less(d, y, r.origin);
         take(r, d, at_1, false);
@@ -346,70 +346,70 @@ class RowLoop {
     });
     mine.side[1] = softmax(mass, at_1, 0);
     mine.side[2] = softmax(odds, at_1, 0);
-    const Record set = reduced(mine, [&](const Record& of) {
-      Record all;
-      all.side[1] = joined(team_, of.side[1], at_1, false, false, false);
-      all.side[2] = joined(team_, of.side[2], at_1, false, false, false);
+    const SoftmaxTriple set = reduced(mine, [&](const SoftmaxTriple& of) {
+      SoftmaxTriple all;
+      all.side[1] = joined(thread_, of.side[1], at_1, false, false, false);
+      all.side[2] = joined(thread_, of.side[2], at_1, false, false, false);
       return all;
     });
     if (leader()) {
       const Softmax &m = set.side[1], &o = set.side[2];
-      facts().contrast.inside =
+      constants().contrast.inside =
           static_cast<float>((static_cast<double>(m.peak) - o.peak) + log(m.sum / o.sum) - log(found.side[1].sum));
     }
-    team_.sync_block();
+    thread_.sync_block();
   }
 
-  HKDFAST_HD void contrast_facts(const Record& found, float clean_label) {
+  HKDFAST_HD void contrast_constants(const SoftmaxTriple& found, float clean_label) {
     const Law& law = task_.law;
-    const Softmax &own = found.side[1], &disturbed = found.side[2];
-    const double log_clean = log(own.sum), log_noisy = log(disturbed.sum);
+    const Softmax &clean = found.side[1], &noisy = found.side[2];
+    const double log_clean = log(clean.sum), log_noisy = log(noisy.sum);
     if (law.confidence == Confidence::max_prob)
-      confidence_ = 1 / own.sum;
+      confidence_ = 1 / clean.sum;
     else if (law.confidence == Confidence::target)
-      confidence_ = exp(static_cast<double>(clean_label) - own.peak - log_clean);
+      confidence_ = exp(static_cast<double>(clean_label) - clean.peak - log_clean);
     else
-      confidence_ = task_.vocab == 1 ? 1 : 1 - (log_clean - own.moment / own.sum) / log(static_cast<double>(task_.vocab));
+      confidence_ = task_.vocab == 1 ? 1 : 1 - (log_clean - clean.moment / clean.sum) / log(static_cast<double>(task_.vocab));
     const double alpha = task_.alpha ? task_.alpha[row_] : 0;
-    a_ = disturbed.sum == disturbed.sum ? purification(law, confidence_, alpha) : NAN;
+    a_ = noisy.sum == noisy.sum ? contrast_weight(law, confidence_, alpha) : NAN;
     Contrast to;
     to.a = static_cast<float>(a_), to.extrapolate = law.mode == Mode::extrapolate;
-    to.clean_peak = own.peak, to.noisy_peak = finite(disturbed.peak);
+    to.clean_peak = clean.peak, to.noisy_peak = finite(noisy.peak);
     // without a single noisy word every word stands alone, and their common constant is free
-    to.alone = disturbed.sum == 0 ? 0.f : static_cast<float>(a_ * (to.extrapolate * log_clean - log_noisy));
+    to.clean_only_offset = noisy.sum == 0 ? 0.f : static_cast<float>(a_ * (to.extrapolate * log_clean - log_noisy));
     if (law.plausibility != 0) {
-      to.least = static_cast<float>(log(law.plausibility));
+      to.min_clean = static_cast<float>(log(law.plausibility));
       to.outside = law.outside == Outside::drop ? -INFINITY : static_cast<float>(-log_clean);
     }
-    facts().contrast = to;
+    constants().contrast = to;
   }
 
   HKDFAST_HD void row() {
     const bool by_label = leader() && task_.labels;
     float student_label = 0, clean_label = 0;
-    if constexpr (distils)
-      if (by_label && labelled()) student_label = label_logit(task_.student, task_.student_logits, false);
+    if constexpr (distills)
+      if (by_label && labeled()) student_label = label_logit(task_.student, task_.student_logits, false);
     if (PURIFIED && by_label && task_.law.confidence == Confidence::target)
       clean_label = label_logit(task_.teacher, task_.teacher_logits, task_.difference);
-    Record branches;
+    SoftmaxTriple branches;
     if constexpr (PURIFIED) purify(clean_label, branches);
-    if constexpr (distils)
-      distil(student_label);
+    if constexpr (distills)
+      distill(student_label);
     else
       decode();
   }
 
   HKDFAST_HD void decode() {
-    const Contrast contrast = facts().contrast;
+    const Contrast contrast = constants().contrast;
     Pair r;
     sweep<false, false>([&](int at, int begin, int word) {
       const W z = teacher(at, begin, word, contrast);
-      take_both<false, true>(r, z, z, begin + word);
+      add_both<false, true>(r, z, z, begin + word);
     });
-    const Record all = reduced(record(r), [&](const Record& of) { return join_pair(of); });
-    if (leader()) facts().peak_p = finite(all.side[1].peak), facts().shift = static_cast<float>(log(all.side[1].sum));
-    team_.sync_block();
-    const float peak = facts().peak_p, log_sum = facts().shift;
+    const SoftmaxTriple all = reduced(record(r), [&](const SoftmaxTriple& of) { return join_both(of); });
+    if (leader()) constants().peak_p = finite(all.side[1].peak), constants().shift = static_cast<float>(log(all.side[1].sum));
+    thread_.sync_block();
+    const float peak = constants().peak_p, log_sum = constants().shift;
     const Stored out = stored();
     sweep<false, true>([&](int at, int begin, int word) {
       W z = teacher(at, begin, word, contrast);
@@ -422,7 +422,7 @@ class RowLoop {
   // The words of a step as a divergence wants them.
   struct Compare {
     Scale scale;
-    Facts f;
+    RowConstants f;
     bool floored;
 
     // A share rounded to float would make every p off by the same part, which total variation sees near convergence.
@@ -438,7 +438,7 @@ class RowLoop {
               fused(to_p - to_q, scale.by, -f.shift)};
     }
 
-    // With logs_facts.
+    // With log_constants.
     HKDFAST_HD float log_q(float x) const { return fused(x - f.peak_q, scale.rate.high, -f.rest_q); }
     HKDFAST_HD Logs logs(float x, float y) const {
       const float to_q = x - f.peak_q, to_p = y - f.peak_p;
@@ -446,36 +446,36 @@ class RowLoop {
     }
   };
 
-  HKDFAST_HD Compare compare() const { return {scale_, facts(), floored()}; }
+  HKDFAST_HD Compare compare() const { return {scale_, constants(), floored()}; }
 
   struct Terms {
     double value = 0, slope = 0, share = 0;  // sums over the row; share: of q
   };
 
-  HKDFAST_HD void distil(float student_label) {
+  HKDFAST_HD void distill(float student_label) {
     const bool wanted = task_.grad.data != nullptr;
-    const Contrast contrast = PURIFIED ? facts().contrast : Contrast();
+    const Contrast contrast = PURIFIED ? constants().contrast : Contrast();
     Pair r;
     const auto both = [&](int at, int begin, int word) {
       const W x = student(at, begin, word), y = teacher(at, begin, word, contrast);
-      take_both<true, true>(r, x, y, begin + word);
-      if constexpr (keeps_contrast) keep(at, word, y);
+      add_both<true, true>(r, x, y, begin + word);
+      if constexpr (stashes_contrast) stash(at, word, y);
     };
     if (mean_known() && !wanted)
       sweep<!PURIFIED, true>(both);
     else
       sweep<!PURIFIED, false>(both);
-    const Record found = reduced(record(r), [&](const Record& of) { return join_pair(of); });
-    if (leader()) compare_facts(found);
+    const SoftmaxTriple found = reduced(record(r), [&](const SoftmaxTriple& of) { return join_both(of); });
+    if (leader()) comparison_constants(found);
 
     Terms sums;
     if (!mean_known()) {
-      team_.sync_block();
+      thread_.sync_block();
       const Compare words = compare();
-      Careful value, slope, share;
+      KahanSum value, slope, share;
       const auto terms = [&](int at, int begin, int word) {
         const W x = student(at, begin, word), y = teacher_again(at, begin, word, contrast);
-        if constexpr (keeps) {
+        if constexpr (stashes_tilts) {
           const Tilt<Divergence> tilted(divergence_);
           float values = 0, slopes = 0;
           W tilts;
@@ -486,7 +486,7 @@ class RowLoop {
             values = fused(t.weight, t.value, values), slopes = fused(t.q, tilts.of[k], slopes);
           }
           value.add(values), slope.add(slopes);
-          if (wanted) keep_tilts(at, word, tilts);
+          if (wanted) stash_tilts(at, word, tilts);
         } else {
           F values[W::count], slopes[W::count], shares[W::count];
 #pragma unroll
@@ -503,39 +503,39 @@ class RowLoop {
         sweep<false, false>(terms);
       else
         sweep<false, true>(terms);
-      Record mine;
+      SoftmaxTriple mine;
       mine.side[0].sum = value.total(), mine.side[0].moment = slope.total(), mine.side[0].gap = share.total();
-      const Softmax all = reduced(mine, [&](const Record& of) {
-        Record all;
-        all.side[0].sum = team_.sum(of.side[0].sum), all.side[0].moment = team_.sum(of.side[0].moment);
-        if (!FAST) all.side[0].gap = team_.sum(of.side[0].gap);
+      const Softmax all = reduced(mine, [&](const SoftmaxTriple& of) {
+        SoftmaxTriple all;
+        all.side[0].sum = thread_.sum(of.side[0].sum), all.side[0].moment = thread_.sum(of.side[0].moment);
+        if (!FAST) all.side[0].gap = thread_.sum(of.side[0].gap);
         return all;
       }).side[0];
       sums = {all.sum, all.moment, all.gap};
     }
     if (leader()) result(found, sums, student_label);
-    team_.sync_block();
+    thread_.sync_block();
     if (wanted) gradient(contrast);
   }
 
-  HKDFAST_HD void compare_facts(const Record& found) {
+  HKDFAST_HD void comparison_constants(const SoftmaxTriple& found) {
     const Softmax &q = found.side[0], &p = found.side[1];
-    Facts& f = facts();
+    RowConstants& f = constants();
     f.peak_q = finite(q.peak), f.peak_p = finite(p.peak);
-    if constexpr (keeps) {
-      logs_facts(q, p);
+    if constexpr (stashes_tilts) {
+      log_constants(q, p);
       return;
     }
     f.share_q = static_cast<float>(1 / q.sum), f.share_q_low = static_cast<float>(1 / q.sum - f.share_q);
     f.share_p = static_cast<float>(1 / p.sum), f.share_p_low = static_cast<float>(1 / p.sum - f.share_p);
     f.shift = static_cast<float>(log(p.sum / q.sum));
-    f.floor = floored() ? static_cast<float>((task_.floor + log(p.sum)) * task_.temperature) : -INFINITY;
+    f.floor = floored() ? static_cast<float>((task_.teacher_floor + log(p.sum)) * task_.temperature) : -INFINITY;
   }
 
   // The logarithm of a sum of float is rounded, which would make every p off by the same part. So most of it goes into the
   // origin, in parts of 2^-12, with which distances are still exact, and a small rest remains.
-  HKDFAST_HD void logs_facts(const Softmax& q, const Softmax& p) {
-    Facts& f = facts();
+  HKDFAST_HD void log_constants(const Softmax& q, const Softmax& p) {
+    RowConstants& f = constants();
     const double rate = scale_.rate.high;
     double rest[2];
     const Softmax* const sides[] = {&q, &p};
@@ -548,28 +548,28 @@ class RowLoop {
     }
     f.rest_q = static_cast<float>(rest[0]), f.rest_p = static_cast<float>(rest[1]);
     f.rest_gap = static_cast<float>(rest[1] - rest[0]);
-    f.tilt = Tilt<Divergence>(divergence_)(compare().logs(q.peak, q.mate)).tilt * tilt_scale;
+    f.tilt = Tilt<Divergence>(divergence_)(compare().logs(q.peak, q.other_at_peak)).tilt * tilt_scale;
   }
 
   // Loss and metrics of the row, and what its gradient is made of.
-  HKDFAST_HD void result(const Record& found, const Terms& sums, float student_label) {
+  HKDFAST_HD void result(const SoftmaxTriple& found, const Terms& sums, float student_label) {
     const Softmax &q = found.side[0], &p = found.side[1];
-    Facts& f = facts();
+    RowConstants& f = constants();
     double value = sums.value;
     if constexpr (mean != Mean::none) {
       if (mean_known()) {
         const double gap = mean_p ? p.gap / p.sum : q.gap / q.sum;
-        const double apart = (static_cast<double>(p.peak) - q.peak) / task_.temperature + log(p.sum / q.sum);
-        value = divergence_.total(gap / task_.temperature - apart).value;
+        const double offset = (static_cast<double>(p.peak) - q.peak) / task_.temperature + log(p.sum / q.sum);
+        value = divergence_.total(gap / task_.temperature - offset).value;
       }
     }
-    if constexpr (keeps) value *= Tilt<Divergence>(divergence_).value_unit();
+    if constexpr (stashes_tilts) value *= Tilt<Divergence>(divergence_).value_unit();
     // a divergence is never negative; near 0 the sum of its rounded terms can be
     if (value < 0) value = 0;
     // a NaN among the logits is one in these, whatever a divergence selects; they are 0 if every word is masked
     if (!(q.sum > 0) || !(p.sum > 0)) value = NAN;
-    const double sum_at_1 = apart() ? q.sum_at_1 : q.sum;
-    const double target = labelled() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
+    const double sum_at_1 = needs_sum_at_1() ? q.sum_at_1 : q.sum;
+    const double target = labeled() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
     const float loss = static_cast<float>(task_.soft_weight * value - (task_.hard_weight != 0 ? task_.hard_weight * target : 0));
     if (writer()) {
       task_.loss[row_] = loss;
@@ -583,26 +583,26 @@ class RowLoop {
     const float weight = task_.weight ? task_.weight[row_] : 1.f;
     f.blank = without_gradient(loss, weight);
     // The q of a row are rounded and do not add up to 1. The gradient must add up to 0 for all that.
-    const double known_q = FAST && !keeps ? f.share_q * q.sum : 1, known_p = FAST && !keeps ? f.share_p * p.sum : 1;
+    const double known_q = FAST && !stashes_tilts ? f.share_q * q.sum : 1, known_p = FAST && !stashes_tilts ? f.share_p * p.sum : 1;
     const double sum_q = FAST || mean_known() ? known_q : sums.share;
     double slope = (mean_known() && mean_p ? known_q - known_p : sums.slope) / sum_q;
     if (mean_known() && mean_q) {
       // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken off
       // both before either is rounded.
-      f.peak_p = q.mate, f.shift = 0;
-      slope = (static_cast<double>(q.mate) - f.peak_q - q.gap / q.sum) / task_.temperature;
+      f.peak_p = q.other_at_peak, f.shift = 0;
+      slope = (static_cast<double>(q.other_at_peak) - f.peak_q - q.gap / q.sum) / task_.temperature;
     }
     if (without_numbers(loss, weight)) slope = NAN;
     f.slope = static_cast<float>(slope), f.slope_low = static_cast<float>(slope - f.slope);
     f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
-    if constexpr (keeps) f.soft_by *= static_cast<float>(Tilt<Divergence>(divergence_).slope_unit() / tilt_scale);
-    f.hard_by = labelled() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
+    if constexpr (stashes_tilts) f.soft_by *= static_cast<float>(Tilt<Divergence>(divergence_).slope_unit() / tilt_scale);
+    f.hard_by = labeled() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
     f.peak_1 = finite(q.peak), f.share_1 = static_cast<float>(1 / sum_at_1);
   }
 
   HKDFAST_HD void gradient(const Contrast& contrast) {
     const Compare words = compare();
-    const Facts f = facts();
+    const RowConstants f = constants();
     const Stored out = stored();
     const int label = hard() && f.hard_by != 0.f ? static_cast<int>(task_.labels[row_]) : -1;
     sweep<false, true>([&](int at, int begin, int word) {
@@ -614,8 +614,8 @@ class RowLoop {
       if (task_.accumulate) before = out.load(begin + word);  // first: it is long under way
       const W x = student(at, begin, word);
       W g;
-      if constexpr (keeps) {
-        const W tilts = kept_tilts(at, word);
+      if constexpr (stashes_tilts) {
+        const W tilts = stashed_tilts(at, word);
 #pragma unroll
         for (int k = 0; k < W::count; ++k)
           g.of[k] = approximate_exp2(words.log_q(x.of[k])) * fused(tilts.of[k], f.soft_by, -f.slope * f.soft_by);
@@ -635,7 +635,7 @@ class RowLoop {
 #pragma unroll
         for (int k = 0; k < W::count; ++k) {
           g.of[k] = fused(plain(exp_(F(x.of[k] - f.peak_1), at_1.rate)), f.share_1 * f.hard_by, g.of[k]);
-          if (begin + word + W::place(team_.lane(), k) == label) g.of[k] -= f.hard_by;
+          if (begin + word + W::place(thread_.lane(), k) == label) g.of[k] -= f.hard_by;
         }
       }
       if (!FAST) backward(x, g);
@@ -664,19 +664,19 @@ class RowLoop {
 
   // Where a row of the gradient, or of a contrast, lies.
   struct Stored {
-    const Team& team;
+    const ThreadContext& thread;
     int vocab, size;
     Dtype dtype;
     char* row;
 
-    HKDFAST_HD W load(int base) const { return read_global<KIND>(team, row + base * size, dtype, vocab - base); }
-    HKDFAST_HD void store(int base, const W& x) const { write(team, row + base * size, dtype, vocab - base, x); }
+    HKDFAST_HD W load(int base) const { return read_global<KIND>(thread, row + base * size, dtype, vocab - base); }
+    HKDFAST_HD void store(int base, const W& x) const { write(thread, row + base * size, dtype, vocab - base, x); }
   };
   HKDFAST_HD Stored stored() const {
     const Tile& to = task_.grad;
     const Dtype dtype = FAST ? Dtype::bfloat16 : to.dtype;
     const int size = dtype == Dtype::float32 ? 4 : 2;
-    return {team_, task_.vocab, size, dtype, static_cast<char*>(to.data) + row_ * to.stride * size};
+    return {thread_, task_.vocab, size, dtype, static_cast<char*>(to.data) + row_ * to.stride * size};
   }
 
   HKDFAST_HD void blank() {
@@ -687,10 +687,10 @@ class RowLoop {
     if (task_.grad.data && !task_.accumulate) ring_.template each_step<W::step>([out = stored()](int base) { out.store(base, W()); });
   }
 
-  Team& team_;
+  ThreadContext& thread_;
   const Task& task_;
   Divergence divergence_;
-  Ring<Team> ring_;
+  Ring<ThreadContext> ring_;
   Scale scale_;
   std::int64_t row_ = 0;
   int turn_ = 0;

@@ -1,4 +1,4 @@
-// The GPU's row loop on the CPU: csrc/cuda/row_loop.h with a Team of fibers, one for each thread of a cluster. Between two
+// The GPU's row loop on the CPU: csrc/cuda/row_loop.h with a ThreadContext of fibers, one for each thread of a cluster. Between two
 // meetings of threads the scheduler picks who runs at random; copies arrive at random, late, over memory filled with NaN;
 // so what relies on a missing barrier or wait goes wrong. `without` takes one of them away, to prove that.
 #undef _FORTIFY_SOURCE
@@ -153,7 +153,7 @@ struct Barrier {  // as the 8 bytes of an mbarrier whose phase takes one arrival
 };
 
 struct Block {
-  std::vector<std::uint64_t> shared;  // of the alignment that is asked for, no more: see Team::at
+  std::vector<std::uint64_t> shared;  // of the alignment that is asked for, no more: see ThreadContext::at
   Meeting meeting;
   std::vector<Warp> warps;
 };
@@ -178,9 +178,9 @@ struct Cluster {
   }
 };
 
-class FiberTeam {
+class FiberThread {
  public:
-  FiberTeam(Cluster& all, int cluster, int clusters, int block, int warp, int lane)
+  FiberThread(Cluster& all, int cluster, int clusters, int block, int warp, int lane)
       : all_(all), cluster_(cluster), clusters_(clusters), block_(block), warp_(warp), lane_(lane) {}
 
   int lane() const { return lane_; }
@@ -211,9 +211,9 @@ class FiberTeam {
     return x;
   }
   double sum(double x) const {
-    for (int apart = warp_lanes / 2; apart; apart /= 2) {
+    for (int distance = warp_lanes / 2; distance; distance /= 2) {
       share(x);
-      x += mine().box[lane_ ^ apart];
+      x += mine().box[lane_ ^ distance];
       meet();
     }
     return x;
@@ -302,8 +302,8 @@ void run(const Task& task, bool purified, const Layout& layout, Divergence diver
         for (int warp = 0; warp < task.plan.warps; ++warp)
           for (int lane = 0; lane < warp_lanes; ++lane)
             all.scheduler.start([=, &all, &layout, &task] {
-              FiberTeam team(all, cluster, layout.clusters, block, warp, lane);
-              RowLoop<FiberTeam, Divergence, kind, law>(team, task, divergence).rows();
+              FiberThread thread(all, cluster, layout.clusters, block, warp, lane);
+              RowLoop<FiberThread, Divergence, kind, law>(thread, task, divergence).rows();
             });
       all.scheduler.run();
     }

@@ -19,7 +19,7 @@ from pathlib import Path
 from hkdfast import DIVERGENCES
 
 KINDS = ("any", "narrow", "wide")  # in the order of csrc/cuda/layout.h
-SYSTEM_SHARED, MOST_REGISTERS = 1024, 65536 // 512
+SYSTEM_SHARED, MAX_REGISTERS = 1024, 65536 // 512
 FAST = {  # instructions of the fast kinds
     "bulk copy": r"UBLKCP",
     "16 bytes from shared memory": r"LDS\.128",
@@ -96,8 +96,8 @@ def faults(usage, code, fast):
         yield f"{usage['STACK']} bytes of stack, {usage['LOCAL']} of local memory"
     if usage["SHARED"] > SYSTEM_SHARED:
         yield f"{usage['SHARED'] - SYSTEM_SHARED} bytes of static shared memory"
-    if usage["REG"] > MOST_REGISTERS:
-        yield f"more than {MOST_REGISTERS} registers"
+    if usage["REG"] > MAX_REGISTERS:
+        yield f"more than {MAX_REGISTERS} registers"
     text = "\n".join(text for _, text in code)
     if re.search(r"\b(STL|LDL)\b", text):
         yield "accesses of local memory"
