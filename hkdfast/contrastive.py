@@ -1,25 +1,27 @@
-"""Contrast of a clean and a disturbed branch: as a teacher (`purify`) and for decoding (`contrast`)."""
+"""Contrast of a clean and a noisy branch: as a teacher (`purify`) and for decoding (`contrast`)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from .engine import operators
 from .engine import tile_loop as loop
-from .engine.arguments import autocast_dtype, check_number, check_word, settled, shown, without_autocast
+from .engine.arguments import autocast_dtype, check_number, check_word, shown, without_autocast
 from .engine.checks import (
     check_labels,
-    check_options,
     check_pair,
     check_source,
     check_target,
     check_vocab,
     check_weights,
 )
-from .engine.terms import seat
-from .heads import Purified, device_of
-from .ops.dispatch import traced
-from .ops.objective import Law, Objective
+from .engine.options import LossOptions
+from .engine.renamed import CONTRAST, PURIFY, refuses
+from .engine.terms import add_input, per_row
+from .heads import Head, Purified, device_of
+from .ops.dispatch import is_traced
+from .ops.objective import ContrastSpec, Objective
 
 WORDS = {
     "schedule": ("constant", "linear", "gate"),
@@ -29,58 +31,59 @@ WORDS = {
 }
 
 
+@refuses(PURIFY)
 def purify(
-    clean,
-    noisy,
-    alpha=1.0,
+    clean: torch.Tensor | Head,
+    noisy: torch.Tensor | Head | Sequence[torch.Tensor | Head],
+    alpha: float | torch.Tensor = 1.0,
     *,
-    schedule="constant",
-    confidence="max_prob",
-    threshold=0.5,
-    mode="extrapolate",
-    plausibility=0.0,
-    outside="clean",
-):
-    """A teacher from which the disturbed branch is subtracted, row by row, as far as the clean branch is unsure.
+    schedule: str = "constant",
+    confidence: str = "max_prob",
+    threshold: float = 0.5,
+    mode: str = "extrapolate",
+    plausibility: float = 0.0,
+    outside: str = "clean",
+) -> Purified:
+    """A teacher that subtracts a noisy branch from a clean one, more strongly in rows where the clean one is unsure.
 
-    With c the confidence and a the weight of a row, the purified distribution is the softmax of
+    With c the confidence and a the contrast weight of a row, the purified distribution is the softmax of
 
         (1 + a) log p_clean - a log p_noisy      (mode="extrapolate")
               log p_clean - a log p_noisy        (mode="subtract": at equal branches it flattens)
 
-    on normalized log-probabilities. It is made tile by tile inside the loss, never stored. A word that only the
-    disturbed branch masks (-inf) keeps its clean log-probability.
+    on normalized log-probabilities. It is computed tile by tile inside the loss, never stored. A token that only the
+    noisy branch masks (-inf) keeps its clean log-probability.
 
     Args:
-        clean: logits (..., V) or a Head: the model on what it should see.
-        noisy: the same on disturbed input, the same rows; or a list of them, whose logits are averaged. Heads through
+        clean: logits (..., V) or a Head: the model on clean input.
+        noisy: the same model on noisy input, the same rows; or a list of them, whose logits are averaged. Heads through
             one weight without softcap are averaged as hidden states: one product, not one per draw.
-        alpha: strength of the subtraction, finite and not negative: the weight of every row, or the most a row can get
-            under "linear" and "gate". A tensor (...) gives each row its own weight; `weight` must then be "constant".
-        weight: "constant": a = alpha. "linear": a = alpha * (1 - c). "gate": a = alpha where c < threshold, else 0.
+        alpha: strength of the contrast, finite and not negative: the weight of every row, or the largest weight under
+            "linear" and "gate". A tensor (...) gives each row its own weight; `schedule` must then be "constant".
+        schedule: "constant": a = alpha. "linear": a = alpha * (1 - c). "gate": a = alpha where c < threshold, else 0.
         confidence: c of a row, from the clean branch at temperature 1. "max_prob": its largest probability. "entropy":
             1 - H / log V. "target": the probability of the label; the loss then needs a label for every row.
-        threshold: where the gate closes, 0 to 1.
+        threshold: of "gate", 0 to 1.
         mode: see above.
-        plausibility: beta in 0..1 of VCD's plausibility set, the words with p_clean >= beta * max p_clean; 0 for none.
-        outside: words outside that set. "clean": they keep their clean log-probability, those inside share the rest by
-            their purified odds. "drop": -inf, for decoding; reverse_kl refuses such a teacher without a floor.
+        plausibility: beta in 0..1 of VCD's plausibility set, the tokens with p_clean >= beta * max p_clean; 0 for none.
+        outside: tokens outside that set. "clean": they keep their clean log-probability, those inside share the rest by
+            their purified odds. "drop": -inf, for decoding; reverse_kl refuses such a teacher without a teacher_floor.
 
     Returns:
-        A teacher for `distill_loss`, or what `contrast` evaluates. Nothing in it gets a gradient.
+        A teacher for `distill_loss`, or what `contrast` evaluates. It is a constant: no gradient.
 
     Raises:
-        ValueError: on unknown words, numbers out of range, or rows and devices that differ. Vocabularies are compared
-            by the loss or `contrast`, which know the policy.
+        ValueError: on unknown words, numbers out of range, or rows and devices that differ. The loss or `contrast`
+            checks the vocabularies, because it has the option `vocab`.
 
-    Source: contrast and plausibility set: Leng et al., 2024 (VCD, arXiv:2311.16922). Confidence, weights and "subtract"
-    are a reconstruction of SEED (arXiv:2507.04680), whose internals are not published in code.
+    Source: contrast and plausibility set: Leng et al., 2024 (VCD, arXiv:2311.16922). Confidence, schedules and
+    "subtract" are a reconstruction of SEED (arXiv:2507.04680), whose internals are not published in code.
     """
     for name, word in dict(schedule=schedule, confidence=confidence, mode=mode, outside=outside).items():
         check_word(name, word, WORDS[name])
     draws = tuple(noisy) if isinstance(noisy, (list, tuple)) else (noisy,)
     if not draws:
-        raise ValueError("noisy is an empty list, expected at least one disturbed branch")
+        raise ValueError("noisy is an empty list, expected at least one noisy branch")
     check_source("clean", clean)
     for draw in draws:
         check_source("noisy", draw)
@@ -96,20 +99,21 @@ def purify(
         check_weights("alpha", alpha, tuple(clean.shape[:-1]), device_of(clean))
         rows, alpha, schedule = alpha.detach(), 0.0, "per_row"
     check_number("alpha", alpha, "finite and not negative", lambda x: 0 <= x < math.inf)
-    law = Law(schedule, float(alpha), confidence, float(threshold), mode, float(plausibility), outside)
+    law = ContrastSpec(schedule, float(alpha), confidence, float(threshold), mode, float(plausibility), outside)
     return Purified(clean, draws, law, rows)
 
 
+@refuses(CONTRAST)
 def contrast(
-    purified,
+    purified: Purified,
     *,
-    temperature=1.0,
-    labels=None,
-    vocab=None,
-    precision="float32",
-    tile_memory=None,
-    backend=None,
-):
+    temperature: float = 1.0,
+    labels: torch.Tensor | None = None,
+    vocab: int | str | None = None,
+    precision: str = "float32",
+    tile_memory: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Log-probabilities of a purified distribution, for decoding.
 
     With a constant weight this is VCD; with per-row weights ICD, AvisC, M3ID and classifier-free guidance.
@@ -117,49 +121,60 @@ def contrast(
     Args:
         purified: what `purify` returned.
         temperature: positive and finite, divides the contrasted log-probabilities.
-        labels: (...) int64, needed if the law's confidence is "target"; else looked over only.
+        labels: (...) int64, needed if the teacher's confidence is "target"; else only checked.
         vocab, precision, tile_memory, backend: as in `distill_loss`.
 
     Returns:
         (..., V) float32 log-probabilities that sum to one (float64 from float64 logits). No gradient.
 
     Raises:
-        ValueError: on numbers out of range, vocabularies that differ, labels that do not fit, or a confidence "target"
+        ValueError: on numbers out of range, vocabularies that differ, labels outside them, or a confidence "target"
             without labels.
-        ImportError: if the backend asked for does not run here.
+        ImportError: if the named backend does not run here.
 
     Source: Leng et al., 2024 (VCD, arXiv:2311.16922).
     """
     if not isinstance(purified, Purified):
         raise ValueError(f"contrast takes what purify returns, got {shown(purified)}")
-    check_options(temperature=temperature, precision=precision, tile_memory=tile_memory, backend=backend)
+    options = LossOptions(
+        temperature=temperature, labels=labels, vocab=vocab, precision=precision, tile_memory=tile_memory,
+        backend=backend,
+    )  # fmt: skip
     if precision == "difference":
         raise ValueError('precision="difference" needs a student; contrast takes "float32" or "bfloat16"')
-    branches, law = (purified.clean, *purified.noisy), purified.law
-    words = check_vocab(branches, vocab)
+    size = check_vocab((purified.clean, *purified.noisy), vocab)
     lead, device = purified.shape[:-1], device_of(purified.clean)
     check_labels(labels, lead, device)
-    check_target(law, labels)
-    n, tensors, parties, alphas = math.prod(lead), [], [], []
-    taken = seat(purified, n, False, tensors, parties, alphas)
-    objective = Objective(
-        temperature=float(temperature),
-        law=law,
-        student=taken.transform,  # not read, but torch.compile cannot follow a default that is an object
-        teacher=taken.transform,
-        noisy=taken.disturbed,
-    )
-    call = loop.Call(
-        parties=tuple(parties),
-        lessons=(loop.Lesson(taken.party, taken.party, taken.noisy, objective, taken.alpha),),
-        labels=labels if labels is None else settled(labels).reshape(n).contiguous(),
-        alphas=[settled(alpha).reshape(n).contiguous() for alpha in alphas],
-        vocab=words,
-        compute=autocast_dtype(device),
-        precision=precision,
-        tile_memory=None if tile_memory is None else int(tile_memory),
-        backend=backend,
-    )
+    check_target(purified.law, labels)
+    n = math.prod(lead)
+    spec, tensors = contrast_spec(purified, n, size, options)
     with torch.no_grad(), without_autocast(device):
-        out = (operators if traced(tensors[0][0]) else loop).contrast(call, tensors)
-    return out.reshape(*lead, words)
+        out = (operators if is_traced(tensors[0][0]) else loop).contrast(spec, tensors)
+    return out.reshape(*lead, size)
+
+
+def contrast_spec(purified: Purified, n: int, size: int, options: LossOptions) -> tuple[loop.LoopSpec, list]:
+    """The LoopSpec of a contrast over n rows and `size` tokens, and its tensors."""
+    tensors: list = []
+    inputs: list = []
+    alphas: list = []
+    slot = add_input(purified, n, False, tensors, inputs, alphas)
+    objective = Objective(
+        temperature=float(options.temperature),
+        law=purified.law,
+        student=slot.transform,  # not read, but torch.compile cannot follow a default that is an object
+        teacher=slot.transform,
+        noisy=slot.noisy_transform,
+    )
+    spec = loop.LoopSpec(
+        inputs=tuple(inputs),
+        terms=(loop.LossTerm(slot.index, slot.index, slot.noisy, objective, slot.alpha),),
+        labels=per_row(options.labels, n),
+        alphas=[per_row(alpha, n) for alpha in alphas],
+        vocab=size,
+        compute=autocast_dtype(device_of(purified.clean)),
+        precision=options.precision,
+        tile_memory=options.memory_bytes,
+        backend=options.backend,
+    )
+    return spec, tensors

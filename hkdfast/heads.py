@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .engine.arguments import autocast_dtype, check_floats, check_number, settled
-from .ops.objective import Law, Transform
+from .ops.objective import ContrastSpec, Transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Purified:
 
     clean: torch.Tensor | Head
     noisy: tuple[torch.Tensor | Head, ...]
-    law: Law
+    law: ContrastSpec
     alpha: torch.Tensor | None  # (...) weights of the rows if law.weight == "rows"
 
     @property
@@ -105,7 +105,7 @@ def same(a, b):
     return a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
-def disturbed(branches):
+def noisy_transforms(branches):
     """(Transform of the mean of the disturbed branches, Transform of each before it is averaged).
 
     A scale that all share is left to the mean, a softcap cannot be. The second is empty where there is one branch.

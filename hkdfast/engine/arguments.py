@@ -1,4 +1,4 @@
-"""What an argument has to be before it is known what it is for: a word, a number, a flag, a tensor with memory."""
+"""Checks of one argument: a word, a number, a flag, a dense tensor. And autocast."""
 
 from contextlib import nullcontext
 from numbers import Integral, Real
@@ -6,10 +6,10 @@ from numbers import Integral, Real
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..ops.dispatch import traced
+from ..ops.dispatch import is_traced
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ONE_TYPE = {  # how to make a plain tensor of one that holds its numbers in a form of its own
+DENSE = {  # how to convert a tensor of another layout to a dense one
     "quantized": ".dequantize()",
     "nested": "padded or concatenated rows",
     "sparse": ".to_dense()",
@@ -18,7 +18,7 @@ ONE_TYPE = {  # how to make a plain tensor of one that holds its numbers in a fo
 
 
 def shown(value):
-    """A wrong value as an error names it: short, and never all numbers of an array."""
+    """A wrong value as an error message shows it: short, an array by its shape."""
     kind = type(value).__name__
     if isinstance(value, (Real, str)) or value is None:
         text = repr(value)
@@ -41,13 +41,13 @@ def check_flag(name, value):
 
 
 def check_constant(name, tensor):
-    """A tensor that is read as a constant, by nobody who waits for its gradient."""
+    """Refuse a tensor that requires a gradient where the losses compute none."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} gets no gradient, but requires one: pass {name}.detach()")
 
 
 def check_number(name, value, what, within):
-    """A real number, or a tensor of one, for which within holds; what says so in words."""
+    """A real number, or a tensor with one element, that satisfies `within`; `what` describes that in words."""
     if isinstance(value, torch.Tensor):
         check_constant(name, value)
         good = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
@@ -65,7 +65,7 @@ def check_whole(name, value, what, within):
 
 
 def check_floats(name, x):
-    """A plain tensor of a float type that the losses compute with."""
+    """A dense tensor of a floating-point dtype that the losses support."""
     if not isinstance(x, torch.Tensor):
         hint = {"Linear": f": pass its .weight as {name}", "ndarray": ": pass torch.from_numpy(...)"}
         raise ValueError(f"{name} must be a floating point tensor, got {shown(x)}{hint.get(type(x).__name__, '')}")
@@ -78,7 +78,7 @@ def check_floats(name, x):
 
 
 def check_plain(name, x):
-    """A tensor with memory of its own, whose address the kernels are given."""
+    """A dense tensor with its own memory: the kernels receive its address."""
     if is_traceable_wrapper_subclass(x) and not x.is_nested:
         how = (
             "pass .full_tensor(), or .to_local() of whole rows" if hasattr(x, "full_tensor") else "pass a plain tensor"
@@ -91,13 +91,13 @@ def check_plain(name, x):
     if x.layout is not torch.strided or x.is_nested or x.is_quantized:
         layout = str(x.layout).removeprefix("torch.").strip("_").partition("_")[0]
         kind = "nested" if x.is_nested else "quantized" if x.is_quantized else layout
-        raise ValueError(f"{name} is a {kind} tensor: pass {ONE_TYPE.get(kind, 'a dense tensor')}")
-    if not traced(x) and not x.data_ptr() and x.numel() and not x._is_zerotensor():
+        raise ValueError(f"{name} is a {kind} tensor: pass {DENSE.get(kind, 'a dense tensor')}")
+    if not is_traced(x) and not x.data_ptr() and x.numel() and not x._is_zerotensor():
         raise ValueError(f"{name} {tuple(x.shape)} has no memory: its numbers were freed, or lie elsewhere")
 
 
 def autocast_dtype(device):
-    """In which a linear layer would compute here, or None for its operands' own dtype."""
+    """The dtype to which autocast casts the operands of a linear layer, or None without autocast."""
     known = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if known else None
 
@@ -107,7 +107,7 @@ def without_autocast(device):
 
 
 def settled(x):
-    """The tensor with its numbers at its address: a lazy negation is carried out, lazy zeros are written."""
+    """The tensor with its final values in memory: a lazy negation and lazy zeros are materialized."""
     if x is None or torch.compiler.is_compiling():
         return x
     if x.is_neg():

@@ -1,26 +1,14 @@
-"""What every public function asks of its arguments before it works: errors name the wrong value and the right ones."""
-
-import math
+"""Checks of logits, heads and per-row tensors against each other, before any work."""
 
 import torch
 
 from ..heads import Head, device_of, same
-from ..ops.dispatch import check as check_backend
-from ..ops.dispatch import visible
-from .arguments import check_constant, check_floats, check_number, check_plain, check_word, shown
-from .tile_loop import TILES
-
-
-def check_options(*, temperature, precision, tile_memory, backend):
-    check_number("temperature", temperature, "positive and finite", lambda x: 0 < x < math.inf)
-    check_word("precision", precision, TILES)
-    if tile_memory is not None:
-        check_number("tile_memory", tile_memory, "a positive number of bytes", lambda x: 0 < x < math.inf)
-    check_backend(backend)
+from ..ops.dispatch import host_readable
+from .arguments import check_constant, check_floats, check_plain, shown
 
 
 def check_source(name, source):
-    """Logits or a head, which has looked at its tensors itself."""
+    """Check logits. A Head has already checked its tensors."""
     if isinstance(source, Head):
         return
     if not isinstance(source, torch.Tensor):
@@ -33,7 +21,7 @@ def check_source(name, source):
 
 
 def check_pair(name, source, other_name, other):
-    """Two sources of the same rows, of one device."""
+    """Two sources must have the same rows and be on one device."""
     if tuple(source.shape[:-1]) != tuple(other.shape[:-1]):
         raise ValueError(f"{name} {tuple(source.shape)} and {other_name} {tuple(other.shape)} differ in their rows")
     if device_of(source) != device_of(other):
@@ -41,21 +29,21 @@ def check_pair(name, source, other_name, other):
 
 
 def check_vocab(sources, vocab):
-    """Words to compare: all, if the sides agree; the common ones or a given number, if the caller says so."""
+    """The number of tokens to compare, from the option `vocab` and the sizes of the sources' vocabularies."""
     sizes = [int(source.shape[-1]) for source in sources]
     if not min(sizes):
-        raise ValueError(f"vocabularies of {' and '.join(map(str, sizes))} words: one is empty")
+        raise ValueError(f"vocabularies of {' and '.join(map(str, sizes))} tokens: one is empty")
     if vocab is None:
         if len(set(sizes)) > 1:
             raise ValueError(
-                f"vocabularies of {' and '.join(map(str, dict.fromkeys(sizes)))} words differ: "
-                'vocab="common" compares the first words that all have, a number the first so many'
+                f"vocabularies of {' and '.join(map(str, dict.fromkeys(sizes)))} tokens differ: "
+                'vocab="common" compares the first tokens that all have, a number the first so many'
             )
         return sizes[0]
-    if isinstance(vocab, str) and vocab == "common":
+    if vocab == "common":
         return min(sizes)
-    if isinstance(vocab, bool) or not isinstance(vocab, int) or not 1 <= vocab <= min(sizes):
-        what = f'None, "common" or a number of words from 1 to {min(sizes)}'
+    if vocab > min(sizes):
+        what = f'None, "common" or a number of tokens from 1 to {min(sizes)}'
         raise ValueError(f"vocab must be {what}, got {shown(vocab)}")
     return vocab
 
@@ -79,13 +67,13 @@ def check_labels(labels, lead, device):
 
 
 def check_weights(name, weights, lead, device):
-    """Finite and not negative, where the host can see that."""
+    """Weights must be finite and not negative. Their values are checked where the host can read them."""
     if weights is None:
         return
     check_per_row(name, weights, lead, device)
     check_floats(name, weights)
     check_constant(name, weights)
-    if not visible(weights):
+    if not host_readable(weights):
         return
     wrong = weights[~((weights >= 0) & weights.isfinite())]  # NaN is neither
     if wrong.numel():
@@ -97,10 +85,10 @@ def check_target(law, labels):
         raise ValueError('confidence "target" needs labels')
 
 
-def check_shared(sides):
-    """Tiles of differences need one head that all sides share."""
-    first = sides[0]
-    for one in sides:
+def check_shared(sources):
+    """precision="difference" requires one head that all sources share."""
+    first = sources[0]
+    for one in sources:
         if not isinstance(one, Head):
             raise ValueError(f'precision="difference" needs heads on all sides, got {type(one).__name__}')
         shared = same(one.weight, first.weight) and same(one.bias, first.bias) and one.scale == first.scale

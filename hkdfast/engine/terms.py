@@ -1,131 +1,201 @@
-"""What the losses share: checks, the call of the tile loop, reductions."""
+"""From checked options to a loss: resolve the inputs, build the spec of the tile loop, reduce what it returns."""
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..heads import Head, Purified, device_of, disturbed, parts, transform_of
-from ..ops.dispatch import visible
-from ..ops.objective import METRICS, Law, Objective, Transform
-from ..ops.reference import DIVERGENCES
-from . import tile_loop as loop
-from .arguments import autocast_dtype, check_constant, check_flag, check_number, check_whole, check_word, settled, shown
-from .autograd import Rows, Total
-from .checks import (
-    check_labels,
-    check_options,
-    check_pair,
-    check_shared,
-    check_source,
-    check_target,
-    check_vocab,
-    check_weights,
-)
-
-REDUCTIONS = ("mean", "sum", "none")
-# domain of beta, in words and as a test, for the divergences that read it
-MIXTURES = {
-    "jensen_shannon": ("0 < beta < 1", lambda beta: 0 < beta < 1),
-    "skew_kl": ("0 <= beta < 1", lambda beta: 0 <= beta < 1),
-    "skew_reverse_kl": ("0 < beta <= 1", lambda beta: 0 < beta <= 1),
-}
-# ends of beta where a mixture is one side alone: no loop has to take the logarithm of a mixture that is not one
-ENDS = {"skew_kl": (0, "forward_kl"), "skew_reverse_kl": (1, "reverse_kl")}
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """What the source in one place is taught by the source in another: by itself, of labels alone."""
-
-    student: int
-    teacher: int
-    divergence: str
-    beta: float
-    weight: float = 1.0  # times the divergence
-    hard_weight: float = 0.0  # times the cross entropy of the student
-    counts: bool = True  # whether the value counts, or the gradient alone
+from ..heads import Head, Purified, device_of, noisy_transforms, parts, transform_of
+from ..ops.objective import METRICS, ContrastSpec, Objective, Transform
+from ..ops.reference import BETA_RANGES, DIVERGENCES, LIMITS
+from .arguments import autocast_dtype, check_number, check_word, settled
+from .autograd import ReducedLoss, UnreducedLoss
+from .checks import check_labels, check_pair, check_shared, check_source, check_target, check_vocab, check_weights
+from .tile_loop import Input, LoopSpec, LossTerm
 
 
 def check_divergence(divergence, beta):
     check_word("divergence", divergence, DIVERGENCES)
-    if divergence in MIXTURES:
+    if divergence in BETA_RANGES:
         check_number("beta", beta, "a number", lambda beta: True)
-        if not MIXTURES[divergence][1](beta):
-            domain = MIXTURES[divergence][0]
+        domain, within = BETA_RANGES[divergence]
+        if not within(beta):
             raise ValueError(f"{divergence} takes {domain}, got {beta}; ask for an end point by its name")
-
-
-def at_end(teaching):
-    """A teaching by a mixture that is one side alone as that which it is."""
-    end = ENDS.get(teaching.divergence)
-    return replace(teaching, divergence=end[1]) if end and teaching.beta == end[0] else teaching
 
 
 def check_weight(name, weight):
     check_number(name, weight, "finite and not negative", lambda x: 0 <= x < math.inf)
 
 
-def check_options_of(
-    teachings,
-    sources,
-    *,
-    reduction,
-    num_items,
-    labels,
-    teacher_floor,
-    ignore_index,
-    t_squared,
-    return_metrics,
-    **options,
-):
-    """Everything about the options that needs no look at a tensor's numbers."""
-    check_word("reduction", reduction, REDUCTIONS)
-    check_options(**options)
-    check_flag("t_squared", t_squared)
-    check_flag("return_metrics", return_metrics)
-    check_whole("ignore_index", ignore_index, "a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63)
-    if teacher_floor is not None:
-        check_number(
-            "teacher_floor", teacher_floor, "a log-probability, finite and not above 0", lambda x: -math.inf < x <= 0
-        )
-    check_num_items(num_items, reduction)
-    hard = max(one.hard_weight for one in teachings)
-    if labels is None and hard:
+def canonical(divergence, beta):
+    """The divergence that a mixture equals at a limit of its beta, else the divergence itself."""
+    limit = LIMITS.get(divergence)
+    return limit[1] if limit and beta == limit[0] else divergence
+
+
+def loss_term(student, teacher, divergence, beta, weight=1.0, hard_weight=0.0, counted=True):
+    """One term of the loss over sources: source `student` learns from source `teacher`.
+
+    If both are the same index, it learns from the labels only. `build` fills in what depends on the sources.
+    """
+    check_divergence(divergence, beta)
+    divergence = canonical(divergence, beta)
+    plain = Transform()  # given, because torch.compile cannot follow a default that is an object
+    objective = Objective(
+        divergence=divergence,
+        beta=float(beta) if divergence in BETA_RANGES else 0.5,
+        soft_weight=float(weight),
+        hard_weight=float(hard_weight),
+        student=plain,
+        teacher=plain,
+        noisy=plain,
+    )
+    return LossTerm(student, teacher, None, objective, None, counted)
+
+
+def check_terms(terms, sources, options):
+    """What terms, sources and options require of each other, before any tensor is read."""
+    hard = max(term.objective.hard_weight for term in terms)
+    if options.labels is None and hard:
         raise ValueError(f"hard_weight {hard} needs labels")
-    for one in teachings:
-        law = sources[one.teacher].law if isinstance(sources[one.teacher], Purified) else None
-        check_target(law, labels)
-        if (
-            law
-            and law.outside == "drop"
-            and law.plausibility
-            and one.divergence == "reverse_kl"
-            and teacher_floor is None
-        ):
+    for term in terms:
+        law = sources[term.teacher].law if isinstance(sources[term.teacher], Purified) else None
+        check_target(law, options.labels)
+        drops = law and law.outside == "drop" and law.plausibility
+        if drops and term.objective.divergence == "reverse_kl" and options.teacher_floor is None:
             raise ValueError(
-                'reverse_kl to a teacher that drops words is infinite: give one, e.g. teacher_floor=-30, or outside="clean"'
+                "reverse_kl to a teacher that drops tokens is infinite: set a floor, e.g. teacher_floor=-30, "
+                'or outside="clean"'
             )
 
 
-def check_num_items(num_items, reduction):
-    if num_items is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f'num_items is the denominator of reduction="mean", which is {reduction!r} here')
-    what, within = "finite and not negative", lambda x: 0 <= x < math.inf
-    if isinstance(num_items, torch.Tensor) and not visible(num_items):
-        check_constant("num_items", num_items)
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be {what}, one number, got {shown(num_items)}")
-        return
-    check_number("num_items", num_items, what, within)
+def branches_of(source):
+    return [source.clean, *source.noisy] if isinstance(source, Purified) else [source]
 
 
-def reciprocal(num_items, n, labels, ignore_index, dtype):
-    """1 / the denominator of the mean, 1 where that is 0; on the device where only the device knows it.
+@dataclass(frozen=True, eq=False)
+class Resolved:
+    """The facts about the inputs that building and reducing need."""
 
-    A denominator that the host could not see makes the loss NaN if it is negative or not finite.
+    lead: tuple  # leading dimensions of the logits
+    device: torch.device
+    vocab: int  # tokens compared
+    firsts: list  # for each source, the index of the first that is the same object
+    students: list  # indices of the distinct sources that learn
+    dtype: torch.dtype  # of losses and weights: float32, or float64
+
+    @property
+    def rows(self):
+        return math.prod(self.lead)
+
+
+def resolve(names, sources, terms, options):
+    """Check the sources against each other and the options; find shapes, device, vocabulary and dtype."""
+    check_terms(terms, sources, options)
+    flat = [(name, branch) for name, source in zip(names, sources, strict=True) for branch in branches_of(source)]
+    first_name, first = flat[0]
+    for name, branch in flat:
+        check_source(name, branch)
+        check_pair(first_name, first, name, branch)
+    vocab = check_vocab([branch for _, branch in flat], options.vocab)
+    lead, device = tuple(first.shape[:-1]), device_of(first)
+    check_labels(options.labels, lead, device)
+    check_weights("row_weight", options.row_weight, lead, device)
+    firsts = [next(i for i, other in enumerate(sources) if other is source) for source in sources]
+    students = list(dict.fromkeys(firsts[term.student] for term in terms))
+    if options.precision == "difference":
+        if len(students) > 1:
+            raise ValueError(f'precision="difference" takes one student, got {len(students)} students')
+        check_shared([sources[students[0]], *(branch for _, branch in flat)])
+    dtypes = [parts(sources[i], math.prod(lead))[0].dtype for i in students]
+    if options.precision != "float32" and torch.float64 in dtypes:
+        raise ValueError(
+            f'precision={options.precision!r} makes 16-bit tiles: for float64 heads use "float32", which keeps float64'
+        )
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return Resolved(lead, device, vocab, firsts, students, dtype)
+
+
+@dataclass(frozen=True)
+class InputSlot:
+    """Where a source is in the tile loop."""
+
+    first: int  # index of its first (x, weight, bias)
+    index: int  # of its Input; of the clean branch if it is purified
+    transform: Transform
+    noisy_transform: Transform
+    noisy: int | None = None  # index of the Input of the noisy branch
+    law: ContrastSpec | None = None
+    alpha: int | None = None  # index of its per-row contrast weights
+
+
+def add_input(source, rows, learns, tensors, inputs, alphas):
+    """Append a source's tensors, Inputs and contrast weights to these lists; return its InputSlot."""
+    first, index = len(tensors), len(inputs)
+    for branch in branches_of(source):
+        tensors.append([t if t is None or learns else t.detach() for t in parts(branch, rows)])
+    inputs.append(Input((first,)))
+    if not isinstance(source, Purified):
+        return InputSlot(first, index, transform_of(source), Transform())
+    transform, draws = noisy_transforms(source.noisy)
+    inputs.append(Input(tuple(range(first + 1, len(tensors))), draws))
+    alpha = None
+    if source.alpha is not None:
+        alpha = len(alphas)
+        alphas.append(source.alpha)
+    return InputSlot(first, index, transform_of(source.clean), transform, index + 1, source.law, alpha)
+
+
+def build(sources, terms, options, found):
+    """The LoopSpec over the distinct sources, their tensors, and which gradients of each Input are required."""
+    tensors, inputs, alphas, slots = [], [], [], {}
+    for i in dict.fromkeys(found.firsts):
+        slots[i] = add_input(sources[i], found.rows, i in found.students, tensors, inputs, alphas)
+    gain = options.temperature**2 if options.t_squared else 1
+    placed, learned = [], []
+    for term in terms:
+        student, teacher = slots[found.firsts[term.student]], slots[found.firsts[term.teacher]]
+        objective = replace(
+            term.objective,
+            soft_weight=float(term.objective.soft_weight * gain),
+            temperature=float(options.temperature),
+            ignore_index=int(options.ignore_index),
+            teacher_floor=-math.inf if options.teacher_floor is None else float(options.teacher_floor),
+            difference=options.precision == "difference",
+            accumulate=student.index in learned,
+            student=student.transform,
+            teacher=teacher.transform,
+            noisy=teacher.noisy_transform,
+            law=teacher.law,
+        )
+        learned.append(student.index)
+        placed.append(LossTerm(student.index, teacher.index, teacher.noisy, objective, teacher.alpha, term.counted))
+    spec = LoopSpec(
+        inputs=tuple(inputs),
+        terms=tuple(placed),
+        labels=per_row(options.labels, found.rows),
+        alphas=[per_row(alpha, found.rows).to(found.dtype) for alpha in alphas],
+        vocab=found.vocab,
+        compute=autocast_dtype(found.device),
+        precision=options.precision,
+        tile_memory=options.memory_bytes,
+        backend=options.backend,
+    )
+    wants = [[False] * 3 for _ in inputs]
+    for i in found.students if torch.is_grad_enabled() else []:
+        wants[slots[i].index] = [t is not None and t.requires_grad for t in tensors[slots[i].first]]
+    return spec, tensors, wants
+
+
+def per_row(x, rows):
+    """A constant of the rows as a contiguous vector, or None."""
+    return x if x is None else settled(x.detach()).reshape(rows).contiguous()
+
+
+def mean_factor(num_items, n, labels, ignore_index, dtype):
+    """1 / the denominator of the mean, 1 where that is 0; a tensor where only the device knows it.
+
+    A denominator that the host could not read makes the loss NaN if it is negative or not finite.
     """
     if num_items is None:
         num_items = n if labels is None else (labels != ignore_index).sum()
@@ -136,167 +206,52 @@ def reciprocal(num_items, n, labels, ignore_index, dtype):
     return (1 / num_items.where(num_items != 0, 1)).where(right, math.nan)
 
 
-def branches_of(source):
-    return [source.clean, *source.noisy] if isinstance(source, Purified) else [source]
+def reduce(spec, tensors, wants, options, found, heads):
+    """Run the loop: the reduced loss, and the metrics (counted terms, METRICS, rows).
+
+    Args:
+        heads: whether a student is a Head.
+    """
+    n, dtype, reduction = found.rows, found.dtype, options.reduction
+    row_weight = None if options.row_weight is None else per_row(options.row_weight, n).to(dtype)
+    mean = reduction == "mean"
+    factor = mean_factor(options.num_items, n, spec.labels, options.ignore_index, dtype) if mean else 1.0
+    # logits keep the gradient that backward returns, so the mean goes into it before it is rounded to their dtype; a
+    # head keeps float32 sums, which the mean scales late, so that no tile of a 16-bit dtype underflows
+    early = mean and not heads
+    if early:
+        row_weight = (torch.ones(n, dtype=dtype, device=found.device) if row_weight is None else row_weight) * factor
+    function = UnreducedLoss if reduction == "none" else ReducedLoss
+    flat = (t for given in tensors for t in given)
+    loss, table = function.apply(spec, row_weight, wants, options.return_metrics, *flat)
+    if reduction == "none":
+        loss = loss.reshape(found.lead)
+    elif mean and not early:
+        loss = loss * factor
+    return loss, table
 
 
-def couple(
-    names,
-    sources,
-    teachings,
-    *,
-    temperature,
-    t_squared,
-    labels,
-    row_weight,
-    reduction,
-    num_items,
-    ignore_index,
-    vocab,
-    teacher_floor,
-    precision,
-    tile_memory,
-    return_metrics,
-    backend,
-):
-    """The loss of several sources that teach each other. Arguments are those of `distill_loss`.
+def coupled_rows_loss(names, sources, terms, options):
+    """The loss of several sources that learn from each other.
 
     Args:
         names: what errors call the sources.
-        sources: logits, Head or Purified. One that is taught gets a gradient; a Purified only teaches. An object that
-            stands in several places is one party of the loop.
-        teachings: list of Teaching, in which those that count come first.
+        sources: logits, Head or Purified. One that learns gets a gradient; a Purified only teaches. An object that
+            occurs several times is one Input of the loop.
+        terms: list of LossTerm from `loss_term`; the counted ones come first.
+        options: LossOptions.
 
     Returns:
         the loss, or with metrics (loss, {(student, teacher): {metric: (...)}}).
     """
-    for one in teachings:
-        check_divergence(one.divergence, one.beta)
-    teachings = [at_end(one) for one in teachings]
-    check_options_of(
-        teachings, sources, reduction=reduction, num_items=num_items, labels=labels, teacher_floor=teacher_floor,
-        ignore_index=ignore_index, t_squared=t_squared, return_metrics=return_metrics,
-        temperature=temperature, precision=precision, tile_memory=tile_memory, backend=backend,
-    )  # fmt: skip
-    flat = [(name, branch) for name, source in zip(names, sources, strict=True) for branch in branches_of(source)]
-    first_name, first = flat[0]
-    for name, branch in flat:
-        check_source(name, branch)
-        check_pair(first_name, first, name, branch)
-    words = check_vocab([branch for _, branch in flat], vocab)
-    lead, device = tuple(first.shape[:-1]), device_of(first)
-    check_labels(labels, lead, device)
-    check_weights("row_weight", row_weight, lead, device)
-    first_place = [next(i for i, other in enumerate(sources) if other is source) for source in sources]
-    students = list(dict.fromkeys(first_place[one.student] for one in teachings))
-    if precision == "difference":
-        if len(students) > 1:
-            raise ValueError(f'precision="difference" are differences to one student, got {len(students)} students')
-        check_shared([sources[students[0]], *(branch for _, branch in flat)])
-    n = math.prod(lead)
-    dtypes = [parts(sources[place], n)[0].dtype for place in students]
-    if precision != "float32" and torch.float64 in dtypes:
-        raise ValueError(
-            f'precision={precision!r} are of 16 bits: heads of float64 take "float32", which then is float64'
-        )
-
-    exact = torch.float64 if torch.float64 in dtypes else torch.float32
-    tensors, parties, alphas, seats = [], [], [], {}
-    for place in dict.fromkeys(first_place):
-        seats[place] = seat(sources[place], n, place in students, tensors, parties, alphas)
-    scalars = dict(
-        temperature=float(temperature),
-        ignore_index=int(ignore_index),
-        teacher_floor=-math.inf if teacher_floor is None else float(teacher_floor),
-        difference=precision == "difference",
-    )
-    lessons, taught = [], []
-    for one in teachings:
-        student, teacher = (seats[first_place[place]] for place in (one.student, one.teacher))
-        again = student.party in taught
-        taught.append(student.party)
-        lessons.append(lesson(one, student, teacher, again, temperature**2 if t_squared else 1, scalars))
-    labels, row_weight, *alphas = (
-        t if t is None else settled(t.detach()).reshape(n).contiguous() for t in (labels, row_weight, *alphas)
-    )
-    row_weight, *alphas = (t if t is None else t.to(exact) for t in (row_weight, *alphas))
-    share = 1.0 if reduction != "mean" else reciprocal(num_items, n, labels, ignore_index, exact)
-    # logits keep the gradient that backward returns, so the mean goes into it before it is rounded to their dtype; a
-    # head keeps float32 sums, which the mean scales late, so that no tile of a 16-bit dtype underflows
-    early = reduction == "mean" and not any(isinstance(sources[place], Head) for place in students)
-    if early:
-        row_weight = (torch.ones(n, dtype=exact, device=device) if row_weight is None else row_weight) * share
-    call = loop.Call(
-        parties=tuple(parties),
-        lessons=tuple(lessons),
-        labels=labels,
-        alphas=alphas,
-        vocab=words,
-        compute=autocast_dtype(device),
-        precision=precision,
-        tile_memory=None if tile_memory is None else int(tile_memory),
-        backend=backend,
-    )
-    wants = [[False] * 3 for _ in parties]
-    for place in students if torch.is_grad_enabled() else []:
-        wants[seats[place].party] = [t is not None and t.requires_grad for t in tensors[seats[place].first]]
-    function = Rows if reduction == "none" else Total
-    loss, table = function.apply(call, row_weight, wants, return_metrics, *(t for given in tensors for t in given))
-    if reduction == "none":
-        loss = loss.reshape(lead)
-    elif reduction == "mean" and not early:
-        loss = loss * share
-    if not return_metrics:
+    found = resolve(names, sources, terms, options)
+    spec, tensors, wants = build(sources, terms, options, found)
+    heads = any(isinstance(sources[i], Head) for i in found.students)
+    loss, table = reduce(spec, tensors, wants, options, found, heads)
+    if not options.return_metrics:
         return loss
     return loss, {
-        (one.student, one.teacher): {name: row.reshape(lead) for name, row in zip(METRICS, rows, strict=True)}
-        for one, rows in zip(teachings, table, strict=True)
-        if one.counts
+        (term.student, term.teacher): {name: row.reshape(found.lead) for name, row in zip(METRICS, rows, strict=True)}
+        for term, rows in zip(terms, table, strict=True)
+        if term.counted
     }
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Where the loop finds a source."""
-
-    first: int  # place of its first tensors
-    party: int
-    transform: Transform
-    disturbed: Transform
-    noisy: int | None = None  # party of the disturbed branch
-    law: Law | None = None
-    alpha: int | None = None
-
-
-def seat(source, n, learns, tensors, parties, alphas):
-    """Put the tensors of a source of n rows and its parties at the ends of these lists."""
-    first, party = len(tensors), len(parties)
-    for branch in branches_of(source):
-        tensors.append([t if t is None or learns else t.detach() for t in parts(branch, n)])
-    parties.append(loop.Party((first,)))
-    if not isinstance(source, Purified):
-        return Seat(first, party, transform_of(source), Transform())
-    transform, draws = disturbed(source.noisy)
-    parties.append(loop.Party(tuple(range(first + 1, len(tensors))), draws))
-    alpha = None
-    if source.alpha is not None:
-        alpha = len(alphas)
-        alphas.append(source.alpha)
-    return Seat(first, party, transform_of(source.clean), transform, party + 1, source.law, alpha)
-
-
-def lesson(teaching, student, teacher, again, gain, scalars):
-    """A teaching between two seats; again: the student has had one; gain: of every divergence."""
-    objective = Objective(
-        divergence=teaching.divergence,
-        beta=float(teaching.beta) if teaching.divergence in MIXTURES else 0.5,
-        soft_weight=float(teaching.weight * gain),
-        hard_weight=float(teaching.hard_weight),
-        accumulate=again,
-        student=student.transform,
-        teacher=teacher.transform,
-        noisy=teacher.disturbed,
-        law=teacher.law,
-        **scalars,
-    )
-    return loop.Lesson(student.party, teacher.party, teacher.noisy, objective, teacher.alpha, teaching.counts)

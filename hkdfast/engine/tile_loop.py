@@ -1,8 +1,8 @@
-"""The loop over row blocks: make each party's tile once, run the row operation, take the gradients back.
+"""The loop over row blocks: make each input's tile once, run the row operation, propagate the gradients.
 
-Written once, for every backend, divergence, kind of source and number of models that teach each other. In GEMM units,
-one product through each head: 3 for a trained model, 2 with a frozen head, 1 without gradients, whatever the number of
-lessons between them. A student and its teacher: 3S + T, 2S + T, S + T.
+One loop serves every backend, divergence, kind of source and number of models. Cost in GEMM units, one unit being one
+product through a head: 3 for a trained model, 2 with a frozen head, 1 without gradients, whatever the number of terms
+between them. A student and its teacher: 3S + T, 2S + T, S + T.
 """
 
 import logging
@@ -12,93 +12,93 @@ from dataclasses import dataclass
 import torch
 
 from ..heads import same
-from ..ops.dispatch import find, visible
+from ..ops.dispatch import find, host_readable
 from ..ops.objective import METRICS, UNLABELED, Objective, Transform
-from .tile_sources import Average, Logits, Projection
+from .tile_sources import AveragedTiles, LogitTiles, ProjectedTiles
 
 logger = logging.getLogger("hkdfast")
 
-TILES = ("float32", "bfloat16", "difference")
-# Bytes of tiles, unless the caller says. Each block after the first reads and writes the float32 gradient of a trained
-# head once more (8 V H bytes; by arithmetic, not measured, 1.2 ms at shape A on an H200): few blocks pay there.
-BUDGET = {"cpu": 512 << 20, "cuda": 2 << 30, "cuda, trained head": 8 << 30}
-GRAIN = 256  # rows of a tile of a GPU's GEMM: a block of a few more would cost it another wave
+# Bytes of tiles unless tile_memory is given. Each block after the first reads and writes the float32 gradient of a
+# trained head once more (8 V H bytes; by arithmetic, not measured, 1.2 ms at shape A on an H200): few, large blocks are
+# faster.
+DEFAULT_BUDGET = {"cpu": 512 << 20, "cuda": 2 << 30, "cuda, trained head": 8 << 30}
+ROW_MULTIPLE = 256  # rows of a GPU's GEMM tile: a block of a few rows more would cost another wave
 
 
-def room(tile_memory, device, weights, averaged, trained):
-    """Bytes for tiles. None where logits that exist are only read, which takes none."""
+def tile_budget(tile_memory, device, weights, averaged, trained):
+    """Memory budget for tiles in bytes, or None if all inputs are logits: they are read in place."""
     if tile_memory is not None or not (averaged or any(weight is not None for weight in weights)):
         return tile_memory
     if device.type != "cuda":
-        return BUDGET["cpu"]
+        return DEFAULT_BUDGET["cpu"]
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    most = BUDGET["cuda, trained head" if trained else "cuda"]
+    most = DEFAULT_BUDGET["cuda, trained head" if trained else "cuda"]
     return min(most, (torch.cuda.mem_get_info(device)[0] + idle) // 2)
 
 
-def plan(sides, rows, tile_memory):
+def rows_per_block(sources, rows, tile_memory):
     """Rows per block: the fewest, evenly filled blocks whose tiles fit the memory."""
-    per_row, fixed = sum(side.bytes_per_row for side in sides), max(side.fixed_bytes for side in sides)
+    per_row, fixed = sum(source.bytes_per_row for source in sources), max(source.fixed_bytes for source in sources)
     if not per_row or not rows:
         return max(rows, 1)
     if tile_memory < fixed + per_row:
         raise ValueError(f"tile_memory of {tile_memory} bytes is too small: one row of tiles takes {fixed + per_row}")
     most = (tile_memory - fixed) // per_row
-    grain = GRAIN if most >= GRAIN else 1
-    blocks = -(-rows // (most - most % grain))
-    step = min(rows, -(-rows // blocks // grain) * grain)
+    multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
+    blocks = -(-rows // (most - most % multiple))
+    step = min(rows, -(-rows // blocks // multiple) * multiple)
     logger.info("%d rows in %d blocks of %d, %.1f MB of tiles", rows, blocks, step, (fixed + step * per_row) / 1e6)
     return step
 
 
 @dataclass(frozen=True)
-class Party:
-    """A side of the loop: whose tile it is."""
+class Input:
+    """One tile per block: which tensors make it."""
 
-    branches: tuple  # places of its tensors; several are draws, whose logits are averaged
+    branches: tuple  # indices of its tensors; several are draws, whose logits are averaged
     draws: tuple = ()  # Transform of each draw if there are several
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One run of the row operation over a block: what a student is told by a teacher. Sides are places of parties."""
+class LossTerm:
+    """One call of the row operation per block: one student against one teacher, both as indices into `inputs`."""
 
     student: int
     teacher: int
-    noisy: int | None  # the disturbed branch of a purified teacher
+    noisy: int | None  # the noisy branch of a purified teacher
     objective: Objective
-    alpha: int | None = None  # place of the purification weights of the rows, where the law reads them
-    counts: bool = True  # whether its loss is part of the total; its gradient always is
+    alpha: int | None = None  # index into `alphas` of the rows' contrast weights, if the schedule is "per_row"
+    counted: bool = True  # whether its loss is part of the total; its gradient always is
 
 
-def side_of(party, tensors, vocab, compute, precision, tile_memory):
-    """What makes the tiles of a party, from its (x, weight, bias)."""
+def make_tile_source(given, tensors, vocab, compute, precision, tile_memory):
+    """The tile source of an input, from its (x, weight, bias)."""
     piece = tile_memory and tile_memory // 4
-    mine = [tensors[place] for place in party.branches]
+    mine = [tensors[place] for place in given.branches]
     hiddens, weights, biases = zip(*mine, strict=True)
     head = weights[0] is not None and all(same(w, weights[0]) and same(b, biases[0]) for _, w, b in mine)
-    if head and not any(transform != Transform() for transform in party.draws):
-        return Projection(list(hiddens), weights[0], biases[0], vocab, precision, compute, piece)
-    sides = [
-        Logits(x, vocab) if weight is None else Projection([x], weight, bias, vocab, precision, compute, piece)
+    if head and not any(transform != Transform() for transform in given.draws):
+        return ProjectedTiles(list(hiddens), weights[0], biases[0], vocab, precision, compute, piece)
+    sources = [
+        LogitTiles(x, vocab) if weight is None else ProjectedTiles([x], weight, bias, vocab, precision, compute, piece)
         for x, weight, bias in mine
     ]
-    return Average(sides, party.draws) if party.draws else sides[0]
+    return AveragedTiles(sources, given.draws) if given.draws else sources[0]
 
 
-def counted(labels, ignore_index, sides):
-    """Indices of the rows that cost a GEMM, or None for all. Their number is the one thing the host waits for."""
-    if labels is None or all(isinstance(side, Logits) for side in sides):
-        return None  # the row operation itself skips what is ignored: no gather, no wait
+def active_rows(labels, ignore_index, sources):
+    """Indices of the rows that are not ignored, or None for all. Their number is the only value the host waits for."""
+    if labels is None or all(isinstance(source, LogitTiles) for source in sources):
+        return None  # the row operation skips ignored rows itself: no gather, no wait
     return (labels != ignore_index).nonzero().squeeze(-1)
 
 
-def check_labels(call):
-    """Looked at for nothing on the CPU; on CUDA a bad label is an assertion of the device."""
-    labels, vocab, ignore_index = call.labels, call.vocab, call.lessons[0].objective.ignore_index
+def check_labels(spec):
+    """Refuse a label outside the vocabulary: a ValueError on the CPU, a device assertion on CUDA."""
+    labels, vocab, ignore_index = spec.labels, spec.vocab, spec.terms[0].objective.ignore_index
     if labels is None or not labels.numel():
         return
-    laws = [lesson.objective.law for lesson in call.lessons]
+    laws = [term.objective.law for term in spec.terms]
     others = {"ignore_index": ignore_index}
     if not any(law and law.reads_labels for law in laws):
         others["UNLABELED"] = UNLABELED
@@ -106,112 +106,113 @@ def check_labels(call):
     for other in others.values():
         known |= labels == other
     if labels.is_cuda:
-        torch._assert_async(known.all(), f"a label is neither a word of the vocabulary nor {' nor '.join(others)}")
-    elif visible(labels) and not known.all():
+        torch._assert_async(known.all(), f"a label is neither a token of the vocabulary nor {' nor '.join(others)}")
+    elif host_readable(labels) and not known.all():
         wrong, names = labels[~known][0].item(), " nor ".join(f"{name} {label}" for name, label in others.items())
         raise ValueError(f"label {wrong} is neither in 0..{vocab - 1} nor {names}")
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """Everything that is asked of the loop but the tensors that may get a gradient."""
+class LoopSpec:
+    """All arguments of the loop except the tensors that may get a gradient."""
 
-    parties: tuple  # of Party
-    lessons: tuple  # of Lesson, those that count first; a student's first writes its gradient, its others accumulate
+    inputs: tuple  # of Input
+    terms: tuple  # of LossTerm, counted ones first; a student's first term writes its gradient, the others add to it
     labels: torch.Tensor | None  # (N,) int64
-    alphas: list  # of (N,) float32, purification weights of the rows
-    vocab: int  # words compared, the first so many on every side
-    compute: torch.dtype | None  # in which heads are multiplied; None: their own
+    alphas: list  # of (N,) float32 or float64: contrast weights of the rows
+    vocab: int  # tokens compared, the first so many of every input
+    compute: torch.dtype | None  # dtype in which heads are multiplied; None: their own
     precision: str
     tile_memory: int | None
     backend: str | None
 
 
-def sides_of(call, tensors, trained):
-    """The sides of a call's parties, and the bytes for their tiles; trained: whether a head gets a gradient."""
-    averaged = any(party.draws for party in call.parties)
-    memory = room(call.tile_memory, tensors[0][0].device, [head for _, head, _ in tensors], averaged, trained)
-    return [side_of(party, tensors, call.vocab, call.compute, call.precision, memory) for party in call.parties], memory
+def make_tile_sources(spec, tensors, trained):
+    """The tile source of every input, and the bytes for their tiles; trained: whether a head gets a gradient."""
+    averaged = any(given.draws for given in spec.inputs)
+    memory = tile_budget(spec.tile_memory, tensors[0][0].device, [head for _, head, _ in tensors], averaged, trained)
+    how = spec.vocab, spec.compute, spec.precision, memory
+    return [make_tile_source(given, tensors, *how) for given in spec.inputs], memory
 
 
-def read_by_others(place, lessons):
-    """Whether a party's tile is still read when a lesson has written its gradient."""
-    as_student = sum(lesson.student == place for lesson in lessons)
-    return as_student > 1 or any(place in (lesson.teacher, lesson.noisy) for lesson in lessons)
+def tile_reused(place, terms):
+    """Whether an input's tile is still read after a term has written its gradient."""
+    as_student = sum(term.student == place for term in terms)
+    return as_student > 1 or any(place in (term.teacher, term.noisy) for term in terms)
 
 
-def run(call, tensors, row_weight, wants, return_metrics, deferred=False):
-    """Losses and metrics of the rows, and the gradients of sum_i weight_i loss_i over all lessons.
+def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
+    """Losses and metrics of the rows, and the gradients of sum_i row_weight_i loss_i over all terms.
 
     Args:
-        call: Call.
-        tensors: (x, weight, bias) at each place: logits (N, V), None, None; or hidden states (N, H) and their head's
-            (V, H), (V,) or None.
-        weight: (N,) float32 or None for 1.
-        wants: for each party which gradients of x, weight, bias are wanted.
-        metrics: whether to return METRICS.
-        deferred: whether the gradients are left to a later call, whose memory is looked at now.
+        spec: LoopSpec.
+        tensors: list of (x, weight, bias): logits (N, V), None, None; or hidden states (N, H) and their head's (V, H),
+            (V,) or None.
+        row_weight: (N,) float32 or None for 1.
+        wants: for each input, which gradients of x, weight, bias are required.
+        return_metrics: whether to return METRICS.
+        deferred: whether a later call computes the gradients; its memory is checked now.
 
     Returns:
-        loss (lessons, N), metrics (lessons, 7, N) or None, and for each party d_x, d_weight, d_bias (None where not
-        wanted, or deferred). Gradients of hidden states and weights are float32, those of logits have the logits' dtype
-        (fp16: float32). float64 stays float64.
+        loss (terms, N), metrics (terms, 7, N) or None, and for each input d_x, d_weight, d_bias (None where not
+        required, or deferred). Gradients of hidden states and weights are float32, those of logits have the logits'
+        dtype (fp16: float32). float64 stays float64.
     """
-    lessons, labels, alphas = call.lessons, call.labels, call.alphas
-    check_labels(call)
+    terms, labels, alphas = spec.terms, spec.labels, spec.alphas
+    check_labels(spec)
     n, device = len(tensors[0][0]), tensors[0][0].device
-    sides, memory = sides_of(call, tensors, any(row_weight for _, row_weight, _ in wants))
-    if lessons[0].objective.difference:
-        main = sides[lessons[0].student]
-        for other in sides:
+    sources, memory = make_tile_sources(spec, tensors, any(weight for _, weight, _ in wants))
+    if terms[0].objective.difference:
+        main = sources[terms[0].student]
+        for other in sources:
             if other is not main:
-                other.subtract(main)
-    index = counted(labels, lessons[0].objective.ignore_index, sides)
+                other.as_difference_to(main)
+    index = active_rows(labels, terms[0].objective.ignore_index, sources)
     if index is not None:
-        for one in sides:
+        for one in sources:
             one.select(index)
         labels, row_weight, *alphas = (t if t is None else t[index] for t in (labels, row_weight, *alphas))
     rows = n if index is None else len(index)
-    students = [sides[lesson.student] for lesson in lessons]
-    wide = next((side.dtype for side in sides if side.dtype == torch.float64), students[0].dtype)
-    module = find(device, wide, call.backend)
+    students = [sources[term.student] for term in terms]
+    wide = next((source.dtype for source in sources if source.dtype == torch.float64), students[0].dtype)
+    module = find(device, wide, spec.backend)
     dtype = widest(students)
-    loss = torch.empty(len(lessons), rows, dtype=dtype, device=device)
-    table = torch.empty(len(lessons), len(METRICS), rows, dtype=dtype, device=device) if return_metrics else None
-    trained = [place for place in range(len(sides)) if any(wants[place])]
+    loss = torch.empty(len(terms), rows, dtype=dtype, device=device)
+    table = torch.empty(len(terms), len(METRICS), rows, dtype=dtype, device=device) if return_metrics else None
+    trained = [place for place in range(len(sources)) if any(wants[place])]
     for place in trained:
-        sides[place].want(*wants[place], apart=read_by_others(place, lessons))
+        sources[place].request_grads(*wants[place], separate_grad=tile_reused(place, terms))
         if row_weight is not None:
-            sides[place].leave_out(row_weight)
-    step = plan(sides, rows, memory)
+            sources[place].leave_out(row_weight)
+    step = rows_per_block(sources, rows, memory)
     if deferred:
         for place in trained:
-            sides[place].want(False, False, False)
-        trained, step = [], plan(sides, rows, memory)
+            sources[place].request_grads(False, False, False)
+        trained, step = [], rows_per_block(sources, rows, memory)
 
     def block(start, stop):
         rows_of = slice(start, stop)
-        made = [side.tile(start, stop) for side in sides]
-        grads = {place: sides[place].gradient(start, stop, made[place]) for place in trained}
-        for i, lesson in enumerate(lessons):
-            alpha = None if lesson.alpha is None else alphas[lesson.alpha]
+        made = [source.tile(start, stop) for source in sources]
+        grads = {place: sources[place].grad_buffer(start, stop, made[place]) for place in trained}
+        for i, term in enumerate(terms):
+            alpha = None if term.alpha is None else alphas[term.alpha]
             module.rows(
-                lesson.objective,
-                made[lesson.student],
-                made[lesson.teacher],
-                None if lesson.noisy is None else made[lesson.noisy],
+                term.objective,
+                made[term.student],
+                made[term.teacher],
+                None if term.noisy is None else made[term.noisy],
                 *(None if t is None else t[rows_of] for t in (alpha, labels, row_weight)),
                 loss[i, rows_of],
-                grads.get(lesson.student),
+                grads.get(term.student),
                 None if table is None else table[i, :, rows_of],
             )
         for place, grad in grads.items():
-            sides[place].back(grad, start, stop)
+            sources[place].backward(grad, start, stop)
 
     def sweep(step):
         for place in trained:
-            sides[place].reset()
-        for one in sides:
+            sources[place].reset()
+        for one in sources:
             one.allocate(min(step, rows))
         for start in range(0, rows, step):
             block(start, min(start + step, rows))
@@ -223,41 +224,41 @@ def run(call, tensors, row_weight, wants, return_metrics, deferred=False):
         if step == 1:
             raise
         again = True
-    if again:  # out here the traceback holds no tile of the first try any more
-        for one in sides:
+    if again:  # outside the except block no traceback keeps the first try's tiles alive
+        for one in sources:
             one.release()
         warnings.warn(f"out of memory with blocks of {step} rows: trying once more with half", stacklevel=2)
         sweep(-(-step // 2))
     if index is not None:
-        loss = loss.new_zeros(len(lessons), n).index_copy_(1, index, loss)
+        loss = loss.new_zeros(len(terms), n).index_copy_(1, index, loss)
         table = table if table is None else table.new_zeros(*table.shape[:2], n).index_copy_(2, index, table)
-    grads = [sides[place].gradients() if place in trained else (None, None, None) for place in range(len(sides))]
+    grads = [sources[place].grads() if place in trained else (None, None, None) for place in range(len(sources))]
     return loss, table, grads
 
 
-def widest(sides):
-    """dtype of numbers that come of several sides: float32, or float64."""
-    return torch.float64 if any(side.dtype == torch.float64 for side in sides) else torch.float32
+def widest(sources):
+    """dtype of results from several sources: float32, or float64."""
+    return torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
 
 
-def contrast(call, tensors):
-    """Purified log-probabilities (N, vocab) of the one lesson's teacher, float32 or better."""
-    (lesson,), labels, alphas = call.lessons, call.labels, call.alphas
-    check_labels(call)
+def contrast(spec, tensors):
+    """Purified log-probabilities (N, vocab) of the single term's teacher, float32 or float64."""
+    (term,), labels, alphas = spec.terms, spec.labels, spec.alphas
+    check_labels(spec)
     n, device = len(tensors[0][0]), tensors[0][0].device
-    sides, memory = sides_of(call, tensors, False)
-    clean, noisy = sides[lesson.teacher], sides[lesson.noisy]
-    dtype = widest(sides)
-    alpha = None if lesson.alpha is None else alphas[lesson.alpha].to(dtype)
-    out = torch.empty(n, call.vocab, dtype=dtype, device=device)
-    module = find(device, dtype, call.backend)
-    step = plan(sides, n, memory)
-    for one in sides:
+    sources, memory = make_tile_sources(spec, tensors, False)
+    clean, noisy = sources[term.teacher], sources[term.noisy]
+    dtype = widest(sources)
+    alpha = None if term.alpha is None else alphas[term.alpha].to(dtype)
+    out = torch.empty(n, spec.vocab, dtype=dtype, device=device)
+    module = find(device, dtype, spec.backend)
+    step = rows_per_block(sources, n, memory)
+    for one in sources:
         one.allocate(min(step, n))
     for start in range(0, n, step):
         stop = min(start + step, n)
         module.contrast(
-            lesson.objective,
+            term.objective,
             clean.tile(start, stop),
             noisy.tile(start, stop),
             *(None if t is None else t[start:stop] for t in (alpha, labels)),

@@ -10,11 +10,11 @@ from transformers import TrainingArguments
 from .. import DIVERGENCES, Head, pyramid, ternary
 from ..contrastive import WORDS, purify
 from ..data.generation import DTYPES
-from ..engine.tile_loop import TILES
+from ..engine.options import PRECISIONS
 from ..losses import distill_loss
 from ..noise import diffuse
 from ..ops.dispatch import MODULES
-from ..ops.dispatch import check as check_backend
+from ..ops.dispatch import validate as check_backend
 from .options import own
 
 # options that are lists of numbers, one per model, stage or source; a single number is accepted for all
@@ -101,7 +101,7 @@ class DistillationArguments:
     lora_targets: list[str] | None = arg(
         None, "Layers to adapt, by the last part of their name; by default every linear layer of the language model."
     )
-    precision: str = arg("float32", "Precision of the logits of a tile.", TILES)
+    precision: str = arg("float32", "Precision of the logits of a tile.", PRECISIONS)
     tile_memory: int | None = arg(None, "Memory budget for tiles, in bytes; by default as in distill_loss.")
     backend: str | None = arg(None, "Implementation of the loss; by default the fastest one available.", MODULES)
     learning_rate: float = arg(2e-4, "The largest learning rate.")

@@ -53,7 +53,7 @@ class SeedTrainer(RoundsTrainer):
     (ValueError, naming the first difference), nor is a fresh one begun where another has left checkpoints. That model
     and data are the same is not checked.
 
-    Logged beside the loss, as means over answer positions: divergence, confidence, purification, agreement,
+    Logged beside the loss, as means over answer positions: divergence, confidence, contrast_weight, agreement,
     student_entropy, teacher_entropy; with labels cross_entropy; with SeedConfig.yes_rate yes_rate.
     """
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 
 from . import native
-from .dispatch import after
+from .dispatch import fallback_for
 
 try:
     from .. import _cuda
@@ -62,13 +62,13 @@ def unfit(tiles, device):
     return f"rows of {tiles[0].shape[1]:,} words do not fit on chip, the longest of such tiles ({dtypes}) have {most:,}"
 
 
-def launch(operation, count, asked, objective, x, *tensors):
+def launch(operation, count, required, objective, x, *tensors):
     """One operation on the stream that torch uses now, or on the next backend if x's device or row is not for us.
 
     Args:
         operation: "rows" or "contrast".
         count: how many of the tensors, x among them, are tiles that a row needs on chip.
-        asked: whether this backend was asked for by name: then what is not for us is a ValueError.
+        required: whether this backend was required for by name: then what is not for us is a ValueError.
     """
     device = x.device
     if device.type != "cuda":
@@ -81,9 +81,9 @@ def launch(operation, count, asked, objective, x, *tensors):
     if done:
         return
     why = f"cuda: {unfit((x, *tensors[: count - 1]), device)}"
-    if asked:
+    if required:
         raise ValueError(f"{why}; without backend='cuda' the next backend runs")
-    getattr(after("cuda", device, x.dtype, why), operation)(objective, x, *tensors)
+    getattr(fallback_for("cuda", device, x.dtype, why), operation)(objective, x, *tensors)
 
 
 rows = partial(launch, "rows", 3, False)  # hkdfast.ops.reference.rows

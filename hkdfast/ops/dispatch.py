@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Fastest first, per device type. The reference runs everywhere, so no call is left without a home.
+# Fastest first, per device type. The reference runs everywhere, so no call is skipped without a home.
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 MODULES = {
     "cpu": "hkdfast.ops.cpu",
@@ -21,7 +21,7 @@ DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 DTYPES = {name: (torch.float32, torch.bfloat16, torch.float16) for name in ("cpu", "cuda", "triton")}
 
 
-def check(name):
+def validate(name):
     """The backend's name, after a look that there is one of that name."""
     if name is not None and (not isinstance(name, str) or name not in MODULES):
         wrong = repr(name) if isinstance(name, str) else type(name).__name__
@@ -31,7 +31,7 @@ def check(name):
 
 def load(name):
     """The module of a backend that runs here; else an ImportError that says why it does not."""
-    module = import_module(MODULES[check(name)])
+    module = import_module(MODULES[validate(name)])
     if why := getattr(module, "unusable", str)():
         raise ImportError(f"the {name} backend does not run here: {why}")
     return module
@@ -56,12 +56,12 @@ def backends():
     return report
 
 
-def visible(tensor):
+def host_readable(tensor):
     """Whether the host can look at a tensor's numbers without waiting for a device or breaking a compiled graph."""
-    return tensor.device.type == "cpu" and not traced(tensor)
+    return tensor.device.type == "cpu" and not is_traced(tensor)
 
 
-def traced(tensor):
+def is_traced(tensor):
     """Whether a tensor has no numbers yet, and only operators can take it: torch.compile looks on, or it is fake or
     meta."""
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
@@ -73,7 +73,7 @@ def find(device, dtype, backend=None):
     A backend is asked for by argument or, for the whole process, by HKDFAST_BACKEND; then a missing one raises, and so
     does the backend on what is not for it.
     """
-    backend = check(backend or os.environ.get("HKDFAST_BACKEND") or None)
+    backend = validate(backend or os.environ.get("HKDFAST_BACKEND") or None)
     if backend is not None:
         if dtype not in DTYPES.get(backend, (dtype,)):
             raise ValueError(f"backend {backend!r} takes {DTYPES[backend]}, not {dtype}; the reference takes any")
@@ -82,21 +82,21 @@ def find(device, dtype, backend=None):
         if device.type not in takes:
             raise ValueError(f"the {backend} backend takes tensors on {' or '.join(takes)}, not on {device.type}")
         return getattr(module, "by_name", module)
-    return fastest(ORDER.get(device.type, ("reference",)), dtype)
+    return first_usable(ORDER.get(device.type, ("reference",)), dtype)
 
 
-def after(name, device, dtype, why):
+def fallback_for(name, device, dtype, why):
     """The backend that takes over where this one cannot, as with a row that is too long for it. Why is told once."""
     order = ORDER[device.type]
-    return fastest(order[order.index(name) + 1 :], dtype, (why,))
+    return first_usable(order[order.index(name) + 1 :], dtype, (why,))
 
 
-def fastest(names, dtype, left=()):
+def first_usable(names, dtype, skipped=()):
     """The first of these backends that is usable here and takes this dtype.
 
-    Told once: that it is the reference, and that it took over from others; left says why they were left.
+    Told once: that it is the reference, and that it took over from others; skipped says why they were skipped.
     """
-    why = list(left)
+    why = list(skipped)
     for name in names:
         if dtype not in DTYPES.get(name, (dtype,)):
             continue
@@ -105,18 +105,18 @@ def fastest(names, dtype, left=()):
         except ImportError as error:
             why.append(f"{name}: {error}")
             continue
-        if left or why and name == "reference":
-            fell(name, tuple(why))
+        if skipped or why and name == "reference":
+            warn_fallback(name, tuple(why))
         return found
 
 
-_told = set()
+_warned = set()
 
 
-def fell(name, why):
+def warn_fallback(name, why):
     """Say once that a slower backend runs, and why."""
-    if (name, why) not in _told:
-        _told.add((name, why))
+    if (name, why) not in _warned:
+        _warned.add((name, why))
         warnings.warn(
             f"hkdfast runs on its {name} backend, which is slower; missing: {'; '.join(why)}",
             stacklevel=4,

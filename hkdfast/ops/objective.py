@@ -15,7 +15,7 @@ METRICS = (
     "student_entropy",  # of q at the temperature, nats
     "teacher_entropy",  # of p, purified if it is, at the temperature, nats
     "confidence",  # of the clean teacher by the law's measure; without a law the largest p at the temperature
-    "purification",  # the weight a of the disturbed branch; 0 without a law
+    "contrast_weight",  # the weight a of the disturbed branch; 0 without a law
     "agreement",  # 1 where student and (purified) teacher have the same most probable word, else 0
 )
 
@@ -29,7 +29,7 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class Law:
+class ContrastSpec:
     """How strongly, and where, the disturbed branch is subtracted. `hkdfast.purify` explains the words."""
 
     schedule: str = "constant"  # constant | linear | gate | rows (a tensor gives the weight of each row)
@@ -61,7 +61,7 @@ class Objective:
     student: Transform = Transform()
     teacher: Transform = Transform()
     noisy: Transform = Transform()
-    law: Law | None = None  # None: the teacher as it is
+    law: ContrastSpec | None = None  # None: the teacher as it is
 
     def encode(self):
         """(text, numbers): an operator takes no dataclass.
@@ -69,7 +69,7 @@ class Objective:
         Floats stay numbers, so that torch.compile makes no graph for each value of a schedule. Written in what it can
         follow, which json and dataclasses.asdict are not.
         """
-        law = [] if self.law is None else [getattr(self.law, name) for name in LAW]
+        law = [] if self.law is None else [getattr(self.law, name) for name in CONTRAST_FIELDS]
         transforms = [[t.scale, t.softcap] for t in (self.student, self.teacher, self.noisy)]
         return encode([[getattr(self, name) for name in SCALARS], law, *transforms])
 
@@ -78,10 +78,12 @@ class Objective:
         """The Objective of what encode gave; numbers is an iterator."""
         scalars, law, *transforms = decode(text, numbers)
         student, teacher, noisy = (Transform(*group) for group in transforms)
-        return Objective(*scalars, student=student, teacher=teacher, noisy=noisy, law=Law(*law) if law else None)
+        return Objective(
+            *scalars, student=student, teacher=teacher, noisy=noisy, law=ContrastSpec(*law) if law else None
+        )
 
 
-LAW = tuple(field.name for field in fields(Law))
+CONTRAST_FIELDS = tuple(field.name for field in fields(ContrastSpec))
 SCALARS = tuple(field.name for field in fields(Objective) if field.name not in ("student", "teacher", "noisy", "law"))
 
 

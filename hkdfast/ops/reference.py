@@ -69,9 +69,20 @@ DIVERGENCES = {
     )
 }
 
-# What a divergence is when teacher and student change sides, beta becoming 1 - beta: the gradient of the one in p is
-# that of the other in q.
-MIRROR = {
+# The divergences that read beta: its range, in words and as a test.
+BETA_RANGES = {
+    "jensen_shannon": ("0 < beta < 1", lambda beta: 0 < beta < 1),
+    "skew_kl": ("0 <= beta < 1", lambda beta: 0 <= beta < 1),
+    "skew_reverse_kl": ("0 < beta <= 1", lambda beta: 0 < beta <= 1),
+}
+
+# The limits of beta where a mixture is p or q alone, and the divergence it then is: no backend has to take the
+# logarithm of a degenerate mixture.
+LIMITS = {"skew_kl": (0, "forward_kl"), "skew_reverse_kl": (1, "reverse_kl")}
+
+# The divergence with p and q swapped and beta replaced by 1 - beta: the gradient of the one in p is the gradient of the
+# other in q.
+SWAPPED = {
     "forward_kl": "reverse_kl",
     "reverse_kl": "forward_kl",
     "jensen_shannon": "jensen_shannon",
@@ -91,30 +102,30 @@ def entropy(log_p):
 
 
 def confidence(log_clean, measure, labels):
-    """How sure the clean branch is of its answer: (N,) between 0 and 1."""
+    """How certainty the clean branch is of its answer: (N,) between 0 and 1."""
     if measure == "max_prob":
         return log_clean.amax(-1).exp()
     if measure == "entropy":
-        return 1 - entropy(log_clean) / math.log(max(log_clean.shape[-1], 2))  # of one word it is sure
+        return 1 - entropy(log_clean) / math.log(max(log_clean.shape[-1], 2))  # of one word it is certainty
     return log_clean.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp()  # target
 
 
-def purification(law, sure, alpha):
-    """The weight a of the disturbed branch: (N,)."""
+def contrast_weight(law, certainty, alpha):
+    """The weight a of the noisy_logits branch: (N,)."""
     if law.schedule == "per_row":
-        return alpha.to(sure.dtype)
+        return alpha.to(certainty.dtype)
     if law.schedule == "linear":
-        return law.alpha * (1 - sure)
+        return law.alpha * (1 - certainty)
     if law.schedule == "gate":
-        return torch.where(sure < law.threshold, law.alpha, torch.zeros_like(sure))
-    return torch.full_like(sure, law.alpha)  # constant
+        return torch.where(certainty < law.threshold, law.alpha, torch.zeros_like(certainty))
+    return torch.full_like(certainty, law.alpha)  # constant
 
 
 def contrasted(law, log_clean, log_noisy, a):
     """Purified log-probabilities up to a constant per row: reconstruction of SEED (arXiv:2507.04680), VCD's contrast
     (arXiv:2311.16922) when extrapolating with a constant weight.
 
-    A word that only the disturbed branch masks keeps its clean log-probability: there is nothing to subtract.
+    A word that only the noisy_logits branch masks keeps its clean log-probability: there is nothing to subtract.
     Inside the plausibility set (VCD's V_head) the words share the clean mass of the set by their purified odds, so
     that outside="clean" leaves every other word exactly its clean log-probability.
     """
@@ -136,14 +147,14 @@ def teacher_log_probs(objective, clean, noisy, alpha, labels):
     law = objective.law
     if law is None:
         log_p = (clean / objective.temperature).log_softmax(-1)
-        sure = log_p.amax(-1).exp()
-        return log_p, sure, torch.zeros_like(sure)
+        certainty = log_p.amax(-1).exp()
+        return log_p, certainty, torch.zeros_like(certainty)
     log_clean, log_noisy = clean.log_softmax(-1), noisy.log_softmax(-1)
-    sure = confidence(log_clean, law.confidence, labels)
-    a = purification(law, sure, alpha)
+    certainty = confidence(log_clean, law.confidence, labels)
+    a = contrast_weight(law, certainty, alpha)
     return (
         (contrasted(law, log_clean, log_noisy, a) / objective.temperature).log_softmax(-1),
-        sure,
+        certainty,
         a,
     )
 
@@ -177,10 +188,10 @@ def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, gr
         x = student.detach().to(dtype, copy=True).requires_grad_()
         offset = x.detach() if objective.difference else 0
         clean = logits(teacher.to(dtype) + offset, objective.teacher)
-        disturbed = None if noisy is None else logits(noisy.to(dtype) + offset, objective.noisy)
+        noisy_logits = None if noisy is None else logits(noisy.to(dtype) + offset, objective.noisy)
         z = logits(x, objective.student)
         log_q = (z / objective.temperature).log_softmax(-1)
-        log_p, sure, a = teacher_log_probs(objective, clean, disturbed, alpha, labels)
+        log_p, certainty, a = teacher_log_probs(objective, clean, noisy_logits, alpha, labels)
         floored = torch.where(log_q > -math.inf, log_p.clamp(min=objective.teacher_floor), log_p)
         divergence = soft(floored, log_q, objective.beta).sum(-1)
         hard = torch.zeros_like(divergence)
@@ -206,7 +217,7 @@ def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, gr
     loss.copy_((objective.soft_weight * divergence + hard_part.detach()).where(live, 0))
     if metrics is not None:
         agree = log_p.argmax(-1) == log_q.argmax(-1)
-        columns = (divergence, hard, entropy(log_q), entropy(log_p), sure, a, agree)
+        columns = (divergence, hard, entropy(log_q), entropy(log_p), certainty, a, agree)
         for out, column in zip(metrics, columns, strict=True):
             out.copy_(column.detach().where(live, 0))
     assert metrics is None or len(metrics) == len(METRICS)

@@ -12,8 +12,8 @@ from truth import leaves, off, with_gradients
 
 from hkdfast import Head, contrast, distill_loss, purify
 from hkdfast.engine import tile_loop
-from hkdfast.engine.operators import contrast_op, decoded, distill, encoded
-from hkdfast.ops.objective import Law, Objective, Transform
+from hkdfast.engine.operators import contrast_op, distill, pack_spec, unpack_spec
+from hkdfast.ops.objective import ContrastSpec, Objective, Transform
 
 N, H, HT, V = 6, 8, 5, 40
 LABELS = torch.tensor([3, -100, 0, 39, -100, 7])
@@ -54,13 +54,13 @@ def args(
         return (source.hidden, source.weight, source.bias) if isinstance(source, Head) else (source, None, None)
 
     branches = [student, teacher] + ([teacher, teacher] if purified else [])
-    law = Law("linear", 2.0) if purified else None
+    law = ContrastSpec("linear", 2.0) if purified else None
     objective = Objective(law=law, hard_weight=0.5 if labeled else 0.0, student=Transform(1.0, 8.0))
-    noisy = tile_loop.Party((2, 3), (Transform(), Transform(1.0, 3.0)))
-    parties = tile_loop.Party((0,)), tile_loop.Party((1,)), *((noisy,) if purified else ())
-    lesson = tile_loop.Lesson(0, 1, 2 if purified else None, objective)
-    call = tile_loop.Call(parties, (lesson,), None, [], V, None, "float32", None, None)
-    text, numbers = encoded(call)
+    noisy = tile_loop.Input((2, 3), (Transform(), Transform(1.0, 3.0)))
+    inputs = tile_loop.Input((0,)), tile_loop.Input((1,)), *((noisy,) if purified else ())
+    term = tile_loop.LossTerm(0, 1, 2 if purified else None, objective)
+    spec = tile_loop.LoopSpec(inputs, (term,), None, [], V, None, "float32", None, None)
+    text, numbers = pack_spec(spec)
     return (
         *(list(tensors) for tensors in zip(*(parts(one) for one in branches), strict=True)),
         LABELS if labeled else None,
@@ -68,7 +68,7 @@ def args(
         text,
         torch.tensor(numbers, dtype=torch.float64),
         torch.ones(N) if weighted else None,
-        [wants, wants and kind == "heads", wants and kind == "heads"] + 3 * [False] * (len(parties) - 1),
+        [wants, wants and kind == "heads", wants and kind == "heads"] + 3 * [False] * (len(inputs) - 1),
         metrics,
         deferred,
         V,
@@ -162,7 +162,7 @@ def test_a_whole_training_step_compiles_with_inductor():
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
-            values += [value.item(), metrics["purification"].sum().item()]
+            values += [value.item(), metrics["contrast_weight"].sum().item()]
         return torch.tensor(values + body.weight.flatten().tolist())
 
     torch.testing.assert_close(train(True), train(False))
@@ -246,8 +246,8 @@ def test_the_host_waits_for_nothing(student, teacher, reduction, monkeypatch):
     """Forward, backward, metrics, weights, num_items as a tensor, with the shortcuts that the CPU alone takes off."""
     import sys
 
-    for module in ("checks", "tile_loop", "autograd", "terms"):
-        monkeypatch.setattr(sys.modules[f"hkdfast.engine.{module}"], "visible", lambda tensor: False)
+    for module in ("checks", "tile_loop", "autograd", "options"):
+        monkeypatch.setattr(sys.modules[f"hkdfast.engine.{module}"], "host_readable", lambda tensor: False)
     student, teacher = pair(student)[0], pair(teacher)[1]
     labels = LABELS if not isinstance(student, Head) and not isinstance(teacher, Head) else None
     options = dict(
@@ -288,12 +288,12 @@ def test_tensors_of_tensors_are_refused():
             call()
 
 
-def test_what_an_operator_is_told_comes_back_as_it_was():
-    law = Law("gate", 0.1, "entropy", 1e-300, "subtract", 1 / 3, "drop")
-    asked = Objective(
+def test_a_packed_spec_is_unpacked_as_it_was():
+    law = ContrastSpec("gate", 0.1, "entropy", 1e-300, "subtract", 1 / 3, "drop")
+    objective = Objective(
         "skew_kl", 0.1, 1 / 3, 4.0, 0.7, -1, -30.5, True, True, Transform(0.1), Transform(2.0, 5.5), Transform(), law
     )
-    parties = tile_loop.Party((0,)), tile_loop.Party((1,)), tile_loop.Party((2, 3), (Transform(0.3, 7.0), Transform()))
-    lessons = tile_loop.Lesson(0, 1, 2, asked, 0), tile_loop.Lesson(1, 0, None, Objective(), counts=False)
-    call = tile_loop.Call(parties, lessons, None, [], V, None, "float32", None, None)
-    assert decoded(*encoded(call)) == (parties, lessons)
+    inputs = tile_loop.Input((0,)), tile_loop.Input((1,)), tile_loop.Input((2, 3), (Transform(0.3, 7.0), Transform()))
+    terms = tile_loop.LossTerm(0, 1, 2, objective, 0), tile_loop.LossTerm(1, 0, None, Objective(), counted=False)
+    spec = tile_loop.LoopSpec(inputs, terms, None, [], V, None, "float32", None, None)
+    assert unpack_spec(*pack_spec(spec)) == (inputs, terms)

@@ -13,7 +13,7 @@ from hkdfast import DIVERGENCES, Edge, Head, coupled_loss, distill_loss, purify
 from hkdfast.engine import tile_loop
 from hkdfast.ops import reference
 from hkdfast.ops.dispatch import load
-from hkdfast.ops.reference import MIRROR
+from hkdfast.ops.reference import SWAPPED
 
 N, V = 9, 211
 LABELS = torch.tensor([5, -100, 0, 210, 7, -100, 33, 100, 2])
@@ -123,15 +123,15 @@ def test_value_and_gradients_on_other_backends(backend):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", FAST)
 def test_every_divergence_into_both_sides(backend, divergence):
-    table = [[0, Edge(0.7, divergence, 0.3, divergence not in MIRROR)], [Edge(0.4, divergence, 0.6), 0]]
+    table = [[0, Edge(0.7, divergence, 0.3, divergence not in SWAPPED)], [Edge(0.4, divergence, 0.6), 0]]
     check(three()[:2], table, (0.5, 0), backend=backend, labels=LABELS)
 
 
-@pytest.mark.parametrize("divergence", MIRROR)
+@pytest.mark.parametrize("divergence", SWAPPED)
 def test_a_mirror_is_the_divergence_with_its_sides_changed(divergence):
     log_p, log_q = (draw(4, 50, seed=seed, dtype=torch.float64).log_softmax(-1) for seed in (0, 1))
     one = DIVERGENCES[divergence](log_p, log_q, 0.3).sum(-1)
-    other = DIVERGENCES[MIRROR[divergence]](log_q, log_p, 0.7).sum(-1)
+    other = DIVERGENCES[SWAPPED[divergence]](log_q, log_p, 0.7).sum(-1)
     torch.testing.assert_close(one, other)
 
 
@@ -318,7 +318,7 @@ def test_out_of_memory_halves_the_blocks_once_without_adding_twice(monkeypatch):
 
 def test_fresh_memory_full_of_nan_reaches_nothing(monkeypatch):
     """The first lesson of a student writes, whatever stood there; only its others add."""
-    for place in ("hkdfast.engine.tile_sources.empty", "hkdfast.engine.tile_loop.torch.empty"):
+    for place in ("hkdfast.engine.tile_sources.empty_hugepages", "hkdfast.engine.tile_loop.torch.empty"):
         monkeypatch.setattr(place, lambda *shape, **how: torch.full(*full(shape), float("nan"), **how))
     for kind in ("heads", "logits", "mixed"):
         for coupling in COUPLINGS.values():
@@ -363,7 +363,7 @@ def test_difference_tiles_of_one_student():
     loss.backward()
     exact = with_gradients(eager, [as_leaves(one, torch.float64) for one in heads], table, (0, 0, 0))
     assert off(loss.detach(), exact[0]) < 2.5e-2 and off(heads[0].hidden.grad, exact[1]) < 2.5e-2
-    with pytest.raises(ValueError, match='precision="difference" are differences to one student, got 2 students'):
+    with pytest.raises(ValueError, match='precision="difference" takes one student, got 2 students'):
         coupled_loss(heads, [[0, 1.0, 0], [0, 0, 1.0], [0] * 3], precision="difference")
 
 
@@ -385,7 +385,7 @@ BAD = {
     "hard_weight 0.5 needs labels": {"hard_weight": (0.5, 0, 0)},
     "hard_weight must be one number, or one for each of 3 heads, got 2": {"hard_weight": (0.5, 0), "labels": LABELS},
     r"hard_weight\[1\] must be finite and not negative, got -2": {"hard_weight": (0.5, -2, 0), "labels": LABELS},
-    r"heads\[1\] \(9, 200\) .*|vocabularies of 211 and 200 words differ": {"heads": [three()[0], head(8, 1, vocab=200), three()[2]]},  # noqa: E501
+    r"heads\[1\] \(9, 200\) .*|vocabularies of 211 and 200 tokens differ": {"heads": [three()[0], head(8, 1, vocab=200), three()[2]]},  # noqa: E501
     r"heads\[0\] \(9, 211\) and heads\[1\] \(8, 211\) differ in their rows": {
         "heads": [three("logits")[0], three("logits")[1][:8], three()[2]]
     },
@@ -427,9 +427,11 @@ def test_a_divergence_without_mirror_has_no_gradient_into_its_teacher(monkeypatc
 def test_the_plan_counts_tiles_and_gradients_of_all(monkeypatch):
     """A block's tiles and gradient tiles of all models fit the memory that was given."""
     seen = []
-    plain = tile_loop.plan
+    plain = tile_loop.rows_per_block
     monkeypatch.setattr(
-        tile_loop, "plan", lambda sides, *rest: seen.append([s.bytes_per_row for s in sides]) or plain(sides, *rest)
+        tile_loop,
+        "rows_per_block",
+        lambda sources, *rest: seen.append([s.bytes_per_row for s in sources]) or plain(sources, *rest),
     )  # noqa: E501
     with_gradients(coupled_loss, [head(w, i) for i, w in enumerate(DTYPES)], MUTUAL)
     assert seen == [[4 * (2 * 256 + 3 * width) for width in DTYPES]]

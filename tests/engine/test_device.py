@@ -45,7 +45,7 @@ def assert_close(student, teacher, bound, *args, backend, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_heads(backend, divergence, dtype, bound, monkeypatch):
     """Three ragged blocks: the first writes the weight's gradient, the others add to it."""
-    monkeypatch.setattr("hkdfast.engine.tile_loop.plan", lambda *args: 20)
+    monkeypatch.setattr("hkdfast.engine.tile_loop.rows_per_block", lambda *args: 20)
     student, teacher = near_and_far(0.3, dtype, rows=48, vocab=1031)
     assert_close(student, teacher, bound, divergence, backend=backend)
 
@@ -93,7 +93,7 @@ def test_a_purified_teacher_of_heads(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_heads_that_learn_from_each_other(backend, divergence, dtype, bound, monkeypatch):
     """Gradients of several edges meet in one tile; some rows are ignored."""
-    monkeypatch.setattr("hkdfast.engine.tile_loop.plan", lambda *args: 20)
+    monkeypatch.setattr("hkdfast.engine.tile_loop.rows_per_block", lambda *args: 20)
     sides = [moved(near_and_far(0.3, dtype, rows=48, vocab=517, seed=seed)[0]) for seed in range(3)]
     labels = torch.arange(48, device=DEVICE) % 517
     labels[::5] = -100
@@ -245,19 +245,19 @@ class Products(TorchDispatchMode):
 
 def test_products_on_a_gpu_sum_and_write_float32(monkeypatch):
     """The forms that torch has on CUDA alone, on tensors without memory: torch's own shape functions take them."""
-    monkeypatch.setattr("hkdfast.engine.tile_sources.widens", lambda tensor: True)
+    monkeypatch.setattr("hkdfast.engine.tile_sources.has_wide_gemm", lambda tensor: True)
     monkeypatch.setattr("hkdfast.engine.tile_loop.find", lambda *args: types.SimpleNamespace(rows=lambda *args: None))
     n, h, h_t, vocab = 8192, 4096, 3584, 151_936
     shapes = ((n, h), (vocab, h), (n, h_t), (vocab, h_t))
     x, weight, x_t, weight_t = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
-    memory = tile_loop.BUDGET["cuda, trained head"]
-    parties = tile_loop.Party((0,)), tile_loop.Party((1,))
-    call = tile_loop.Call(
-        parties, (tile_loop.Lesson(0, 1, None, Objective()),), None, [], vocab, None, "float32", memory, None
+    memory = tile_loop.DEFAULT_BUDGET["cuda, trained head"]
+    inputs = tile_loop.Input((0,)), tile_loop.Input((1,))
+    spec = tile_loop.LoopSpec(
+        inputs, (tile_loop.LossTerm(0, 1, None, Objective()),), None, [], vocab, None, "float32", memory, None
     )
     tensors, wants = [(x, weight, None), (x_t, weight_t, None)], [[True, True, False], [False] * 3]
     with Products() as products:
-        _, _, ((d_hidden, d_weight, _), _) = tile_loop.run(call, tensors, None, wants, False)
+        _, _, ((d_hidden, d_weight, _), _) = tile_loop.run(spec, tensors, None, wants, False)
     assert d_hidden.dtype == d_weight.dtype == torch.float32
     mm, addmm = "aten.mm.dtype_out", "aten.addmm.dtype_out"
     assert products.seen == [(name, torch.float32) for name in (mm, mm, mm, mm, mm, mm, mm, addmm)]  # two blocks
@@ -270,5 +270,5 @@ def test_products_on_a_gpu_sum_and_write_float32(monkeypatch):
 def test_a_trained_head_takes_two_to_four_blocks(h, h_t, vocab):
     student = types.SimpleNamespace(bytes_per_row=(4 + 2) * vocab + 12 * h, fixed_bytes=0)
     teacher = types.SimpleNamespace(bytes_per_row=4 * vocab + 12 * h_t, fixed_bytes=0)
-    step = tile_loop.plan([student, teacher], 8192, tile_loop.BUDGET["cuda, trained head"])
-    assert step % tile_loop.GRAIN == 0 and 2 <= -(-8192 // step) <= 4
+    step = tile_loop.rows_per_block([student, teacher], 8192, tile_loop.DEFAULT_BUDGET["cuda, trained head"])
+    assert step % tile_loop.ROW_MULTIPLE == 0 and 2 <= -(-8192 // step) <= 4

@@ -188,7 +188,7 @@ def test_the_weights_gradient_is_summed_in_float32(precision, monkeypatch):
     student, teacher = near_and_far(None, rows=160, vocab=200)
     exact = exactly(student, teacher)
     one = with_gradients(distill_loss, student, teacher, precision=precision)
-    monkeypatch.setattr("hkdfast.engine.tile_loop.plan", lambda *args: 1)
+    monkeypatch.setattr("hkdfast.engine.tile_loop.rows_per_block", lambda *args: 1)
     with Blocks(200) as blocks:
         many = with_gradients(distill_loss, student, teacher, precision=precision)
     assert len(blocks.rows) == 2 * 160
@@ -271,7 +271,7 @@ def test_difference_tiles_need_one_head(change):
 
 
 def test_narrow_tiles_of_float64_heads_are_refused():
-    with pytest.raises(ValueError, match="precision='bfloat16' are of 16 bits: heads of float64"):
+    with pytest.raises(ValueError, match="precision='bfloat16' makes 16-bit tiles: for float64 heads"):
         distill_loss(head(dtype=torch.float64), head(dtype=torch.float64, seed=1), precision="bfloat16")
 
 

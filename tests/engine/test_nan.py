@@ -10,7 +10,7 @@ from cases import home, law
 from truth import FAST, USABLE, as_leaves, leaves
 
 from hkdfast import DIVERGENCES, Edge, Head, coupled_loss, distill_loss, purify
-from hkdfast.engine.autograd import weighted
+from hkdfast.engine.autograd import apply_row_weight
 from hkdfast.ops.dispatch import load
 from hkdfast.ops.objective import METRICS, Objective, Transform
 
@@ -300,5 +300,5 @@ def test_what_a_compiled_loss_cannot_look_at():
 
 def test_weighted_leaves_out_what_has_no_weight():
     loss = torch.tensor([math.nan, math.inf, math.nan, 1.0])
-    got = weighted(loss, torch.tensor([0.0, 0.0, 1.0, 2.0]))
+    got = apply_row_weight(loss, torch.tensor([0.0, 0.0, 1.0, 2.0]))
     assert got[:2].eq(0).all() and got[2].isnan() and got[3] == 2

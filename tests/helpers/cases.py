@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hkdfast.ops.dispatch import MODULES
-from hkdfast.ops.objective import METRICS, UNLABELED, Law, Objective, Transform
+from hkdfast.ops.objective import METRICS, UNLABELED, ContrastSpec, Objective, Transform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,7 +33,7 @@ class Case:
 
 
 def law(**words):
-    return {"law": Law(**{"alpha": 1.5, **words})}
+    return {"law": ContrastSpec(**{"alpha": 1.5, **words})}
 
 
 # Errors are compared by the largest over the rows: where PyTorch can be lucky on a few rows, there are more of them.

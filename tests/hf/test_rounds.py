@@ -51,7 +51,7 @@ def evolved(tmp_path_factory):
 def test_rounds_are_logged_with_their_own_schedule_and_contrast(evolved):
     history = [entry for entry in evolved[1].state.log_history if "loss" in entry]
     assert [(entry["round"], entry["step"]) for entry in history] == [(r, s) for r in (1, 2) for s in (1, 2, 3)]
-    assert [entry["purification"] for entry in history] == [1.5] * 3 + [1.0] * 3
+    assert [entry["contrast_weight"] for entry in history] == [1.5] * 3 + [1.0] * 3
     assert history[0]["learning_rate"] == history[3]["learning_rate"]
     assert history[3]["agreement"] == 1.0 or history[3]["divergence"] < history[0]["divergence"]
 

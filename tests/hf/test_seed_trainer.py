@@ -421,7 +421,7 @@ def test_metrics_reach_the_log_without_a_further_forward(tmp_path):
     trainer.train()
     assert len(calls) == 1 + 2 * 3  # one probe of the head, then student, clean and noisy
     first = trainer.state.log_history[0]
-    assert first["purification"] == 1.5 and 0 < first["confidence"] < 1 and 0 <= first["agreement"] <= 1
+    assert first["contrast_weight"] == 1.5 and 0 < first["confidence"] < 1 and 0 <= first["agreement"] <= 1
     assert math.isclose(first["divergence"], first["loss"], rel_tol=1e-5)
     assert "cross_entropy" not in first
     # before the first step the student is the teacher: its confidence is what identify says

@@ -84,7 +84,7 @@ def test_weights_follow_the_confidence_of_the_clean_branch(backend):
         for weight, expected in laws.items():
             teacher = purify(clean, noisy, 2.0, schedule=weight, confidence=confidence, threshold=threshold)
             _, metrics = distill_loss(student, teacher, labels=labels, return_metrics=True, backend=backend)
-            torch.testing.assert_close(metrics["purification"].double(), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(metrics["contrast_weight"].double(), expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(metrics["confidence"].double(), sure, rtol=1e-5, atol=1e-6)
 
 
@@ -227,7 +227,7 @@ def test_the_plausible_words_of_a_masked_branch():
 def test_dropped_words_and_a_divergence_that_is_infinite_there_need_a_floor(divergence, beta):
     student, clean, noisy = branches()
     teacher = purify(clean, noisy, plausibility=0.1, outside="drop")
-    with pytest.raises(ValueError, match="reverse_kl to a teacher that drops words is infinite: give one"):
+    with pytest.raises(ValueError, match="reverse_kl to a teacher that drops tokens is infinite: set a floor"):
         distill_loss(student, teacher, divergence, beta=beta)
     assert distill_loss(student, teacher, divergence, beta=beta, teacher_floor=-30).isfinite()
     assert distill_loss(student, teacher, "skew_reverse_kl", beta=0.5).isfinite()
@@ -267,7 +267,7 @@ BAD_CONTRAST = {
     "temperature must be positive and finite, got -1": (purify(CLEAN, NOISY), {"temperature": -1}),
     'precision="difference" needs a student': (purify(CLEAN, NOISY), {"precision": "difference"}),
     "tile_memory must be a positive number of bytes, got -1": (purify(CLEAN, NOISY), {"tile_memory": -1}),
-    "vocabularies of 120 and 100 words differ": (purify(CLEAN, NOISY[:, :100]), {}),
+    "vocabularies of 120 and 100 tokens differ": (purify(CLEAN, NOISY[:, :100]), {}),
     'confidence "target" needs labels': (purify(CLEAN, NOISY, schedule="gate", confidence="target"), {}),
     "labels (4,) must be one number per row, (5,)": (purify(CLEAN, NOISY), {"labels": torch.zeros(4).long()}),
     "label 120 is neither in 0..119 nor ignore_index": (purify(CLEAN, NOISY), {"labels": torch.full((N,), 120)}),

@@ -208,7 +208,7 @@ def test_a_step_is_the_same_however_it_is_split(tmp_path):
         args = zoo.config(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, alpha=3.0)
         trainer = SeedTrainer(qwen(), args, train_dataset=alone, data_collator=joined)
         trainer.train()
-        losses.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm", "purification")])
+        losses.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm", "contrast_weight")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][1] > 0
 
 

@@ -11,7 +11,7 @@ from cases import CASES, Case, assert_as_close_as_torch, inputs, run_rows
 
 from hkdfast import DIVERGENCES
 from hkdfast.ops import reference
-from hkdfast.ops.objective import METRICS, Law, Objective
+from hkdfast.ops.objective import METRICS, ContrastSpec, Objective
 
 cpu = pytest.importorskip("hkdfast.ops.cpu")
 SETS = cpu._cpu.instruction_sets()
@@ -71,7 +71,7 @@ def test_threads_change_no_bit(threads, divergence, case, name):
 def test_contrast_shares_a_row_among_threads(threads, threads_):
     threads(threads_)
     clean, noisy = inputs(LONG)[:2]
-    objective = Objective(temperature=0.7, law=Law(plausibility=0.01, schedule="linear", confidence="entropy"))
+    objective = Objective(temperature=0.7, law=ContrastSpec(plausibility=0.01, schedule="linear", confidence="entropy"))
     out, plain = torch.empty(clean.shape), torch.empty(clean.shape)
     exact = torch.empty(clean.shape, dtype=torch.float64)
     cpu.contrast(objective, clean, noisy, None, None, out)
@@ -173,13 +173,13 @@ def test_16_bit_numbers_are_read_and_rounded_as_torch_does(name, dtype):
     tile = bits.view(dtype)
     tile = tile[tile.isfinite() & (tile < 0)].view(1, -1)
     tile = torch.cat([tile.new_zeros(1, 1), tile.where(tile < -100, -100)], 1)  # all the others: nothing of the sum
-    objective = Objective(law=Law(alpha=0.0))
+    objective = Objective(law=ContrastSpec(alpha=0.0))
     wide, out = torch.empty(tile.shape), torch.empty_like(tile)
     cpu.contrast(objective, tile, tile, None, None, wide, instruction_set=name)
     cpu.contrast(objective, tile, tile, None, None, out, instruction_set=name)
     assert torch.equal(wide, tile.float())
     assert torch.equal(out, tile)
-    scaled = Objective(temperature=0.75, law=Law(alpha=0.0))  # results between the numbers of the dtype
+    scaled = Objective(temperature=0.75, law=ContrastSpec(alpha=0.0))  # results between the numbers of the dtype
     cpu.contrast(scaled, tile, tile, None, None, wide, instruction_set=name)
     cpu.contrast(scaled, tile, tile, None, None, out, instruction_set=name)
     assert torch.equal(out, wide.to(dtype))

@@ -425,7 +425,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(sys.modules["hkdfast.ops.dispatch"], "_told", set())
+    monkeypatch.setattr(sys.modules["hkdfast.ops.dispatch"], "_warned", set())
     monkeypatch.delitem(sys.modules, "hkdfast.ops.cuda", raising=False)
     yield load("cuda")
     sys.modules.pop("hkdfast.ops.cuda", None)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkdfast.ops import reference
-from hkdfast.ops.objective import METRICS, Law, Objective, Transform
+from hkdfast.ops.objective import METRICS, ContrastSpec, Objective, Transform
 from hkdfast.ops.reference import DIVERGENCES
 
 pytest.importorskip("triton")
@@ -67,7 +67,7 @@ def test_gradient_in_the_students_place(divergence, dtype):
 @pytest.mark.parametrize("divergence", ["forward_kl", "total_variation"])
 def test_each_tile_has_its_own_dtype(divergence):
     n, vocab = 2, 300
-    objective = Objective(divergence, law=Law(alpha=1.0))
+    objective = Objective(divergence, law=ContrastSpec(alpha=1.0))
     tiles = [draw(n, vocab, dtype, seed) for seed, dtype in enumerate(DTYPES)]
     loss, grad = outputs(n, vocab, torch.float16)
     exact, exact_grad = (t.double() for t in outputs(n, vocab))
@@ -189,7 +189,7 @@ def test_rows_beyond_two_to_the_31():
 
 
 LAWS = st.none() | st.builds(
-    Law,
+    ContrastSpec,
     weight=st.sampled_from(["constant", "linear", "gate"]),
     alpha=st.floats(0, 3),
     confidence=st.sampled_from(["max_prob", "entropy", "target"]),

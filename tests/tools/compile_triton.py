@@ -28,7 +28,7 @@ from triton.runtime.jit import mangle_type
 
 from hkdfast.kernels import contrast, distill, scale
 from hkdfast.kernels.launch import tile_choice
-from hkdfast.ops.objective import METRICS, Law, Objective, Transform
+from hkdfast.ops.objective import METRICS, ContrastSpec, Objective, Transform
 from hkdfast.ops.reference import DIVERGENCES
 
 TARGETS = ("80", "90", "100", "gfx942")
@@ -47,16 +47,16 @@ CASES = {
     "accumulated": {"accumulate": True, "labels": True, "weight": True, "hard_weight": 0.5},
     "softcap": {**CAPPED, "labels": True, "hard_weight": 0.5},
     "difference": {"difference": True},
-    "law": {"law": Law()},
-    "law, everything": {"law": Law(schedule="linear", confidence="entropy", plausibility=0.1), "labels": True}
+    "law": {"law": ContrastSpec()},
+    "law, everything": {"law": ContrastSpec(schedule="linear", confidence="entropy", plausibility=0.1), "labels": True}
     | {"weight": True, "metrics": True, "hard_weight": 0.5, "teacher_floor": -30.0, **CAPPED, "difference": True},
 }
 # laws do not depend on the divergence, so one is enough
 LAWS = {
-    "gate by target": Law(schedule="gate", confidence="target"),
-    "rows, subtract": Law(schedule="per_row", mode="subtract"),
-    "entropy, drop": Law(schedule="linear", confidence="entropy", plausibility=0.1, outside="drop"),
-    "set": Law(plausibility=0.1),
+    "gate by target": ContrastSpec(schedule="gate", confidence="target"),
+    "rows, subtract": ContrastSpec(schedule="per_row", mode="subtract"),
+    "entropy, drop": ContrastSpec(schedule="linear", confidence="entropy", plausibility=0.1, outside="drop"),
+    "set": ContrastSpec(plausibility=0.1),
 }
 
 
@@ -94,7 +94,7 @@ def instantiations():
                 ),
                 distill.choice(objective, (tile,), labels if there["labels"] else None),
             )
-        for name, law in {"constant": Law(), **LAWS}.items():
+        for name, law in {"constant": ContrastSpec(), **LAWS}.items():
             yield (
                 f"contrast, {short}, {name}",
                 contrast.contrast_kernel,
