@@ -1,16 +1,40 @@
-"""Vocabulary-wide distillation at the cost of its matrix products."""
+"""Distillation losses over the full vocabulary, without [tokens, vocab] logits in memory; SEED and HKD4VLM."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .contrastive import contrast, purify
 from .heads import Head
-from .losses import Edge, coupled_loss, distill_loss
+from .losses import DistillLoss, Edge, coupled_loss, distill_loss
 from .noise import diffuse
 from .ops.dispatch import backends
 from .ops.objective import UNLABELED
 from .ops.reference import DIVERGENCES
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .hf import (
+        PyramidConfig as PyramidConfig,
+    )
+    from .hf import (
+        PyramidTrainer as PyramidTrainer,
+    )
+    from .hf import (
+        SeedConfig as SeedConfig,
+    )
+    from .hf import (
+        SeedTrainer as SeedTrainer,
+    )
+    from .hf import (
+        TernaryConfig as TernaryConfig,
+    )
+    from .hf import (
+        TernaryTrainer as TernaryTrainer,
+    )
+
+__version__ = "0.2.0"
 __all__ = [
     "DIVERGENCES",
+    "DistillLoss",
     "Edge",
     "Head",
     "UNLABELED",
@@ -21,3 +45,15 @@ __all__ = [
     "distill_loss",
     "purify",
 ]
+# Names of hkdfast.hf, imported at first use: `import hkdfast` needs torch alone.
+TRAINERS = ("PyramidConfig", "PyramidTrainer", "SeedConfig", "SeedTrainer", "TernaryConfig", "TernaryTrainer")
+
+
+def __getattr__(name: str) -> object:
+    if name in TRAINERS:
+        return getattr(import_module(".hf", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *TRAINERS])

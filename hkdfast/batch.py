@@ -1,6 +1,7 @@
 """What a batch means: which positions are answers, and noise on its images."""
 
 import hashlib
+import os
 
 import torch
 
@@ -9,6 +10,24 @@ from .ops.objective import UNLABELED
 from .pixels import keep_padding, rows_of_examples, share_copies
 
 IGNORE_INDEX = -100  # the label of a position that is not an answer
+KEYS = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "distill_only")  # read by answer_rows
+
+
+def check_keys(batch):
+    """Refuse a key that is one typo away from one of KEYS that the batch lacks: it would be ignored silently."""
+    for key in batch:
+        for right in KEYS:
+            if right not in batch and key not in KEYS and one_typo(str(key).lower().replace("-", "_"), right):
+                raise ValueError(f"the batch has no key {right!r} but one like it, {key!r}: rename it to {right!r}")
+
+
+def one_typo(a, b):
+    """Whether two words are equal but for one letter left out, added or changed, or two neighbors swapped."""
+    head = len(os.path.commonprefix([a, b]))
+    a, b = a[head:], b[head:]
+    tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
+    a, b = a[: len(a) - tail], b[: len(b) - tail]
+    return len(a) <= 1 and len(b) <= 1 or len(a) == 2 and a == b[::-1]
 
 
 def answer_rows(batch):
@@ -25,6 +44,7 @@ def answer_rows(batch):
         rows (B, T) bool, and the next labels (N,) int64 of those rows, `hkdfast.UNLABELED` where it is not known; None
         without labels.
     """
+    check_keys(batch)
     if batch.get("shift_labels") is not None:
         labels = batch["shift_labels"]
     elif batch.get("labels") is not None:

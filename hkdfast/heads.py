@@ -1,32 +1,27 @@
-"""Where a tile of logits comes from, and how its gradient goes back.
-
-Head and Purified are what the public functions take. Inside the tile loop a side is a Logits, a Projection or an
-Average: three classes with the same few methods. Their tiles hold the numbers before scale and softcap, which the row
-operation applies.
-"""
+"""What the losses take beside logits: a language-model head not yet multiplied out, and a purified teacher."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 
-from .engine.arguments import autocast_dtype, check_floats, check_number, settled
+from .engine.arguments import autocast_dtype, check_floats, check_number, settled, shown
 from .ops.objective import ContrastSpec, Transform
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A language-model head not multiplied out yet: logits = cap(scale * (hidden @ weight.T + bias)).
+    """A language-model head, not yet multiplied out: logits = cap(scale * (hidden @ weight.T + bias)).
 
     Args:
-        hidden: (..., H) states that enter the head, any float dtype. Gets a gradient as the student's.
+        hidden: (..., H) states before the head, any float dtype. Gets a gradient as the student's.
         weight: (V, H), hidden's dtype unless autocast is on. Gets a gradient as the student's.
         bias: (V,) or None, weight's dtype unless autocast is on. Gets a gradient as the student's.
         scale: factor of the logits (Granite and Cohere call it logit scale), positive and finite.
         softcap: if given, logits become softcap * tanh(logits / softcap), as in Gemma 2. Positive.
 
     Raises:
-        ValueError: on shapes, dtypes or devices that do not fit, on tensors that are not dense (sparse, nested,
+        ValueError: on shapes, dtypes or devices that differ, on tensors that are not dense (sparse, nested,
             quantized, distributed), or a scale or softcap out of range.
     """
 
@@ -36,7 +31,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         hidden, weight, bias = self.hidden, self.weight, self.bias
         named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
         for name, tensor in named.items():
@@ -56,13 +51,33 @@ class Head:
         if self.softcap is not None:
             check_number("softcap", self.softcap, "positive and finite", lambda x: 0 < x < math.inf)
 
+    @classmethod
+    def from_linear(
+        cls, hidden: torch.Tensor, lm_head: torch.nn.Module, scale: float = 1.0, softcap: float | None = None
+    ) -> "Head":
+        """The Head of a linear layer: `Head(hidden, lm_head.weight, lm_head.bias, scale, softcap)`.
+
+        Args:
+            hidden: (..., H) states before the layer.
+            lm_head: torch.nn.Linear (H to V), with or without bias. Its weight and bias get a gradient as the
+                student's.
+            scale, softcap: as in `Head`.
+
+        Raises:
+            ValueError: if lm_head is no torch.nn.Linear, as a quantized layer or one with an adapter, whose output is
+                not hidden @ weight.T + bias; else as `Head`.
+        """
+        if not isinstance(lm_head, torch.nn.Linear):
+            raise ValueError(f"lm_head must be a torch.nn.Linear, got {shown(lm_head)}: pass its weight to Head(...)")
+        return cls(hidden, lm_head.weight, lm_head.bias, scale, softcap)
+
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """Of the logits: (..., V)."""
         return *self.hidden.shape[:-1], self.weight.shape[0]
 
     @property
-    def transform(self):
+    def transform(self) -> Transform:
         return Transform(float(self.scale), None if self.softcap is None else float(self.softcap))
 
 
@@ -73,10 +88,10 @@ class Purified:
     clean: torch.Tensor | Head
     noisy: tuple[torch.Tensor | Head, ...]
     law: ContrastSpec
-    alpha: torch.Tensor | None  # (...) weights of the rows if law.weight == "rows"
+    alpha: torch.Tensor | None  # (...) contrast weights if law.schedule == "per_row"
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return tuple(self.clean.shape)
 
 
@@ -89,7 +104,7 @@ def transform_of(source):
 
 
 def parts(source, rows):
-    """The tensors of a source, its leading dimensions made one: (x, weight, bias)."""
+    """The tensors of a source, its leading dimensions flattened: (x, weight, bias)."""
     if isinstance(source, Head):
         hidden = settled(source.hidden)
         return hidden.reshape(rows, hidden.shape[-1]), settled(source.weight), settled(source.bias)
@@ -97,7 +112,7 @@ def parts(source, rows):
 
 
 def same(a, b):
-    """Whether two tensors are one memory, or one object where torch.compile looks on, which knows no addresses."""
+    """Whether two tensors share memory, or are one object under torch.compile, which has no addresses."""
     if a is b:
         return True
     if a is None or b is None or torch.compiler.is_compiling():
@@ -106,9 +121,9 @@ def same(a, b):
 
 
 def noisy_transforms(branches):
-    """(Transform of the mean of the disturbed branches, Transform of each before it is averaged).
+    """(Transform of the mean of the noisy branches, Transform of each before it is averaged).
 
-    A scale that all share is left to the mean, a softcap cannot be. The second is empty where there is one branch.
+    A scale that all share is applied to the mean; a softcap cannot be. The second is empty for a single branch.
     """
     transforms = [transform_of(branch) for branch in branches]
     if len(branches) == 1:

@@ -1,8 +1,8 @@
-"""Models that learn from each other on one batch: what the pyramid and the ternary refinement have in common.
+"""Models that learn from each other on one batch: the common part of the pyramid and the ternary refinement.
 
 A model is any function of a batch that returns logits (N, V) or a `Head` at the batch's answer rows, in the order of
-`hkdfast.batch.answer_rows`. Rows that a batch marks "distill_only" have no label: the models learn from each other there,
-never by cross entropy.
+`hkdfast.batch.answer_rows`. Rows that a batch marks "distill_only" have no label: there the models learn from each
+other only, without cross entropy.
 """
 
 import math
@@ -18,67 +18,67 @@ from .ops.objective import UNLABELED
 REDUCTIONS = ("mean", "sum")  # the loss of several models is one number
 
 
-def numbers(name, value, places):
-    """One number for each of the named places: `value`, if it is one number, or its numbers.
+def per_model(name, value, names):
+    """One float for each of `names`: `value` repeated if it is one number, else its entries.
 
     Raises:
-        ValueError: if there are more or fewer numbers than places, or one is negative or not finite.
+        ValueError: if there are more or fewer entries than names, or one is negative or not finite.
     """
-    found = [value] * len(places) if isinstance(value, (int, float)) else list(value)
-    if len(found) != len(places):
-        raise ValueError(f"{name} must be one number or {len(places)} ({', '.join(places)}), got {value!r}")
-    for place, number in zip(places, found, strict=True):
+    found = [value] * len(names) if isinstance(value, (int, float)) else list(value)
+    if len(found) != len(names):
+        raise ValueError(f"{name} must be one number or {len(names)} ({', '.join(names)}), got {value!r}")
+    for one, number in zip(names, found, strict=True):
         if not (isinstance(number, (int, float)) and 0 <= number < math.inf):
-            raise ValueError(f"{name} must be finite and not negative, got {number!r} for {place}")
+            raise ValueError(f"{name} must be finite and not negative, got {number!r} for {one}")
     return [float(number) for number in found]
 
 
-def table(size, edges):
-    """A coupling table: None but for {(learner, source): Edge}, where an edge of weight 0 is None too."""
+def coupling_table(size, edges):
+    """The coupling table (size x size) of {(student, teacher): Edge}: None elsewhere and for edges of weight 0."""
     return [[edges[i, j] if (i, j) in edges and edges[i, j].weight else None for j in range(size)] for i in range(size)]
 
 
-def learners(coupling, hard_weight):
-    """For each place, whether its model gets a gradient."""
+def trained_models(coupling, hard_weight):
+    """For each row of the coupling table, whether its model gets a gradient."""
     size = range(len(coupling))
     taught = [bool(hard_weight[i]) or any(coupling[i]) for i in size]
     return [taught[i] or any(coupling[j][i] and not coupling[j][i].detach for j in size) for i in size]
 
 
-def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabeled_weight=1.0, **options):
-    """The loss of models coupled on one batch. Models that learn nothing are run without gradients.
+def coupled_batch_loss(models, batch, coupling, hard_weight, *, roles, slots=None, unlabeled_weight=1.0, **options):
+    """The loss of models coupled on one batch. Models that do not learn run without gradients.
 
     Args:
-        models: functions of a batch, see the head of this module. Each is run once, if it learns or teaches.
+        models: functions of a batch, as described above. Each that learns or teaches is run once.
         batch: dict of tensors.
-        coupling: table of Edge or None, [i][j]: how place i learns from place j; see `hkdfast.coupled_loss`.
-        hard_weight: one number per place: times its cross entropy at the labeled rows.
+        coupling: table of Edge or None; [i][j] says how slot i learns from slot j, as in `hkdfast.coupled_loss`.
+        hard_weight: one number per slot: weight of its cross entropy at the labeled rows.
         roles: one name per model, for the metrics.
-        places: index of the model that stands at each place of the table; None: place i is model i.
-        unlabeled_weight: times the loss of the rows that are "distill_only".
-        options: of `coupled_loss`; not labels, ignore_index, weight or metrics.
+        slots: the index of the model in each slot (row) of the table; None: slot i is model i.
+        unlabeled_weight: factor of the loss of "distill_only" rows.
+        options: of `coupled_loss`, except labels, ignore_index, row_weight and return_metrics.
 
     Returns:
-        scalar loss, a mean over all answer rows unless options say otherwise, and {name: (n,) float tensor}, no
-        gradient: for each model that learns, ROLE_cross_entropy (of labeled rows, if there are any), ROLE_entropy,
-        ROLE_divergence and ROLE_agreement; where it learns from several, _SOURCE (or _DIVERGENCE, if they are one
-        model) follows.
+        scalar loss, a mean over all answer rows unless options say otherwise, and {name: (n,) float tensor}
+        without gradient: for each model that learns, ROLE_cross_entropy (of labeled rows, if there are any),
+        ROLE_entropy, ROLE_divergence and ROLE_agreement. If it learns from several teachers, the suffix _TEACHER (or
+        _DIVERGENCE, if they are one model) follows.
 
     Raises:
         ValueError: if unlabeled_weight is negative, labels are needed and missing, or `coupled_loss` refuses.
     """
     check_word("reduction", options.get("reduction", "mean"), REDUCTIONS)
-    (unlabeled_weight,) = numbers("unlabeled_weight", unlabeled_weight, ("rows without a label",))
+    (unlabeled_weight,) = per_model("unlabeled_weight", unlabeled_weight, ("rows without a label",))
     labels = answer_rows(batch)[1]
     if labels is None and any(hard_weight):
         raise ValueError(f"hard_weight {hard_weight} needs labels in the batch, which has {', '.join(batch)}")
-    places = range(len(models)) if places is None else places
+    slots = range(len(models)) if slots is None else slots
     used = [i for i in range(len(coupling)) if hard_weight[i] or any(coupling[i]) or any(row[i] for row in coupling)]
     if not used:
         raise ValueError("nothing to learn: every weight of the coupling is 0, and hard_weight is 0")
-    live = {places[i] for i, learns in enumerate(learners(coupling, hard_weight)) if learns}
+    live = {slots[i] for i, learns in enumerate(trained_models(coupling, hard_weight)) if learns}
     found = {}
-    for i in dict.fromkeys(places[place] for place in used):
+    for i in dict.fromkeys(slots[slot] for slot in used):
         with nullcontext() if i in live else torch.no_grad():
             found[i] = models[i](batch)
 
@@ -90,7 +90,7 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabeled
         if not any(map(any, coupling)) and len(known) < len(labels):
             raise ValueError("nothing to learn for rows without a label: every weight of the coupling is 0")
     loss, metrics = coupled_loss(
-        [found[places[i]] for i in used],  # one object for a model in two places, which is multiplied once
+        [found[slots[i]] for i in used],  # one object for a model in two slots, whose products are computed once
         [[coupling[i][j] for j in used] for i in used],
         labels=labels,
         ignore_index=IGNORE_INDEX,
@@ -99,12 +99,14 @@ def learn(models, batch, coupling, hard_weight, *, roles, places=None, unlabeled
         return_metrics=True,
         **options,
     )
-    names = [roles[place] for place in places]
-    return loss, named({(used[i], used[j]): rows for (i, j), rows in metrics.items()}, coupling, names, labels, known)
+    names = [roles[slot] for slot in slots]
+    return loss, metric_names(
+        {(used[i], used[j]): rows for (i, j), rows in metrics.items()}, coupling, names, labels, known
+    )
 
 
-def named(metrics, coupling, names, labels, known):
-    """coupled_loss's metrics of edges, by the names of the models; known: indices of labeled rows, None for all."""
+def metric_names(metrics, coupling, names, labels, known):
+    """The metrics of coupled_loss's edges by name of the model; known: indices of labeled rows, None for all."""
     found = {}
     for (i, j), rows in metrics.items():
         cross = f"{names[i]}_cross_entropy"

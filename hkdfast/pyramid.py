@@ -11,8 +11,9 @@ A model is any function of a batch that returns logits or a `Head` at the batch'
 """
 
 from .engine.arguments import check_word
+from .engine.renamed import COUPLED, refuses
 from .losses import Edge
-from .mutual import learn, numbers, table
+from .mutual import coupled_batch_loss, coupling_table, per_model
 
 __all__ = ["MODES", "coupling", "loss"]
 
@@ -20,6 +21,7 @@ MODES = ("concurrent", "mutual", "frozen")
 ROLES = ("teacher", "student")
 
 
+@refuses(COUPLED)
 def coupling(
     mode="concurrent", divergence_weight=1.0, divergence="forward_kl", beta=0.5, hard_weight=(1.0, 1.0), *, detach=True
 ):
@@ -47,15 +49,16 @@ def coupling(
     if mode == "frozen" and not detach:
         raise ValueError("detach=False gives the teacher a gradient, which mode 'frozen' forbids")
     up, down = (
-        numbers("divergence_weight", divergence_weight, ROLES)
+        per_model("divergence_weight", divergence_weight, ROLES)
         if mode == "mutual"
-        else (0.0, *numbers("divergence_weight", divergence_weight, ROLES[1:]))
+        else (0.0, *per_model("divergence_weight", divergence_weight, ROLES[1:]))
     )
-    teacher, student = numbers("hard_weight", hard_weight, ROLES)
+    teacher, student = per_model("hard_weight", hard_weight, ROLES)
     edges = {(0, 1): Edge(up, divergence, beta, detach), (1, 0): Edge(down, divergence, beta, detach)}
-    return table(2, edges), [0.0 if mode == "frozen" else teacher, student]
+    return coupling_table(2, edges), [0.0 if mode == "frozen" else teacher, student]
 
 
+@refuses(COUPLED)
 def loss(
     models,
     batch,
@@ -89,4 +92,4 @@ def loss(
     if len(models) != 2:
         raise ValueError(f"a stage couples two models, teacher and student, got {len(models)}")
     how = coupling(mode, divergence_weight, divergence, beta, hard_weight, detach=detach)
-    return learn(models, batch, *how, roles=ROLES, unlabeled_weight=unlabeled_weight, **options)
+    return coupled_batch_loss(models, batch, *how, roles=ROLES, unlabeled_weight=unlabeled_weight, **options)

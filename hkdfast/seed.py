@@ -16,12 +16,14 @@ import torch
 from .batch import answer_rows, noised
 from .contrastive import WORDS, purify
 from .engine.arguments import check_word
+from .engine.renamed import CONTRAST, refuses
 from .losses import distill_loss
 from .ops.objective import UNLABELED
 
 __all__ = ["answer_rows", "distill", "identify", "isolate", "noised", "purify"]
 
 
+@refuses(CONTRAST)
 def identify(model, batch, *, confidence="max_prob", precision="float32", tile_memory=None, backend=None):
     """How sure the model is of its answers.
 

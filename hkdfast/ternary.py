@@ -9,8 +9,9 @@ A model is any function of a batch that returns logits or a `Head` at the batch'
 """
 
 from .engine.arguments import check_word
+from .engine.renamed import COUPLED, refuses
 from .losses import Edge
-from .mutual import learn, numbers, table
+from .mutual import coupled_batch_loss, coupling_table, per_model
 
 __all__ = ["FORMS", "coupling", "loss", "roles"]
 
@@ -30,6 +31,7 @@ def roles(form):
     return FORMS[form][0]
 
 
+@refuses(COUPLED)
 def coupling(
     form="two_teachers",
     divergence_weight=1.0,
@@ -67,7 +69,7 @@ def coupling(
     """
     names = roles(form)
     check_word("teachers", teachers, TEACHERS)
-    (teacher_coupling,) = numbers("teacher_coupling", teacher_coupling, ("teachers",))
+    (teacher_coupling,) = per_model("teacher_coupling", teacher_coupling, ("teachers",))
     frozen = teachers == "frozen" and form != "mutual"
     if teacher_coupling and (frozen or form != "two_teachers"):
         raise ValueError(
@@ -76,22 +78,23 @@ def coupling(
         )
     if frozen and not detach:
         raise ValueError("detach=False gives the teachers a gradient: take teachers='trained'")
-    hard = numbers("hard_weight", hard_weight, names)
+    hard = per_model("hard_weight", hard_weight, names)
     if frozen:
         hard[:-1] = [0.0] * (len(names) - 1)
     if form == "one_pair":
-        forward, reverse = numbers("divergence_weight", divergence_weight, ("forward", "reverse"))
+        forward, reverse = per_model("divergence_weight", divergence_weight, ("forward", "reverse"))
         edges = {(2, 0): Edge(forward, "forward_kl", beta, detach), (2, 1): Edge(reverse, "reverse_kl", beta, detach)}
-        return table(3, edges), [hard[0], 0.0, hard[1]]
+        return coupling_table(3, edges), [hard[0], 0.0, hard[1]]
     if form == "mutual":
-        weights = numbers("divergence_weight", divergence_weight, names)
+        weights = per_model("divergence_weight", divergence_weight, names)
         pairs = {(i, j): weights[j] for i in range(3) for j in range(3) if i != j}
     else:
-        first, second = numbers("divergence_weight", divergence_weight, names[:2])
+        first, second = per_model("divergence_weight", divergence_weight, names[:2])
         pairs = {(2, 0): first, (2, 1): second, (0, 1): teacher_coupling, (1, 0): teacher_coupling}
-    return table(3, {pair: Edge(number, divergence, beta, detach) for pair, number in pairs.items()}), hard
+    return coupling_table(3, {pair: Edge(number, divergence, beta, detach) for pair, number in pairs.items()}), hard
 
 
+@refuses(COUPLED)
 def loss(
     models,
     batch,
@@ -119,8 +122,9 @@ def loss(
             tile_memory, backend, as in `hkdfast.coupled_loss`.
 
     Returns:
-        scalar loss in nats per answer row, and {name: (n,) tensor} without gradient, as `hkdfast.mutual.learn`: e.g.
-        student_cross_entropy, student_divergence_teacher1, student_divergence_forward_kl in one_pair.
+        scalar loss in nats per answer row, and {name: (n,) tensor} without gradient, as
+        `hkdfast.mutual.coupled_batch_loss`: e.g. student_cross_entropy, student_divergence_teacher1,
+        student_divergence_forward_kl in one_pair.
 
     Raises:
         ValueError: as `coupling`; on another number of models, or if labels are needed and the batch has none.
@@ -138,4 +142,6 @@ def loss(
         teacher_coupling=teacher_coupling,
         detach=detach,
     )
-    return learn(models, batch, *how, roles=names, places=FORMS[form][1], unlabeled_weight=unlabeled_weight, **options)
+    return coupled_batch_loss(
+        models, batch, *how, roles=names, slots=FORMS[form][1], unlabeled_weight=unlabeled_weight, **options
+    )

@@ -1,4 +1,4 @@
-"""Option names of version 0.1 and what they are called now: an old name is an error that names the right one."""
+"""Option names of version 0.1 and their names now. An old name is an error that names the new one."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -16,14 +16,14 @@ LOSS = {
 }
 COUPLED = LOSS | {
     "weight": "divergence_weight",
-    "source_weights": "divergence_weight",
     "between": "teacher_coupling",
     "unlabelled_weight": "unlabeled_weight",
 }
 CONTRAST = {"tiles": "precision", "memory": "tile_memory"}
 PURIFY = {"weight": "schedule"}
+CHOICES = {"form": "method", "combine": "aggregate", "tell": "on_batch"}
 CONFIG = {
-    "weight": "schedule in SeedConfig, divergence_weight in PyramidConfig, teacher_weights in TernaryConfig",
+    "weight": "alpha_schedule",
     "unlabelled_weight": "unlabeled_weight",
     "source_weights": "teacher_weights",
     "between": "teacher_coupling",

@@ -11,6 +11,7 @@ from .. import DIVERGENCES, Head, pyramid, ternary
 from ..contrastive import WORDS, purify
 from ..data.generation import DTYPES
 from ..engine.options import PRECISIONS
+from ..engine.renamed import CONFIG, refuses
 from ..losses import distill_loss
 from ..noise import diffuse
 from ..ops.dispatch import MODULES
@@ -132,6 +133,7 @@ class DistillationArguments:
         return self.select(name for name in (*own(type(self)), *FINGERPRINT) if name not in NOT_IN_FINGERPRINT)
 
 
+@refuses(CONFIG)
 @dataclass
 class SeedConfig(DistillationArguments, TrainingArguments):
     """Options of SeedTrainer; those of TrainingArguments hold for each round."""
@@ -307,6 +309,7 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
             self.backend = backend
 
 
+@refuses(CONFIG)
 @dataclass
 class PyramidConfig(CoupledConfig):
     """Options of PyramidTrainer; those of TrainingArguments hold for each stage."""
@@ -346,6 +349,7 @@ class PyramidConfig(CoupledConfig):
         return pyramid.loss(models, batch, num_items=num_items, **options)
 
 
+@refuses(CONFIG)
 @dataclass
 class TernaryConfig(CoupledConfig):
     """Options of TernaryTrainer."""
