@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 
@@ -32,6 +33,9 @@ def main(argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     debug, args = "--debug" in argv, None
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is no reason to lose a table
+            stream.reconfigure(errors="backslashreplace")
     try:
         with shell.terminable():
             args = make_parser(argv).parse_args(argv)

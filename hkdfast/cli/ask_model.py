@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
-from ..data import jsonl
+from ..data import outputs
 from ..data.generation import DTYPES
 from ..evaluate import pope
 from . import user_modules
+
+# what the folder of a model or an adapter is read for; scores may lie beside it
+MODEL_FILES = ("*config.json", "*.safetensors", "*.bin", "*.index.json", "*token*.json", "vocab*", "merges.txt")
+MODEL_FILES += ("*.model", "chat_template*")
 
 
 def add_options(parser):
@@ -32,8 +36,12 @@ def add_options(parser):
     add("--output", metavar="FILE", help="JSON file for the scores; needed with --model, whose answers go beside it")
 
 
-def check_options(args):
-    """Options that contradict each other, named; and answers that would be lost."""
+def check_options(args, questions):
+    """Options that contradict each other, named; and answers that would be lost.
+
+    Args:
+        questions: the files of them.
+    """
     if args.model:
         for option in ("images", "output"):
             if getattr(args, option) is None:
@@ -46,13 +54,31 @@ def check_options(args):
         raise ValueError("--base needs --adapter: without one there is nothing to compare with")
     if args.base and args.against:
         raise ValueError("--base and --against are two things to compare with, expected one")
-    if args.output and Path(args.output).is_dir():
-        raise ValueError(f"--output {args.output} is a folder, expected a file")
+    given = [*questions, *(args.answers or ()), *(args.against or ())]
+    outputs.check("--output", args.output, [*given, *model_files(args.model), *model_files(args.adapter)])
+    if args.model and outputs.special(args.output):
+        raise ValueError(f"--output {args.output} is no file: with --model the answers go into a folder beside it")
     folder = answer_folder(args) if args.model else None
     if folder == Path(args.output or "").expanduser():
         raise ValueError(f"--output {args.output} is the name of the folder of the answers, expected a file beside it")
+    inside = folder and next((name for name in given if folder.resolve() in Path(name).resolve().parents), None)
+    if inside:
+        raise ValueError(f"{inside} is read, and the answers are written in {folder}: name another --output")
     if folder and not args.resume and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds the answers of an earlier run: --resume it, or name another --output")
+
+
+def model_files(folder):
+    """The files of a model or an adapter in a folder; none for a Hub name or None."""
+    place = Path(folder or "").expanduser()
+    return [file for pattern in MODEL_FILES for file in place.glob(pattern)] if folder and place.is_dir() else []
+
+
+def check_images(args, asked):
+    """See that --output is none of the images of the questions, which are {set name: questions}."""
+    if args.images:
+        names = {question.image for questions in asked.values() for question in questions}
+        outputs.check("--output", args.output, [Path(args.images).expanduser() / name for name in names])
 
 
 def answer_folder(args):
@@ -102,19 +128,22 @@ def answer_files(args, asked, read):
     return ours, theirs
 
 
-def ask(args, asked, answer_set):
+def ask(args, asked, answer_set, texts):
     """({set name: answers} of the model, the same of its base or None).
 
     Args:
         asked: {set name: questions}.
         answer_set: function of (model, processor, questions, path, model_id) to the answers of a set, which it keeps in
             files beside --output whose names begin with the path's.
+        texts: function of questions to (what an error begins with, text) of each text that they put to the model.
     """
     from ..hf import generate  # the only part that needs transformers
 
     for questions in asked.values():
         generate.check_images(questions, args.images)
     model, processor = generate.load(args.model, args.adapter, device=args.device, dtype=args.dtype)
+    for questions in asked.values():
+        generate.check_texts(processor, list(texts(questions)))
 
     def every(kind, model_id):
         return {
@@ -132,6 +161,9 @@ def ask(args, asked, answer_set):
 
 
 def write(path, report):
-    with jsonl.replacing(path) as file:
+    """Write the scores to --output, if there is one."""
+    if path is None:
+        return
+    with outputs.replacing(path) as file:
         json.dump(report, file, indent=2)
         file.write("\n")

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+
+from ..data import outputs
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "speed"
 
@@ -24,6 +27,7 @@ def add_arguments(parser):
 def run(args):
     if not 0 < args.seconds < float("inf"):
         raise ValueError(f"--seconds is {args.seconds}, expected a finite number above 0")
+    outputs.check("--json", args.json)
     if not any(FOLDER.glob("bench_*.py")):
         raise FileNotFoundError(
             f"no benchmarks in {FOLDER}: they come with the repository. "
@@ -34,7 +38,14 @@ def run(args):
             raise ModuleNotFoundError(f"the benchmarks need {module}", name=module)
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-rs", "--benchmark-group-by=param:shape"]
     command += ["-k", args.select] if args.select else []
-    command += ["--benchmark-json", str(Path(args.json).expanduser().resolve())] if args.json else []
     command += ["--collect-only", "-q"] if args.list else []
     environment = os.environ | {"HKDFAST_SECONDS": f"{args.seconds:g}"}
-    return subprocess.run(command, cwd=FOLDER.parents[1], env=environment, check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        # pytest-benchmark empties its file before the first run, which may be stopped
+        figures = Path(folder) / "figures.json"
+        command += ["--benchmark-json", str(figures)] if args.json else []
+        code = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, check=False).returncode
+        if args.json and figures.is_file() and figures.stat().st_size:
+            with outputs.replacing(args.json) as file:
+                file.write(figures.read_text(encoding="utf-8"))
+    return code

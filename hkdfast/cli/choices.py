@@ -6,7 +6,7 @@ from pathlib import Path
 from .. import __version__
 from ..choices import AGGREGATES, METHODS
 from ..data import challenge
-from ..data.tasks import TASKS, ChoiceInference
+from ..data.tasks import TASKS, ChoiceInference, question
 from ..evaluate import choices, tables
 from ..option_scores import SCORINGS
 from . import ask_model
@@ -61,9 +61,9 @@ def add_inference(parser, names=tuple(HELP)):
 
 
 def run(args):
-    """Everything is read and checked first; then the model is asked; then the table is printed and --output written."""
+    """Everything is read and checked first; then the model is asked; then --output is written and the table printed."""
     args.draws = 1
-    ask_model.check_options(args)
+    ask_model.check_options(args, args.data)
     fixed = TASKS[args.task].fixed if args.fixed is None else tuple(args.fixed)
     inference = ChoiceInference(fixed=fixed, **{name: getattr(args, name) for name in HELP})
     names = ask_model.set_names(args.data)
@@ -73,6 +73,7 @@ def run(args):
     }
     files = dict(zip(names, args.data, strict=True))
     scored = {name: records for name, records in asked.items() if labeled(files[name], records)}
+    ask_model.check_images(args, asked)
     ours, theirs = ask_model.answer_files(args, asked, challenge.read_answers)
     report = {"hkdfast": __version__, "task": args.task, "model": args.model, "adapter": args.adapter}
     report |= {"inference": asdict(inference) if args.model else None}
@@ -80,7 +81,7 @@ def run(args):
     if args.model:
         for records in asked.values():
             inference.check(records)
-        lines, base = ask_model.ask(args, asked, answer_set(args, inference))
+        lines, base = ask_model.ask(args, asked, answer_set(args, inference), texts(inference))
         ours = letters(lines)
         theirs = letters(base) if base else theirs
     paths = [files[name] for name in scored]
@@ -88,13 +89,23 @@ def run(args):
     if lines and inference.method != "per_option" and inference.shifts != "none":
         for name, found in report["sets"].items():
             found |= effect_of_shifts(scored[name], ours[name], lines[name], args.resamples)
+    ask_model.write(args.output, report)
     for name in asked:
         if name not in scored:
             print(f"{name}: answered, not scored: its questions have no answers")
     if scored:
         print(tables.table(report, COLUMNS))
-    if args.output:
-        ask_model.write(args.output, report)
+
+
+def texts(inference):
+    """For `ask_model.ask`: what is asked, in the options' own order."""
+
+    def texts(records):
+        yield "--template", inference.template if isinstance(inference.template, str) else ""
+        for record in records:
+            yield record.place, question(record, template=inference.template)
+
+    return texts
 
 
 def labeled(path, records):

@@ -4,7 +4,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from .. import __version__
-from ..data.generation import GenerationOptions
+from ..data import outputs
+from ..data.generation import GenerationOptions, with_instruction
 from ..evaluate import mme, pope, tables
 from . import ask_model, choices
 
@@ -54,20 +55,21 @@ def add_pope(parser):
 
 
 def run_pope(args):
-    """Everything is read and checked first; then the model is asked; then the table is printed and --output written."""
+    """Everything is read and checked first; then the model is asked; then --output is written and the table printed."""
     if args.draws < 1:
         raise ValueError(f"--draws is {args.draws}, expected at least 1")
     if args.model and not args.sample and args.draws != 1:
         raise ValueError(f"--draws {args.draws} needs --sample: greedy answers are all the same")
-    ask_model.check_options(args)
+    ask_model.check_options(args, args.questions)
     decoding = GenerationOptions(**{name: getattr(args, name) for name in DECODING_HELP})
     names = ask_model.set_names(args.questions)
     asked = {
         name: pope.read_questions(path, images=args.images) for name, path in zip(names, args.questions, strict=True)
     }
+    ask_model.check_images(args, asked)
     ours, theirs = ask_model.answer_files(args, asked, pope.read_answers)
     if args.model:
-        ours, base = ask_model.ask(args, asked, answer_set(args, decoding))
+        ours, base = ask_model.ask(args, asked, answer_set(args, decoding), texts(decoding))
         theirs = base or theirs
     report = {"hkdfast": __version__, "rule": args.rule, "model": args.model, "adapter": args.adapter}
     report |= {"decoding": asdict(decoding) | {"draws": args.draws} if args.model else None}
@@ -77,9 +79,19 @@ def run_pope(args):
         return marks, pope.score(marks) | {"unreadable": pope.count_unreadable(answers)}
 
     report |= tables.compare(asked, args.questions, ours, theirs, rate, COMPARED, args.resamples)
+    ask_model.write(args.output, report)
     print(tables.table(report, pope.METRICS, ["unreadable"]))
-    if args.output:
-        ask_model.write(args.output, report)
+
+
+def texts(decoding):
+    """For `ask_model.ask`: what is asked."""
+
+    def texts(questions):
+        yield "--instruction", decoding.instruction
+        for question in questions:
+            yield question.place, with_instruction(question.text, decoding.instruction)
+
+    return texts
 
 
 def answer_set(args, decoding):
@@ -106,11 +118,14 @@ def answer_set(args, decoding):
 
 
 def run_mme(args):
+    files = mme.files(args.results)
+    outputs.check("--output", args.output, files)
+    if args.output and Path(args.output).suffix == ".txt" and files[0].parent.samefile(Path(args.output).parent):
+        raise ValueError(f"--output {args.output} would be one of the subtasks of {args.results}: name another file")
     found = mme.score_folder(args.results)
     head = ["subtask", "questions", "accuracy", "accuracy_plus", "score", "unreadable"]
+    ask_model.write(args.output, {"hkdfast": __version__, "subtasks": found})
     print(tables.layout(head, [[name, *(cell(one.get(key)) for key in head[1:])] for name, one in found.items()]))
-    if args.output:
-        ask_model.write(args.output, {"hkdfast": __version__, "subtasks": found})
 
 
 def cell(value):

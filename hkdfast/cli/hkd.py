@@ -10,7 +10,7 @@ from ..choices import LETTERS
 from ..data import challenge, jsonl
 from ..data.augment import Augment, Augmented, Color, Crop, Flip, Noise, Paraphrase, RandomApply, ShuffleOptions
 from ..data.synthetic import RewriteStatement
-from ..data.tasks import TASKS, ChoiceInference, choice, example, is_none
+from ..data.tasks import TASKS, ChoiceInference, choice, example, is_none, question
 from ..hf import generate, loading, run_state
 from ..hf.choices import encoder
 from ..hf.configs import CoupledConfig, PyramidConfig, TernaryConfig, at_or_last
@@ -111,7 +111,7 @@ def train(args, progress):
         loading.check_visual(base_of(name))
     loading.load_processor(base_of(args.models[0]))  # which makes the batches
     trainer = PyramidTrainer(args.models, pyramid, train_dataset=data, callbacks=[progress])
-    check_letters(args, records, trainer.processing_class)
+    check_prompts(args, records, trainer.processing_class)
     progress.parts = parts(pyramid, ternary, trainer.sizes, places)
     begun = args.resume and Path(pyramid.output_dir).is_dir()  # else there is no first step to go on from
     about = fingerprint(args, pyramid, ternary)
@@ -208,8 +208,11 @@ def questions(args):
     return found
 
 
-def check_letters(args, records, processor):
-    """See that the tokenizer tells apart the letters that are answered, as labels and on --dev."""
+def check_prompts(args, records, processor):
+    """See that the processor takes every question, and tells apart the letters that answer, as labels and on --dev."""
+    texts = [(one.place, question(one, template=args.template)) for each in records.values() for one in each]
+    template = args.template if isinstance(args.template, str) else ""
+    generate.check_texts(processor, [("--template", template), *texts])
     encode = encoder(processor, folder=args.images)
     for name, scoring in (("data", "auto"), ("dev", args.scoring)):
         if name in records:
@@ -252,12 +255,14 @@ def read_swaps(path):
         ValueError: not JSON, or another shape; names the phrase.
     """
     path = Path(path).expanduser()
-    found = jsonl.parse(path, path.read_bytes())
+    found = jsonl.parse(path, jsonl.content(path))
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"{path}: expected an object of phrases and their alternatives, found {str(found)[:80]}")
+        raise ValueError(f"{path}: expected an object of phrases and their alternatives, found {jsonl.shown(found)}")
     for phrase, others in found.items():
         if not isinstance(others, list) or not others:
-            raise ValueError(f"{path}: the alternatives of {phrase!r} are {others!r}, expected a list of texts")
+            raise ValueError(
+                f"{path}: the alternatives of {phrase!r} are {jsonl.shown(others)}, expected a list of texts"
+            )
     return found
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .. import shell
-from ..data.generation import DTYPES, GenerationOptions
+from ..data.generation import DTYPES, GenerationOptions, with_instruction
 from ..evaluate import pope
 from ..hf import generate, rounds, run_state
 from ..hf.collator import QuestionCollator, Questions
@@ -51,6 +51,8 @@ def run(args):
     with Progress(parts(config)) as progress:
         place = shell.absolute(args.model)  # which the adapter names
         model, processor = generate.load(place, device="cpu" if args.use_cpu else None, dtype=args.dtype)
+        texts = [(each.place, with_instruction(each.text, args.instruction)) for each in questions]
+        generate.check_texts(processor, [("--instruction", args.instruction), *texts])
         trainer = SeedTrainer(
             model,
             config,

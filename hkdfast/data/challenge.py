@@ -7,7 +7,8 @@ one object a line, with the fields of the challenge's page; each object may be w
     hallucination  image_id, system1_question, system1_answer, system2_question, choices, correct_choice
     factcheck      image_id, claim, context, question, choices, correct_choice
 
-"image", "question" and "answer" are understood for image_id, system2_question and correct_choice.
+"image", "question" and "answer" are understood for image_id, system2_question and correct_choice. One mark <image>,
+first or last in a text, is taken off.
 """
 
 import json
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from ..choices import LETTERS
 from ..evaluate import pope
-from . import jsonl
+from . import jsonl, outputs
+from .image_mark import MARK, without_mark
 from .tasks import TASKS, Record, template_of
 
 
@@ -28,10 +30,11 @@ def entries(path):
         ValueError: "file:line: ..." or "file:entry 3: ..." for what is not JSON or not an object.
     """
     path = Path(path).expanduser()
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    found = [] if data.lstrip()[:1] == b"[" else jsonl.read(path)
-    if not found:
+    data = jsonl.content(path)
+    if data.lstrip()[:1] == b"[":
         found = [(f"entry {number}", value) for number, value in enumerate(jsonl.parse(path, data), 1)]
+    else:
+        found = jsonl.objects(path, data)
     return [(number, unwrapped(value)) for number, value in found]
 
 
@@ -82,27 +85,35 @@ def parse(path, number, entry, task, index, labels):
             return default
         return jsonl.field(path, number, entry, name or names[0])
 
+    texts = {
+        "statement": get(known.statement),
+        "context": get(known.context, default=""),
+        "question": get(known.question, "question", default=known.asked),
+    }
+    marks = {name: text.count(MARK) for name, text in texts.items()}
+    if sum(marks.values()) > 1:
+        raise ValueError(f"{path}:{number}: {MARK} is there {sum(marks.values())} times, expected one image")
+    texts |= {name: without_mark(f"{path}:{number}: {name}", texts[name]) for name, count in marks.items() if count}
     options = parse_options(path, number, entry, known.options)
     answer, name = None, "correct_choice"
     if name not in entry and "answer" in entry:
         name = "answer"
     if labels or labels is None and entry.get(name) not in (None, "", []):
         value = jsonl.field(path, number, entry, name, (str, list))
-        answer = parse_letters(f"{path}:{number}: {name}", value, len(options))
+        answer = parse_letters(f"{path}:{number}: {name}", value, options)
         if answer is None:
             raise ValueError(
-                f"{path}:{number}: {name} is {value!r}, expected one of {', '.join(LETTERS[: len(options)])}"
+                f"{path}:{number}: {name} is {jsonl.shown(value)}, expected one of {', '.join(LETTERS[: len(options)])}"
             )
     key = next((name for name in ("question_id", "id") if name in entry), None)
     return Record(
-        task,
-        get("image_id", "image"),
-        get(known.statement),
-        get(known.context, default=""),
-        get(known.question, "question", default=known.asked),
-        options,
-        answer,
-        index if key is None else jsonl.field(path, number, entry, key, (int, str)),
+        task=task,
+        image=get("image_id", "image"),
+        options=options,
+        answer=answer,
+        question_id=index if key is None else jsonl.field(path, number, entry, key, (int, str)),
+        place=f"{path}:{number}",
+        **texts,
     )
 
 
@@ -116,37 +127,57 @@ def parse_options(path, number, entry, default):
     for letter, one in zip(LETTERS, choices, strict=False):
         if isinstance(one, dict):
             if one.get("id") != letter:
-                raise ValueError(f"{where}: id is {one.get('id')!r}, expected {letter!r}: A, B, C, ... in order")
+                raise ValueError(
+                    f"{where}: id is {jsonl.shown(one.get('id'))}, expected {letter!r}: A, B, C, ... in order"
+                )
             one = one.get("choice")
         if not isinstance(one, str) or not one.strip():
-            raise ValueError(f"{where}: option {letter} is {one!r}, expected a text")
+            raise ValueError(f"{where}: option {letter} is {jsonl.shown(one)}, expected a text")
+        if MARK in one:
+            raise ValueError(f"{where}: option {letter} holds {MARK}: {jsonl.shown(one)}")
         texts.append(one)
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{where}: {len(choices)} options, expected 2 to {len(LETTERS)}")
     if len(set(texts)) < len(texts):
-        raise ValueError(f"{where}: an option stands twice in {texts}")
+        raise ValueError(f"{where}: an option stands twice in {jsonl.shown(texts)}")
     return tuple(texts)
 
 
-def parse_letters(where, value, n):
+def parse_letters(where, value, options):
     """Letters in order, "AC", of "C", "c.", "A, C", "AC" or ["A", "C"]; None for an empty value.
 
+    Letters that nothing parts are capitals: "ad" and "Bad" are words.
+
+    Args:
+        where: what an error begins with.
+        value: as a file has it.
+        options: texts of the options.
+
     Raises:
-        ValueError: beginning with `where`, for anything else, or a letter beyond the n options.
+        ValueError: for anything else, a letter beyond the options, or the text of an option.
     """
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{where} is {value!r}, expected letters")
-    letters = re.sub(r"[\s,;.()]", "", "".join(parts)).upper()
-    known = LETTERS[:n]
-    if len(set(letters)) < len(letters) or not set(letters) <= set(known):
-        raise ValueError(f"{where} is {value!r}, expected letters of {known[0]} to {known[-1]}, each once")
+        raise ValueError(f"{where} is {jsonl.shown(value)}, expected letters")
+    words = [word for part in parts for word in re.split(r"[\s,;.()]+", part) if word]
+    known = LETTERS[: len(options)]
+    letters = [word.upper() for word in words]
+    if len(words) == 1 and not isinstance(value, list) and words[0].isupper():
+        letters = list(words[0])
+    texts = {option.strip().casefold(): letter for letter, option in zip(known, options, strict=True)}
+    text = value.strip().casefold() if isinstance(value, str) else None
+    word = len(letters) > 1 and text in texts  # an option "BAD" is not the options B, A and D
+    if word or len(set(letters)) < len(letters) or not set(letters) <= set(known):
+        hint = f" ({value.strip()!r} is the text of {texts[text]})" if text in texts else ""
+        raise ValueError(
+            f"{where} is {jsonl.shown(value)}{hint}, expected letters of {known[0]} to {known[-1]}, each once"
+        )
     return "".join(sorted(letters)) or None
 
 
 def write(path, records):
     """Write records to a JSON file in the challenge's own format; `read` gives them back."""
-    with jsonl.replacing(path) as file:
+    with outputs.replacing(path) as file:
         json.dump([official(record) for record in records], file, indent=1, ensure_ascii=False)
         file.write("\n")
 
@@ -168,7 +199,7 @@ def write_answers(path, records, answers):
         {"question_id": record.question_id, "image_id": record.image, "choice": answer}
         for record, answer in zip(records, answers, strict=True)
     ]
-    with jsonl.replacing(path) as file:
+    with outputs.replacing(path) as file:
         json.dump(lines, file, indent=1)
         file.write("\n")
 
@@ -178,7 +209,8 @@ def read_answers(path, records):
 
     The file holds objects, in a JSON list or one a line, or a list of letters in the order of the records. An object's
     letters are its "choice" or "answer". Objects with question_id may come in any order and be fewer than the records;
-    others come in the order of the records, with image_id or nothing beside. No answer is null, "" or an absent object.
+    others are as many as the records and in their order, with image_id or nothing beside. No answer is null, "" or an
+    absent object with question_id.
 
     Raises:
         FileNotFoundError: no such file.
@@ -186,24 +218,43 @@ def read_answers(path, records):
     """
     path = Path(path).expanduser()
     places = {record.question_id: place for place, record in enumerate(records)}
-    found = {}
+    found, named = {}, None
     for place, (number, entry) in enumerate(entries(path)):
         value = entry
+        has_id = isinstance(entry, dict) and "question_id" in entry
+        if named not in (None, has_id):
+            raise ValueError(f"{path}:{number}: {'a' if has_id else 'no'} question_id, unlike the answers before it")
+        named = has_id
         if isinstance(entry, dict):
-            if "question_id" in entry:
-                name = entry["question_id"]
-                place = places.get(name) if isinstance(name, int | str) else None
+            if has_id:
+                name = jsonl.field(path, number, entry, "question_id", (int, str))
+                place = places.get(name)
                 if place is None or place in found:
-                    what = "answered twice" if place is not None else "not among the questions"
+                    what = (
+                        "answered twice" if place is not None else f"not among the questions{other_kind(name, places)}"
+                    )
                     raise ValueError(f"{path}:{number}: question_id {name!r} is {what}")
             image = entry.get("image_id")
             if image is not None and place < len(records) and image != records[place].image:
-                raise ValueError(f"{path}:{number}: image_id is {image!r}, expected {records[place].image!r}")
+                raise ValueError(
+                    f"{path}:{number}: image_id is {jsonl.shown(image)}, expected {records[place].image!r}"
+                )
             key = "choice" if "choice" in entry else "answer"
             value = jsonl.field(path, number, entry, key, (str, list, type(None)))
         if place >= len(records):
             raise ValueError(f"{path}:{number}: more answers than the {len(records)} questions")
         if value is not None:
-            value = parse_letters(f"{path}:{number}: answer", value, len(records[place].options))
+            value = parse_letters(f"{path}:{number}: answer", value, records[place].options)
         found[place] = value
+    if not named and len(found) < len(records):
+        raise ValueError(
+            f"{path}: {len(found)} answers for {len(records)} questions: without question_id there must be one for "
+            "each, null where there is none"
+        )
     return [found.get(place) for place in range(len(records))]
+
+
+def other_kind(name, known):
+    """What to add of a question_id that is known as a text instead of a number, or the other way round."""
+    other = next((each for each in known if str(each) == str(name)), None)
+    return "" if other is None else f", {other!r} is"

@@ -24,3 +24,8 @@ class GenerationOptions:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def with_instruction(text, instruction):
+    """A question's text and the instruction behind it."""
+    return f"{text} {instruction}".strip()

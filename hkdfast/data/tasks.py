@@ -5,7 +5,7 @@ This is the one place for it: training, augmentation and evaluation all ask `que
 
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from .. import choices
@@ -84,6 +84,7 @@ class Record:
     options: tuple[str, ...]  # in the order of the letters
     answer: str | None = None  # the right letter, or letters in order ("AC"); None if unknown
     question_id: int | str = 0
+    place: str = field(default="", compare=False, repr=False)  # "file:line"
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,13 @@ def example(record, folder=None, template=0):
         template: as in `choice`.
     """
     image = record.image if folder is None else str(Path(folder).expanduser() / record.image)
-    found = vars(record) | {"image": image, "options": list(record.options)}
+    found = {name: getattr(record, name) for name in own_fields()} | {"image": image, "options": list(record.options)}
     return found | {"template": template, "text": question(record, template=template)}
+
+
+def own_fields():
+    """Names of the fields of a Record that belong to the question and not to its file."""
+    return [each.name for each in fields(Record) if each.compare]
 
 
 def record_of(example):
@@ -200,7 +206,7 @@ def record_of(example):
     Raises:
         ValueError: a field that is missing; names it.
     """
-    names = [field.name for field in fields(Record)]
+    names = own_fields()
     missing = [name for name in names if name not in example]
     if missing:
         found = f"the example has no {', '.join(missing)}, only {', '.join(example)}"

@@ -19,7 +19,7 @@ def read(path):
     """
     path = Path(path).expanduser()
     rows = []
-    found = list(jsonl.lines(path))
+    found = list(jsonl.lines(jsonl.content(path)))
     for number, line in found if found[-1][1] else found[:-1]:
         fields = jsonl.decoded(path, line.removesuffix(b"\r"), number).split("\t")
         if len(fields) != 4:
@@ -28,7 +28,7 @@ def read(path):
             )
         image, question, truth, answer = fields
         if truth.lower() not in ("yes", "no"):
-            raise ValueError(f"{path}:{number}: truth is {truth!r}, expected Yes or No")
+            raise ValueError(f"{path}:{number}: truth is {jsonl.shown(truth)}, expected Yes or No")
         if number % 2 == 0 and rows[-1][0] != image:
             raise ValueError(
                 f"{path}:{number}: image {image!r} follows {rows[-1][0]!r}, expected two questions per image"
@@ -62,6 +62,14 @@ def score(rows):
     return found | {"questions": len(rows), "unreadable": unreadable}
 
 
+def files(folder):
+    """The .txt files of a results folder, one for each subtask; FileNotFoundError if there is none."""
+    found = sorted(Path(folder).expanduser().glob("*.txt"))
+    if not found:
+        raise FileNotFoundError(f"no .txt file in {str(folder)!r}, expected one per MME subtask")
+    return found
+
+
 def score_folder(folder):
     """{subtask: score} of every .txt file of a results folder, and the sum of the hallucination subset if it is whole.
 
@@ -69,10 +77,7 @@ def score_folder(folder):
         FileNotFoundError: no such folder, or no .txt file in it.
         ValueError: as `read`.
     """
-    files = sorted(Path(folder).expanduser().glob("*.txt"))
-    if not files:
-        raise FileNotFoundError(f"no .txt file in {str(folder)!r}, expected one per MME subtask")
-    scores = {file.stem: score(read(file)) for file in files}
+    scores = {file.stem: score(read(file)) for file in files(folder)}
     if all(name in scores for name in HALLUCINATION):
         scores["hallucination"] = {"score": sum(scores[name]["score"] for name in HALLUCINATION)}
     return scores

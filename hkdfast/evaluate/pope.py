@@ -10,12 +10,13 @@ Li et al., 2023 (arXiv:2305.10355). Two scripts are in use and do not agree on e
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..data import jsonl
+from ..data.image_mark import without_mark
 
 RULES = ("vcd", "pope")
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_rate")
@@ -29,6 +30,7 @@ class Question:
     image: str  # file name within the image folder
     text: str
     label: str | None  # "yes" or "no"; None where labels were not asked for
+    place: str = field(default="", compare=False, repr=False)  # "file:line"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Graded:
 def read_questions(path, images=None, labels=True):
     """The questions of a JSON-lines file with the fields question_id, image, text and label, in the file's order.
 
+    The mark <image> first or last in a text, as LLaVA's files have it, is taken off.
+
     Args:
         path: the file; POPE's are called .json and hold one object per line.
         images: folder in which every image must exist, or None for no look.
@@ -50,7 +54,8 @@ def read_questions(path, images=None, labels=True):
 
     Raises:
         FileNotFoundError: no such file, folder or image.
-        ValueError: a line that does not parse ("file:line: ..."), a missing or wrong field, a question_id twice.
+        ValueError: a line that does not parse ("file:line: ..."), a missing or wrong field, a question_id twice, a
+            mark of an image elsewhere in a text.
     """
     path = Path(path).expanduser()
     questions, lines = [], {}
@@ -60,12 +65,14 @@ def read_questions(path, images=None, labels=True):
         if first != number:
             raise ValueError(f"{path}:{number}: question_id {name!r} is already on line {first}")
         image, text = (jsonl.field(path, number, record, key) for key in ("image", "text"))
+        place = f"{path}:{number}"
+        text = without_mark(f"{place}: text", text)
         label = None
         if labels:
             label = jsonl.field(path, number, record, "label").lower().strip()
             if label not in ("yes", "no"):
-                raise ValueError(f"{path}:{number}: label is {record['label']!r}, expected 'yes' or 'no'")
-        questions.append(Question(name, image, text, label))
+                raise ValueError(f"{path}:{number}: label is {jsonl.shown(record['label'])}, expected 'yes' or 'no'")
+        questions.append(Question(name, image, text, label, place))
     if images is not None:
         require_images(path, questions, images)
     return questions
@@ -101,10 +108,13 @@ def read_answers(path, questions):
         if key not in record and "question" in record:
             key, expected = "question", question.text
         found = jsonl.field(path, number, record, key, (int, str))
+        if key == "question":
+            found = without_mark(f"{path}:{number}: question", found)
         if found != expected:
-            raise ValueError(
-                f"{path}:{number}: {key} is {found!r}, expected {expected!r}: answers keep the order asked"
-            )
+            what = f"{path}:{number}: {key} is {jsonl.shown(found)}, expected {jsonl.shown(expected)}"
+            kind = type(expected).__name__
+            why = f"the questions have it as {kind}" if str(found) == str(expected) else "answers keep the order asked"
+            raise ValueError(f"{what}: {why}")
         answers.append(jsonl.field(path, number, record, "text" if "text" in record else "answer"))
     if len(records) != len(questions):
         raise ValueError(f"{path}: {len(records)} answers for {len(questions)} questions")

@@ -1,6 +1,7 @@
 """Questions about images as batches of a model: prompts alone, or with their answers."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,13 @@ from typing import Any
 import torch
 
 from ..batch import IGNORE_INDEX
-from ..data.images import image_of
+from ..data.generation import with_instruction
+from ..data.image_mark import without_mark
+from ..data.images import rgb
+from ..data.jsonl import shown
+from ..evaluate.pope import Question
 from .generate import tokenize
-from .templates import answered, prompts
+from .templates import answered, image_marks, prompts
 
 
 @dataclass
@@ -29,7 +34,8 @@ class QuestionCollator:
 
     Raises:
         ValueError: if the processor has no tokenizer, or that has neither pad nor eos token; while batching, for an
-            image that does not decode, or an example that lacks its answer.
+            image that does not decode, an example that lacks image, text or answer, one of another kind, or a text with
+            a mark of an image that is neither first nor last.
     """
 
     processor: Any
@@ -45,16 +51,11 @@ class QuestionCollator:
             raise ValueError("the tokenizer has neither pad nor eos token: set processor.tokenizer.pad_token")
 
     def __call__(self, examples):
-        texts = [f"{example['text']} {self.instruction}".strip() for example in examples]
-        images = [image_of(example) for example in examples]
+        texts = [self.text_of(number, example) for number, example in enumerate(examples)]
+        images = [self.image_of(number, example) for number, example in enumerate(examples)]
         asked = prompts(self.processor, texts)
         if not self.answers:
             return dict(tokenize(self.processor, asked, images))
-        for example in examples:
-            if "answer" not in example:
-                raise ValueError(
-                    f'the example {example["text"]!r} has no "answer": give it one, or None if a teacher is to give it'
-                )
         answers = [example["answer"] for example in examples]
         whole = [
             prompt if answer is None else answered(self.processor, text, prompt, answer)
@@ -66,6 +67,34 @@ class QuestionCollator:
             batch["distill_only"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
             batch["distill_only"][:, -1] = torch.tensor([answer is None for answer in answers])
         return batch
+
+    def text_of(self, number, example):
+        """The question of an example, as it is asked, after a look at what the example holds."""
+        where = f"example {number} of the batch"
+        if not isinstance(example, Mapping):
+            raise ValueError(f"{where} is a {type(example).__name__}, expected a dict with 'image' and 'text'")
+        for name in ("image", "text", *(("answer",) if self.answers else ())):
+            if name not in example:
+                hint = ": give it one, or None if a teacher is to give it" if name == "answer" else ""
+                raise ValueError(f"{where} has no {name!r}, only {', '.join(map(str, example))}{hint}")
+        text = example["text"]
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: text is {shown(text)}, expected a question")
+        text = without_mark(f"{where}: text", text)
+        found = next((mark for mark in image_marks(self.processor) if mark in text), None)
+        if found:
+            raise ValueError(f"{where}: text holds {found}, by which the model finds its image: {shown(text)}")
+        if self.answers and not isinstance(example["answer"], str | None):
+            raise ValueError(
+                f"{where}: answer is {shown(example['answer'])}, expected a text, or None if nobody knows it"
+            )
+        return with_instruction(text, self.instruction)
+
+    def image_of(self, number, example):
+        try:
+            return rgb(example["image"])
+        except ValueError as error:
+            raise ValueError(f"example {number} of the batch: {error}") from error
 
     def labels(self, batch, asked, answered, answers):
         """(B, T): the last tokens of each conversation, as many as it has beyond its prompt.
@@ -93,11 +122,21 @@ class Questions:
         questions: list of `hkdfast.evaluate.pope.Question`.
         folder: of the images.
         answers: whether the examples have answers, the labels "Yes" and "No".
+
+    Raises:
+        ValueError: something that is no Question, or a question without the label that `answers` needs.
     """
 
     questions: list
     folder: Path
     answers: bool = False
+
+    def __post_init__(self):
+        for number, question in enumerate(self.questions):
+            if not isinstance(question, Question):
+                raise ValueError(f"question {number} is a {type(question).__name__}, expected a Question of pope")
+            if self.answers and question.label is None:
+                raise ValueError(f"{question.place or number}: the question has no label, which is to be its answer")
 
     def __len__(self):
         return len(self.questions)

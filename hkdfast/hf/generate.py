@@ -10,11 +10,11 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..data import devices, jsonl
-from ..data.generation import GenerationOptions
+from ..data import devices, jsonl, outputs
+from ..data.generation import GenerationOptions, with_instruction
 from ..data.images import read_image
 from . import loading
-from .templates import prompts
+from .templates import image_marks, prompts
 
 GREEDY = GenerationOptions()
 
@@ -57,6 +57,44 @@ def check_images(questions, folder, progress=True):
     names = dict.fromkeys(question.image for question in questions)
     for name in tqdm(names, desc="images", unit="image", disable=None if progress else True, leave=False):
         read_image(Path(folder).expanduser() / name)
+
+
+def check_texts(processor, texts):
+    """See that the processor takes every question, before the first is asked.
+
+    Args:
+        texts: list of (what an error begins with, text).
+
+    Raises:
+        ValueError: a text with a mark of the processor's own for images, or that its template or tokenizer stumbles
+            over; names it.
+    """
+    marks = image_marks(processor)
+    for where, text in texts:
+        found = next((mark for mark in marks if mark in text), None)
+        if found:
+            raise ValueError(f"{where} holds {found}, by which the model finds its image: {jsonl.shown(text)}")
+    usual = placeholders(processor, ["Is there a cat?"])[0]
+    try:
+        counts = placeholders(processor, [text for _, text in texts])
+    except Exception:  # of one of them: which one is found below
+        counts = [None] * len(texts)
+    for (where, text), count in zip(texts, counts, strict=True):
+        if count is None:
+            try:
+                count = placeholders(processor, [text])[0]
+            except Exception as error:  # templates and tokenizers raise whatever they stumble over
+                raise ValueError(f"{where}: the processor does not take {jsonl.shown(text)}: {error}") from error
+        if count != usual:
+            raise ValueError(f"{where} makes {count} images of its one: {jsonl.shown(text)}")
+
+
+def placeholders(processor, texts):
+    """How many tokens of each prompt stand for an image or another medium."""
+    names = ("image_token_id", "video_token_id", "audio_token_id")
+    media = {getattr(processor, name, None) for name in names} - {None}
+    rows = processor.tokenizer(prompts(processor, texts)).input_ids
+    return [sum(token in media for token in row) for row in rows]
 
 
 def encode(processor, texts, images):
@@ -146,7 +184,7 @@ def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, n
     with resumable_jsonl(path, lines, ("text",), size, resume=resume, progress=progress) as (done, write):
         for start in range(len(done), len(lines), size):
             batch = questions[start : start + size]
-            texts = [f"{q.text} {decoding.instruction}".strip() for q in batch]
+            texts = [with_instruction(q.text, decoding.instruction) for q in batch]
             pictures = [read_image(Path(images).expanduser() / q.image) for q in batch]
             write(
                 [{"text": text} for text in generate_texts(model, processor, texts, pictures, decoding, start // size)]
@@ -177,7 +215,7 @@ def resumable_jsonl(path, lines, blanks, size, *, resume=False, progress=True):
     kept = max((reusable_lines(file, lines, blanks) for file in (path, partial)), key=len) if resume else []
     if len(kept) < len(lines):
         kept = kept[: len(kept) // size * size]
-    with jsonl.replacing(partial) as file:  # what is kept is never missing, whenever this run is stopped
+    with outputs.replacing(partial) as file:  # what is kept is never missing, whenever this run is stopped
         file.writelines(json.dumps(line) + "\n" for line in kept)
     done = list(kept)
     with (

@@ -1,5 +1,7 @@
 """How a model is asked about an image: by the chat template of its processor or tokenizer, in the form it takes."""
 
+import re
+
 import jinja2
 
 from .. import notes
@@ -10,6 +12,7 @@ FRAMES = {
     "<|image_pad|>": ("<|vision_start|>", "<|vision_end|>"),
     "<|image|>": ("<|begin_of_image|>", "<|end_of_image|>"),
 }
+MEDIA = re.compile("(image|video|audio|vision|boi|eoi).*_token$")  # attributes of processors
 
 
 def prompts(processor, texts):
@@ -57,6 +60,14 @@ def keeper_of(processor):
         if template:
             return keeper
     return None
+
+
+def image_marks(processor):
+    """The texts by which a processor finds its images and other media; a question may hold none of them."""
+    tokenizer = processor.tokenizer
+    named = tokenizer.special_tokens_map | vars(processor)
+    marks = [str(value) for name, value in named.items() if MEDIA.search(name) and value]
+    return [*dict.fromkeys(marks), *(each for mark in marks for each in FRAMES.get(mark, ()))]
 
 
 def marked(processor, text):

@@ -151,8 +151,10 @@ def test_pope_rules_differ(files, pope):
         done = pope("--rule", rule, "--output", files / f"{rule}.json", splits=("random",))
         assert done.returncode == 0
         found[rule] = json.loads((files / f"{rule}.json").read_text())["sets"]["random"]["mean"]
+        assert done.stdout.splitlines()[1].split()[-1] == "6"
     assert found["vcd"]["yes_rate"] == 0
     assert found["pope"]["yes_rate"] == 1
+    assert found["vcd"]["unreadable"] == found["pope"]["unreadable"] == 6
 
 
 def test_pope_counts_what_says_neither_yes_nor_no_or_both(files, pope):

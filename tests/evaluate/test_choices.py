@@ -83,6 +83,16 @@ def test_several_letters_are_a_set(tmp_path, text):
     assert score(records, ["AC"])["right"] == 1 and score(records, ["C"])["right"] == 0
 
 
+@pytest.mark.parametrize("word", ["Bad", "bad", "BAD", "Cab", "true", "TRUE"])
+def test_words_are_no_letters(tmp_path, word):
+    options = ["True", "False", "Bad", "Cab"]
+    path = saved(tmp_path / "q.json", [CLAIM | {"choices": options, "correct_choice": word}])
+    with pytest.raises(ValueError, match=rf"entry 1: correct_choice is '{word}' \('{word}' is the text of [ACD]\)"):
+        read(path, "factcheck")
+    saved(path, [CLAIM | {"choices": ["A", "B"], "correct_choice": "B"}])  # a letter is a letter
+    assert read(path, "factcheck")[0].answer == "B"
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_records_come_back_from_the_file_they_are_written_to(tmp_path, task):
     (record,) = read(saved(tmp_path / "q.json", [PAGE[task]]), task)
@@ -294,13 +304,23 @@ def test_answers_come_back(tmp_path):
         (["A", "E"], r"a:entry 2: answer is 'E', expected letters of A to D"),
         (["A"] * 5, "entry 5: more answers than the 4 questions"),
         ([{"question_id": 9, "choice": "A"}], "entry 1: question_id 9 is not among the questions"),
-        ([{"question_id": [9], "choice": "A"}], r"entry 1: question_id \[9\] is not among the questions"),
+        ([{"question_id": [9], "choice": "A"}], r"entry 1: question_id is \[9\], expected int or str"),
         ([{"question_id": 1, "choice": "A"}] * 2, "entry 2: question_id 1 is answered twice"),
         ([{"question_id": 1, "image_id": "0.png", "choice": "A"}], "image_id is '0.png', expected '1.png'"),
         ([{"image_id": "1.png", "choice": "A"}], "image_id is '1.png', expected '0.png'"),
         ([{"question_id": 1}], "entry 1: no field 'answer'; found 'question_id'"),
         ([{"question_id": 1, "choice": 2}], "choice is 2, expected str or list or NoneType"),
         ([3], "answer is 3, expected letters"),
+        (["A", "Bad", "C", "D"], "entry 2: answer is 'Bad', expected letters of A to D"),
+        (["ad"] * 4, "entry 1: answer is 'ad', expected letters"),
+        (["A cab"] * 4, "entry 1: answer is 'A cab', expected letters"),
+        (["a, b and c"] * 4, "entry 1: answer is 'a, b and c', expected letters"),
+        ([["A", "Bad"]] * 4, "entry 1: answer is .*, expected letters"),
+        (["True"] * 4, r"entry 1: answer is 'True' \('True' is the text of A\), expected letters of A to D"),
+        (["A", "B"], "2 answers for 4 questions: without question_id there must be one for each"),
+        ([{"choice": "A"}] * 3, "3 answers for 4 questions"),
+        ([{"question_id": 1, "choice": "A"}, {"choice": "B"}], "entry 2: no question_id, unlike the answers before"),
+        (["A", {"question_id": 1, "choice": "A"}], "entry 2: a question_id, unlike the answers before it"),
     ],
 )
 def test_answers_refuse(tmp_path, entries, message):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hkdfast.data import jsonl
+from hkdfast.data import outputs
 from hkdfast.evaluate import bootstrap, mme, pope
 from hkdfast.evaluate.pope import Graded, Question
 
@@ -210,11 +210,11 @@ def test_mark_refuses():
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "scores.json"
-    with pytest.raises(RuntimeError), jsonl.replacing(path) as file:
+    with pytest.raises(RuntimeError), outputs.replacing(path) as file:
         file.write("half")
         raise RuntimeError
     assert list(path.parent.iterdir()) == []
-    with jsonl.replacing(path) as file:
+    with outputs.replacing(path) as file:
         file.write("whole")
     assert path.read_text() == "whole"
     assert list(path.parent.iterdir()) == [path]

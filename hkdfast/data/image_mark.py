@@ -1,0 +1,30 @@
+"""The mark that stands for the image in questions of LLaVA's format."""
+
+from .jsonl import shown
+
+MARK = "<image>"
+
+
+def without_mark(where, text):
+    """A question without the mark of its image, which may come first or last; the model's own is put there later.
+
+    Args:
+        where: what an error begins with.
+        text: the question.
+
+    Raises:
+        ValueError: a mark in the middle, more than one, or nothing beside it.
+    """
+    count = text.count(MARK)
+    found = text.strip()
+    if count == 1 and found.startswith(MARK) or count == 1 and found.endswith(MARK):
+        text, count = found.removeprefix(MARK).removesuffix(MARK).strip(), 0
+    if count:
+        what = "more than one" if count > 1 else "in the middle"
+        raise ValueError(
+            f"{where} has {MARK} {what}, expected a question about one image, with that mark first, last or not at "
+            f"all: {shown(text)}"
+        )
+    if not text.strip():
+        raise ValueError(f"{where} is {shown(text)}, expected a question")
+    return text
