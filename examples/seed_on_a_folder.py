@@ -17,19 +17,19 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hkdfast.data import jsonl
+from hkdfast.evaluate import pope
 from hkdfast.hf import SeedConfig, SeedTrainer
 
 
 def examples(questions, images):
-    """The training data: a list of dicts with the path of an image and a question."""
-    return [
-        {"image": str(Path(images) / line["image"]), "text": line["text"]} for _, line in jsonl.read(Path(questions))
-    ]
+    """The training data: a list of dicts with the path of an image and a question. An error names a wrong line."""
+    asked = pope.read_questions(questions, images=images, labels=False)
+    return [{"image": str(Path(images) / one.image), "text": one.text} for one in asked]
 
 
 def seed(model, images, questions, output, **options):
     """Train an adapter and save it in a folder. Returns the log."""
+    data = examples(questions, images)
     processor = AutoProcessor.from_pretrained(model)
     model = AutoModelForImageTextToText.from_pretrained(model)
     config = SeedConfig(
@@ -40,7 +40,7 @@ def seed(model, images, questions, output, **options):
         report_to="none",
         **options,
     )
-    trainer = SeedTrainer(model, config, train_dataset=examples(questions, images), processing_class=processor)
+    trainer = SeedTrainer(model, config, train_dataset=data, processing_class=processor)
     trainer.train()
     trainer.save_model(str(Path(output) / "adapter"))
     return trainer.state.log_history

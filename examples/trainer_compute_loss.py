@@ -3,13 +3,16 @@
     python examples/trainer_compute_loss.py
 
 The student's backbone gives the hidden states; `distill_loss` does the rest, so that no logits are made. Gradient
-accumulation is right, because the loss is divided by the Trainer's own count of labels.
+accumulation is right, because the loss is divided by the Trainer's own count of labels. It runs on one device: the
+head's weight is read outside the model's forward, where DDP and FSDP do not look. On several, give `distill_loss` the
+logits of both models instead.
 """
 
 import tempfile
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from hkdfast import Head, distill_loss
 
@@ -19,6 +22,9 @@ VOCABULARY = 1000
 class DistillTrainer(Trainer):
     def __init__(self, *args, teacher, **others):
         super().__init__(*args, **others)
+        mode = self.args.parallel_mode
+        if mode != ParallelMode.NOT_PARALLEL:
+            raise ValueError(f"DistillTrainer runs on one device, this is {mode}: set CUDA_VISIBLE_DEVICES=0")
         self.teacher = teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -7,10 +7,12 @@ import re
 import shlex
 from functools import partial
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
+import hkdfast
 from hkdfast import cli
 
 ROOT = Path(__file__).parents[2]
@@ -23,10 +25,26 @@ def name_of(page):
 
 
 def blocks(page, language):
-    """[(line number, text)] of the page's fenced blocks of a language."""
+    """[(line number, text)] of the page's fenced blocks of a language, without those whose "needs" is missing here."""
     text = page.read_text()
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
-    return [(text.count("\n", 0, match.start()) + 2, match[1]) for match in found]
+    found = re.finditer(rf"^(?:<!-- needs: (\S+) -->\n)?^```{language}\n(.*?)^```$", text, re.M | re.S)
+    return [(text.count("\n", 0, match.start(2)) + 1, match[2]) for match in found if exists(match[1])]
+
+
+def exists(name):
+    """Whether hkdfast has an attribute of this dotted name, "hkdfast.Head.from_linear"; no name is there."""
+    try:
+        return name is None or attrgetter(name.removeprefix("hkdfast."))(hkdfast) is not None
+    except AttributeError:
+        return False
+
+
+def test_a_block_is_left_out_only_while_what_it_needs_is_missing(tmp_path):
+    page = tmp_path / "page.md"
+    names = ("hkdfast.Head", "hkdfast.nothing", "hkdfast.Head.nothing", None)
+    marks = [f"<!-- needs: {name} -->\n" if name else "" for name in names]
+    page.write_text("\n".join(f"{mark}```python\n{i}\n```\n" for i, mark in enumerate(marks)))
+    assert blocks(page, "python") == [(3, "0\n"), (17, "3\n")]
 
 
 @pytest.mark.parametrize("page", [page for page in LINKED if page.exists()], ids=name_of)

@@ -33,6 +33,14 @@ def test_a_trainer_learns(example):
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("example", ["trainer_compute_loss"], indirect=True)
+def test_a_trainer_for_one_device_refuses_several(example, tmp_path):
+    args = example.TrainingArguments(str(tmp_path), use_cpu=True)
+    args.__dict__["_n_gpu"] = 2  # Trainer would wrap the model in DataParallel
+    with pytest.raises(ValueError, match="one device"):
+        example.DistillTrainer(example.tiny(16, 1), args, teacher=example.tiny(16, 1))
+
+
 @pytest.mark.parametrize("example", ["text_teacher_student"], indirect=True)
 def test_a_student_gives_the_answers_of_its_teacher(example, tmp_path):
     losses, right = example.main(["--output", str(tmp_path / "student")])
@@ -48,6 +56,16 @@ def test_seed_trains_on_a_folder(example):
     log = [entry for entry in example.main([]) if "divergence" in entry]
     assert len(log) == 4 and all(math.isfinite(entry["loss"]) for entry in log)
     assert all(0 <= entry["yes_rate"] <= 1 for entry in log)
+
+
+@pytest.mark.parametrize("example", ["seed_on_a_folder"], indirect=True)
+def test_wrong_questions_are_named_before_a_model_is_loaded(example, tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "image": "none.png", "text": "Is there a cat?"}\n')
+    with pytest.raises(FileNotFoundError, match="none.png"):
+        example.seed("no-model", tmp_path, tmp_path / "questions.jsonl", tmp_path / "out")
+    (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "Is there a cat?"}\n')
+    with pytest.raises(ValueError, match="questions.jsonl:1.*image"):
+        example.seed("no-model", tmp_path, tmp_path / "questions.jsonl", tmp_path / "out")
 
 
 def test_every_example_has_a_test():
