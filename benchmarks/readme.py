@@ -14,6 +14,7 @@ import speed_table  # noqa: E402
 
 import hkd.table  # noqa: E402
 import seed.table  # noqa: E402
+from hkdfast.data import outputs  # noqa: E402
 
 # rows of the README's tables: the beginnings of their names, of which each gives the last row without narrow tiles
 SPEED = ("logits bf16, reverse_kl", "heads fp32, reverse_kl", "heads bf16, reverse_kl", "coupled fp32")
@@ -76,7 +77,8 @@ def main():
         if args.check and new != text:
             sys.exit(f"{page} differs from the results: run python benchmarks/readme.py")
         if not args.check:
-            path.write_text(new)
+            with outputs.replacing(path) as file:
+                file.write(new)
 
 
 if __name__ == "__main__":

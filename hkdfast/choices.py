@@ -131,8 +131,15 @@ def permutation(n, fixed, free):
     return tuple(place if place in fixed else next(left) for place in range(n))
 
 
+def check_list(name, texts):
+    """Refuse one text where several are expected: its letters would be taken for them."""
+    if isinstance(texts, str):
+        raise ValueError(f"{name} is the text {texts!r}, expected a list of texts")
+
+
 def fixed_indices(options, fixed):
     """Indices of the fixed options, which are given by index or by text; a text that is no option fixes nothing."""
+    check_list("fixed", fixed)
     texts = {each.strip().casefold() for each in fixed if isinstance(each, str)}
     return [i for i, option in enumerate(options) if option.strip().casefold() in texts] + [
         each for each in fixed if not isinstance(each, str)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from ..batch import derive_seed
-from ..choices import LETTERS, random_order
+from ..choices import LETTERS, check_list, random_order
 from .images import image_of
 from .tasks import TASKS, question, record_of, template_of
 
@@ -149,6 +149,7 @@ class Paraphrase:
     templates: Sequence[int | str] | None = None
 
     def __post_init__(self):
+        check_list("templates", self.templates)
         if self.templates is not None and not self.templates:
             raise ValueError("templates is empty, expected at least one, or None for those of the task")
 

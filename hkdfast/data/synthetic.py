@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from ..choices import LETTERS
+from ..choices import LETTERS, check_list
+from .jsonl import shown
 from .tasks import NONE, TASKS, is_none, record_of
 
 KINDS = ("object", "attribute", "count")
@@ -59,6 +60,12 @@ class Corruptions:
     kinds: Sequence[str] = KINDS
 
     def __post_init__(self):
+        for name, value in (("objects", self.objects), ("attributes", self.attributes), ("kinds", self.kinds)):
+            check_list(name, value)
+        for name in ("objects", "attributes"):
+            value = getattr(self, name)
+            for key, others in value.items() if isinstance(value, Mapping) else ():
+                check_list(f"{name}[{key!r}]", others)
         wrong = [kind for kind in self.kinds if kind not in KINDS]
         if wrong or not self.kinds:
             raise ValueError(f"kinds are {list(self.kinds)}, expected some of {', '.join(KINDS)}")
@@ -105,7 +112,21 @@ def things_of(example):
     things = example.get("objects")
     if not things:
         raise ValueError(f"the example has no annotated 'objects', only {', '.join(example)}")
+    for thing in things:
+        check_thing(thing)
     return list({phrase(thing): thing for thing in things}.values())
+
+
+def check_thing(thing):
+    """Refuse an annotated object whose fields are not what `phrase` makes words of."""
+    if not isinstance(thing, Mapping) or not isinstance(thing.get("name"), str) or not thing["name"].strip():
+        raise ValueError(f"an annotated object is {shown(thing)}, expected a dict with a 'name'")
+    for name in ("attribute", "plural"):
+        if not isinstance(thing.get(name), str | None):
+            raise ValueError(f"{name} of the object {thing['name']!r} is {shown(thing[name])}, expected a text")
+    count = thing.get("count")
+    if count is not None and (type(count) is not int or count < 0):
+        raise ValueError(f"count of the object {thing['name']!r} is {shown(count)}, expected a whole number")
 
 
 def fields_of(example, task, **changed):
@@ -188,6 +209,7 @@ class Claim:
     claim: str = "The image shows {}."
 
     def __post_init__(self):
+        check_list("unverifiable", self.unverifiable)
         if self.parts < 2 or not self.unverifiable:
             raise ValueError(f"parts is {self.parts} and unverifiable {self.unverifiable}, expected at least 2 and 1")
         if "{}" not in self.claim:
@@ -236,6 +258,9 @@ class RewriteStatement:
     changes: int = 1
 
     def __post_init__(self):
+        check_list("phrases", self.phrases)
+        for phrase, others in self.swaps.items():
+            check_list(f"swaps[{phrase!r}]", others)
         if not self.phrases and not self.swaps:
             raise ValueError("there is nothing to put into a statement: give phrases or swaps")
         for text in (*self.phrases, *self.swaps, *(one for others in self.swaps.values() for one in others)):

@@ -381,6 +381,10 @@ def test_everything_together(picture):
         assert made["text"] == question(record_of(made), template=made["template"])
 
 
+def annotated(thing):
+    return Augment([SyntheticCaption(Corruptions())])({"image": "0.png", "objects": [thing]}, 0)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -408,6 +412,19 @@ def test_everything_together(picture):
         (lambda: RewriteStatement(["x", " "]), "phrases are texts that are not empty, got ' '"),
         (lambda: RewriteStatement(swaps={"": ["x"]}), "got ''"),
         (lambda: RewriteStatement(swaps={"x": [3]}), "got 3"),
+        (lambda: RewriteStatement("dog"), "phrases is the text 'dog', expected a list of texts"),
+        (lambda: RewriteStatement(swaps={"cat": "dog"}), r"swaps\['cat'\] is the text 'dog', expected a list of texts"),
+        (lambda: Corruptions(objects="dog"), "objects is the text 'dog', expected a list"),
+        (lambda: Corruptions(objects={"cat": "dog"}), r"objects\['cat'\] is the text 'dog', expected a list"),
+        (lambda: Corruptions(attributes={"red": "blue"}), r"attributes\['red'\] is the text 'blue', expected a list"),
+        (lambda: Corruptions(kinds="count"), "kinds is the text 'count', expected a list"),
+        (lambda: Claim(Corruptions(), unverifiable="On a Monday."), "unverifiable is the text 'On a Monday.'"),
+        (lambda: Paraphrase("{statement} {options}"), "templates is the text"),
+        (lambda: Augment([ShuffleOptions(NONE)])(given(), 0), "fixed is the text 'No hallucination', expected a list"),
+        (lambda: annotated({"name": "cat", "count": "2"}), "count of the object 'cat' is '2', expected a whole number"),
+        (lambda: annotated({"name": "cat", "attribute": 3}), "attribute of the object 'cat' is 3, expected a text"),
+        (lambda: annotated("cat"), "an annotated object is 'cat', expected a dict with a 'name'"),
+        (lambda: Augment([Crop()])({"text": "?"}, 0), "the example has no 'image', only text"),
         (lambda: RewriteStatement(["x"], changes=0), "changes must be at least 1, got 0"),
     ],
 )
