@@ -120,7 +120,8 @@ def answer_set(args, decoding):
 def run_mme(args):
     files = mme.files(args.results)
     outputs.check("--output", args.output, files)
-    if args.output and Path(args.output).suffix == ".txt" and files[0].parent.samefile(Path(args.output).parent):
+    beside = args.output and Path(args.output).resolve().parent == files[0].resolve().parent
+    if beside and Path(args.output).suffix == ".txt":
         raise ValueError(f"--output {args.output} would be one of the subtasks of {args.results}: name another file")
     found = mme.score_folder(args.results)
     head = ["subtask", "questions", "accuracy", "accuracy_plus", "score", "unreadable"]

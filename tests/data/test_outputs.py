@@ -222,6 +222,14 @@ def test_scores_are_written_before_they_are_printed(files, words, monkeypatch):
     assert json.loads((files / "scores.json").read_text())["hkdfast"]
 
 
+def test_mme_writes_text_files_elsewhere(files, monkeypatch):
+    from hkdfast.cli import main
+
+    monkeypatch.chdir(files)
+    assert main([*MME, "--output", "new/deep/scores.txt"]) == 0
+    assert json.loads((files / "new/deep/scores.txt").read_text())["subtasks"]["count"]["questions"] == 2
+
+
 def test_no_encoding_stops_a_table(files):
     done = run(*POPE, "--output", "scores.json", cwd=files, env={"PYTHONIOENCODING": "ascii", "LANG": "C"})
     assert done.returncode == 0, done.stderr
