@@ -10,8 +10,8 @@ import torch
 
 from .. import __version__, shell
 from . import bench, demo, doctor, evaluate, extras, user_modules
+from .help import HelpFormatter, add_example
 
-EXPLAIN = argparse.ArgumentDefaultsHelpFormatter
 COMMANDS = {
     "seed": "distill a vision-language model's hallucinations out of it (SEED)",
     "hkd": "distill a chain of vision-language models into its smallest (HKD4VLM)",
@@ -28,8 +28,8 @@ def main(argv=None):
     """Run one command.
 
     Returns:
-        the exit code: 0 for success; 2 for bad input, told in one line on stderr; 130 for Ctrl-C and SIGTERM, with what
-        was kept and the command that goes on.
+        the exit code: 0 for success; 2 for bad input, reported in one line on stderr; 130 for Ctrl-C and SIGTERM, with
+        what was kept and the command that continues.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug, args = "--debug" in argv, None
@@ -48,18 +48,18 @@ def main(argv=None):
         print(f"hkdfast: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+        if os.environ.get("RANK", "0") == "0":  # only one of several processes reports it
             print(stopped(argv, args), file=sys.stderr)
         return 130
 
 
 def stopped(argv, args):
-    """What to say where a command is stopped: what it has kept, and the command that goes on."""
+    """The message for a stopped command: what it has kept, and the command that continues."""
     kept = args.kept(args) if hasattr(args, "kept") else None
     if kept is None:
         return f"\nhkdfast: stopped, nothing was kept. To begin again:\n{shell.paste(*argv)}"
     words = argv if args.resume else [*argv, "--resume"]
-    return f"\nhkdfast: stopped, {kept}. To go on:\n{shell.paste(*words)}"
+    return f"\nhkdfast: stopped, {kept}. To continue:\n{shell.paste(*words)}"
 
 
 def message(error):
@@ -81,11 +81,14 @@ def make_parser(argv):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     made = {
         name: commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=EXPLAIN
+            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=HelpFormatter
         )
         for name, text in COMMANDS.items()
     }
-    evaluate.add_arguments(made["evaluate"], EXPLAIN)
+    evaluate.add_arguments(made["evaluate"])
+    for name in made:
+        if name != "evaluate":
+            add_example(made[name], name)
     for name, module in (("doctor", doctor), ("demo", demo), ("bench", bench)):
         module.add_arguments(made[name])
         made[name].set_defaults(run=module.run)

@@ -8,6 +8,7 @@ from ..data import outputs
 from ..data.generation import GenerationOptions, with_instruction
 from ..evaluate import mme, pope, tables
 from . import ask_model, choices
+from .help import HelpFormatter, add_example
 
 COMPARED = {"f1": "f1", "accuracy": "accuracy"}  # metrics that get an interval
 DECODING_HELP = {
@@ -20,19 +21,26 @@ DECODING_HELP = {
 }
 
 
-def add_arguments(parser, formatter):
+def add_arguments(parser):
     """The subcommands of `hkdfast evaluate`, each with `run` set to what does it."""
     commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
-    add_pope(commands.add_parser("pope", help="POPE: is there an object in the image?", formatter_class=formatter))
-    command = commands.add_parser("mme", help="MME: score the answers of a results folder", formatter_class=formatter)
+    made = {
+        name: commands.add_parser(name, help=text, formatter_class=HelpFormatter)
+        for name, text in (
+            ("pope", "POPE: is there an object in the image?"),
+            ("mme", "MME: score the answers of a results folder"),
+            ("choices", "the Responsible-AI challenge: multiple choice, micro-F1"),
+        )
+    }
+    for name, command in made.items():
+        add_example(command, f"evaluate {name}")
+    add_pope(made["pope"])
+    command = made["mme"]
     command.add_argument("--results", required=True, metavar="DIR", help="folder with a tab-separated .txt per subtask")
     command.add_argument("--output", metavar="FILE", help="JSON file for the scores")
     command.set_defaults(run=run_mme)
-    command = commands.add_parser(
-        "choices", help="the Responsible-AI challenge: multiple choice, micro-F1", formatter_class=formatter
-    )
-    choices.add_arguments(command)
-    command.set_defaults(run=choices.run, kept=ask_model.kept)
+    choices.add_arguments(made["choices"])
+    made["choices"].set_defaults(run=choices.run, kept=ask_model.kept)
 
 
 def add_pope(parser):

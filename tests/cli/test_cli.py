@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 import hkdfast
+from hkdfast import cli
 from hkdfast.budget import Budget, TooSlow, measure
 from hkdfast.cli import bench, demo, main
+from hkdfast.cli.help import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("transformers", "peft", "accelerate", "trl", "triton", "PIL", "tqdm", "pytest")
@@ -382,8 +385,9 @@ def test_help_explains_every_option(command, words):
     for option in options:
         flags, *explained = re.split(r"\s{2,}", option, maxsplit=1)
         assert explained and len(explained[0]) > 8, option
-        if words and not flags.startswith("-h"):
-            assert "(default: " in " ".join(explained[0].split()), option
+    assert "(default: None)" not in done.stdout and "(default: False)" not in done.stdout
+    if words not in ([], ["evaluate"]):
+        assert "\nexample: hkdfast " in done.stdout
 
 
 def test_unknown_words_exit_with_two(command):
@@ -401,3 +405,10 @@ def test_the_module_is_the_command_and_needs_torch_alone():
 def test_debug_shows_the_traceback(files, command):
     with pytest.raises(FileNotFoundError, match="no .txt file"):
         command("--debug", "evaluate", "mme", "--results", files)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_a_command_is_one_that_it_takes(name):
+    words = shlex.split(EXAMPLES[name])
+    assert words[0] == "hkdfast" and words[1 : 1 + len(name.split())] == name.split()
+    assert cli.make_parser(words[1:]).parse_args(words[1:]).run

@@ -258,7 +258,7 @@ def test_help_explains_every_option_with_its_default(capsys):
     parser = cli.make_parser(["hkd"])._subparsers._group_actions[0].choices["hkd"]
     for action in parser._actions[1:]:
         assert action.help and action.option_strings[0] in text
-        if not action.required:
+        if not action.required and action.default is not None and action.nargs != 0:
             assert f"(default: {action.default})" in text
 
 
@@ -342,7 +342,7 @@ def test_a_stopped_chain_says_what_it_kept(home, tmp_path, monkeypatch, capfd):
         assert hkd(home, out, "--save-steps", "1") == 130
     *_, told, pasted = capfd.readouterr().err.splitlines()
     kept = "pyramid/stage-1, finished, pyramid/stage-2/checkpoint-1"
-    assert told == f"hkdfast: stopped, kept in {out}: {kept}. To go on:"
+    assert told == f"hkdfast: stopped, kept in {out}: {kept}. To continue:"
     assert cli.main(shlex.split(pasted)[3:]) == 0
     assert (out / "ternary/student/model.safetensors").is_file()
 

@@ -318,7 +318,7 @@ def test_a_stopped_training_says_what_it_kept_and_how_to_go_on(home, whole, tmp_
         patch.setattr(SeedTrainer, "training_step", training_step)
         assert seed(home, out, *ROUNDS) == 130
     shown = capfd.readouterr()
-    assert f"hkdfast: stopped, kept in {out}: round-2/checkpoint-1. To go on:" in shown.err
+    assert f"hkdfast: stopped, kept in {out}: round-2/checkpoint-1. To continue:" in shown.err
     assert "Traceback" not in shown.err
     assert cli.main(pasted(shown)) == 0
     assert same(adapter(out), adapter(whole))
@@ -351,7 +351,7 @@ def test_a_stopped_evaluation_says_what_it_kept(home, tmp_path, monkeypatch, cap
         patch.setattr(generate, "generate_texts", some)
         assert cli.main(["evaluate", "pope", *map(str, words)]) == 130
     shown = capfd.readouterr()
-    assert f"hkdfast: stopped, 4 answers are kept in {tmp_path / 'scores.answers'}. To go on:" in shown.err
+    assert f"hkdfast: stopped, 4 answers are kept in {tmp_path / 'scores.answers'}. To continue:" in shown.err
     assert cli.main(pasted(shown)) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["sets"]
 
