@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .engine.renamed import CHOICES, refuses
 from .option_scores import SCORINGS, OptionScorer, single_tokens
 
 LETTERS = string.ascii_uppercase
@@ -176,6 +177,7 @@ def random_order(options, rng, fixed=()):
     return permutation(len(options), stay, rng.sample(free, len(free)))
 
 
+@refuses(CHOICES)
 def answer(
     model,
     encode,

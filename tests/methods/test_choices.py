@@ -454,3 +454,9 @@ def test_an_option_impossible_under_every_shift_is_never_chosen():
     masked = Reader(words, lambda text: {"A": -math.inf})
     with pytest.raises(ValueError, match="question 0 of its batch: under one of the shifts every option"):
         answer(masked, words, [QUESTION])
+
+
+@pytest.mark.parametrize(("old", "new"), [("form", "method"), ("combine", "aggregate"), ("tell", "on_batch")])
+def test_an_old_option_is_an_error_that_names_the_new_one(old, new):
+    with pytest.raises(TypeError, match=rf"answer\(\) has no option '{old}': it is called {new} now"):
+        answer(None, None, [QUESTION], **{old: None})
