@@ -190,7 +190,7 @@ def test_rows_beyond_two_to_the_31():
 
 LAWS = st.none() | st.builds(
     ContrastSpec,
-    weight=st.sampled_from(["constant", "linear", "gate"]),
+    schedule=st.sampled_from(["constant", "linear", "gate"]),
     alpha=st.floats(0, 3),
     confidence=st.sampled_from(["max_prob", "entropy", "target"]),
     threshold=st.floats(0, 1),
