@@ -27,7 +27,7 @@ def report():
     """{title: {name: fact}}, all of it text."""
     return {
         "versions": {
-            "hkdfast": f"{__version__} in {Path(__file__).parent}",
+            "hkdfast": f"{__version__} in {Path(__file__).parents[1]}",
             "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
             "torch": torch.__version__,
             "triton": version("triton") or version("pytorch-triton") or "not installed",
