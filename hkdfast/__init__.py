@@ -12,23 +12,13 @@ from .ops.objective import UNLABELED
 from .ops.reference import DIVERGENCES
 
 if TYPE_CHECKING:
-    from .hf import (
-        PyramidConfig as PyramidConfig,
-    )
-    from .hf import (
-        PyramidTrainer as PyramidTrainer,
-    )
-    from .hf import (
-        SeedConfig as SeedConfig,
-    )
-    from .hf import (
-        SeedTrainer as SeedTrainer,
-    )
-    from .hf import (
-        TernaryConfig as TernaryConfig,
-    )
-    from .hf import (
-        TernaryTrainer as TernaryTrainer,
+    from .hf import (  # noqa: F401
+        PyramidConfig,
+        PyramidTrainer,
+        SeedConfig,
+        SeedTrainer,
+        TernaryConfig,
+        TernaryTrainer,
     )
 
 __version__ = "0.2.0"

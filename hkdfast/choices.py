@@ -201,8 +201,8 @@ def answer(
     multiplied, in float64, and only at the row where the answer begins; the full vocabulary is not.
 
     Args:
-        model: function of a batch, see the head of this module. No gradient passes.
-        encode: function of (prompts, images, answers) to a batch on the model's device, see the head of this module.
+        model: function of a batch (see the module docstring). Gets no gradient.
+        encode: function of (prompts, images, answers) to a batch on the model's device (see the module docstring).
         questions: list of Choice; their numbers of options may differ.
         shifts: as in `shifts`. The method "per_option" has no letters to shift and nothing to aggregate.
         aggregate: "mean": the log-probabilities of the shifts are averaged, then normalized. "vote": each shift has one

@@ -16,7 +16,7 @@ from .mutual import coupled_batch_loss, coupling_table, per_model
 __all__ = ["FORMS", "coupling", "loss", "roles"]
 
 TEACHERS = ("frozen", "trained")
-# the roles of the models, and which of them stands at each place of the coupling table
+# the roles of the models, and the model at each index of the coupling table
 FORMS = {
     "two_teachers": (("teacher1", "teacher2", "student"), (0, 1, 2)),
     "mutual": (("model1", "model2", "model3"), (0, 1, 2)),

@@ -31,7 +31,7 @@ def add_options(parser):
     add("--against", nargs="+", metavar="FILE", help="answers of another system to compare with, listed like --answers")
     add("--device", help="torch device; without it a GPU if there is one")
     add("--dtype", default="auto", choices=DTYPES, help="auto: as the model is saved")
-    add("--resume", action="store_true", help="go on where a stopped run with the same options ended")
+    add("--resume", action="store_true", help="continue a stopped run with the same options")
     add("--resamples", type=int, default=10_000, help="draws of the bootstrap")
     add("--output", metavar="FILE", help="JSON file for the scores; needed with --model, whose answers go beside it")
 

@@ -69,7 +69,7 @@ def add_arguments(parser):
         "other's options",
     )
     add("--refine-epochs", type=float, help="--num-train-epochs of the ternary refinement, where they differ")
-    add("--resume", action="store_true", help="go on where --output stands; finished stages are kept")
+    add("--resume", action="store_true", help="resume from --output; finished stages are kept")
     user_modules.add_option(parser)
     add_options(parser, "distillation", CoupledConfig, SHARED)
     add_options(parser, "pyramid", PyramidConfig, PYRAMID)

@@ -28,7 +28,7 @@ def add_arguments(parser):
     add("--labels", action="store_true", help="learn at the tokens of the labels; without it no label is read")
     add("--instruction", default=GenerationOptions.instruction, help="text that follows every question, '' for none")
     add("--dtype", default="auto", choices=DTYPES, help="auto: as the model is saved")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--resume", action="store_true", help="resume from the last checkpoint in --output")
     user_modules.add_option(parser)
     for title, names in (("SEED", OWN), ("training", TRAINING)):
         add_options(parser, title, SeedConfig, names, DEFAULTS)

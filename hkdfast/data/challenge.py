@@ -47,7 +47,7 @@ def read(path, task, images=None, labels=True):
     """The records of a file of the challenge, in the file's order.
 
     Args:
-        path: the file, as the head of this module tells.
+        path: the file (see the module docstring for its format).
         task: a key of TASKS.
         images: folder in which every image must exist, or None for no look.
         labels: whether every question must have its answer. None reads those that are there and not empty, False none.

@@ -135,7 +135,7 @@ def grade(questions, answers, rule="vcd", source=""):
     Args:
         questions: (N,) list of Question with labels.
         answers: (N,) list of str, in the order of the questions.
-        rule: "vcd" or "pope", as the head of this module tells.
+        rule: "vcd" or "pope" (see the module docstring).
         source: prefixed to the image names. Give question sets over different folders that reuse file names
             different sources, so that an interval does not take two images for one.
 
@@ -197,7 +197,7 @@ def score(marks):
 
 
 def is_plain(answer):
-    """Whether an answer says either yes or no: exactly one of the two words stands in it, in any case."""
+    """Whether an answer says either yes or no: it contains exactly one of the two words, in any case."""
     return len({"yes", "no"}.intersection(re.findall(r"[^\W\d_]+", answer.lower()))) == 1
 
 

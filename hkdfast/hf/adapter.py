@@ -161,7 +161,7 @@ def quantized(layer):
 def merge_and_reset(model):
     """Merge the active adapter into the weights below it and start it anew: the student becomes the next teacher.
 
-    Weights of 16 bits are rounded once by it, so that the next round stands on the student up to that rounding.
+    Weights of 16 bits are rounded once by it, so the next round starts from the student up to that rounding.
     """
     name = model.active_adapters[0]
     how = model.peft_config[name].init_lora_weights

@@ -70,7 +70,7 @@ def answer_file(model, processor, records, images, path, inference=INFERENCE, *,
         model, processor: as `answer.load` gives them.
         records: list of `evaluate.tasks.Record`.
         images: folder of their images.
-        path: the JSON-lines file to write. Until it is whole, what is done stands in `path` with ".partial" added.
+        path: the JSON-lines file to write. Until it is complete, finished lines are in `path` with ".partial" added.
         inference: `evaluate.tasks.ChoiceInference`.
         name: model_id of each line.
         resume: take over what a run that was stopped left, if questions, name and settings are the same.

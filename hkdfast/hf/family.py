@@ -115,7 +115,7 @@ def check_family(names, processor=None):
 
     Raises:
         OSError: no model or processor under a name.
-        ValueError: tokenizers that number words differently, or image processors that differ; names and words are told.
+        ValueError: tokenizers that number words differently, or image processors that differ; the message names both.
     """
     if not names:
         return processor

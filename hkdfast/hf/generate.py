@@ -98,7 +98,7 @@ def placeholders(processor, texts):
 
 
 def encode(processor, texts, images):
-    """Model inputs for one image and one text each, padded on the left: generation goes on where the prompt ends."""
+    """Model inputs for one image and one text each, padded on the left: generation continues where the prompt ends."""
     return tokenize(processor, prompts(processor, texts), images)
 
 
@@ -165,7 +165,7 @@ def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, n
         model, processor: as `load` gives them.
         questions: list of `pope.Question`.
         images: folder of their images.
-        path: the JSON-lines file to write. Until it is whole, what is done stands in `path` with ".partial" added.
+        path: the JSON-lines file to write. Until it is complete, finished lines are in `path` with ".partial" added.
         decoding: GenerationOptions.
         name: model_id of each line.
         resume: take over the answers of a run that was stopped, or that is whole, if questions, name and decoding are
@@ -196,7 +196,7 @@ def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, n
 def resumable_jsonl(path, lines, blanks, size, *, resume=False, progress=True):
     """Lines to be filled in, batch by batch, in a JSON-lines file that appears when all are.
 
-    Until then what is done stands in `path` with ".partial" added.
+    Until then finished lines are in `path` with ".partial" added.
 
     Args:
         path: the file.

@@ -283,7 +283,7 @@ def outline(path):
 
 
 def is_adapter(name):
-    """Whether a PEFT adapter stands under a folder or Hub name."""
+    """Whether a folder or Hub name holds a PEFT adapter."""
     return (Path(name) / ADAPTER_CONFIG).is_file() if Path(name).is_dir() else on_hub(str(name))
 
 
@@ -293,7 +293,7 @@ def on_hub(name):
 
 
 def base_of(name):
-    """The model that an adapter stands on, or the name itself.
+    """The base model of an adapter, or the name itself.
 
     Raises:
         ValueError: an adapter that does not say it.
@@ -312,7 +312,7 @@ def adapter_config(path, model=None):
 
     Args:
         path: folder or Hub name.
-        model: name of the model it is put on; that it was trained on another is told on stderr.
+        model: name of the model it is put on; a note on stderr says if it was trained on another.
 
     Raises:
         ValueError: an adapter that nothing can be answered with: of virtual tokens, or of another task.

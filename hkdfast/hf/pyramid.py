@@ -52,8 +52,8 @@ class PyramidTrainer:
 
     Each stage has a folder output_dir/stage-k: what it is (run.json), its checkpoints, and when it is finished in their
     place "teacher" and "student", those that learn, as ordinary Hugging Face folders, or PEFT adapters with lora_r.
-    train(resume_from_checkpoint=True) goes on where output_dir stands: finished stages are kept, the one that was
-    stopped goes on from its last checkpoint, to the same losses bit for bit. That the data is the same is not checked.
+    train(resume_from_checkpoint=True) resumes from output_dir: finished stages are kept, the one that was
+    stopped resumes from its last checkpoint, to the same losses bit for bit. That the data is the same is not checked.
 
     Logged beside the loss, as means over answer positions, for each role: cross_entropy, entropy, divergence and
     agreement, e.g. student_divergence; and its grad_norm.

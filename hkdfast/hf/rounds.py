@@ -38,7 +38,7 @@ class RoundsTrainer(RowMeanTrainer):
             others: as in Trainer.train.
 
         Returns:
-            TrainOutput of the last round; None if the checkpoint stands at its end.
+            TrainOutput of the last round; None if the checkpoint is at its end.
 
         Raises:
             ValueError: no whole checkpoint to resume, one of another run (the first difference is named), or a fresh

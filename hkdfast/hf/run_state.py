@@ -40,12 +40,12 @@ def check_manifest(folder, about):
 
 
 def start_or_resume(folder, about, checkpoint=None, save=True):
-    """Begin a training in a folder, or see that it goes on from a checkpoint of its own.
+    """Start a training in a folder, or check that the checkpoint to resume belongs to it.
 
     Args:
         folder: of this training.
         about: as in `write_manifest`.
-        checkpoint: to go on from, in this folder or another; None for a fresh training.
+        checkpoint: to resume from, in this folder or another; None for a fresh training.
         save: whether this process writes.
 
     Raises:
@@ -64,13 +64,13 @@ def start_or_resume(folder, about, checkpoint=None, save=True):
 
 
 def run_folder(checkpoint):
-    """The folder of the training that a checkpoint stands in, which may have rounds."""
+    """The folder of the training that a checkpoint belongs to, which may have rounds."""
     folder = Path(checkpoint).absolute().parent
     return folder.parent if re.fullmatch(r"round-\d+", folder.name) else folder
 
 
 def has_training(folder):
-    """Whether there is something in a folder to go on from."""
+    """Whether a folder holds something to resume from."""
     return read_done(folder) is not None or last_checkpoint(folder) is not None
 
 
@@ -141,7 +141,7 @@ def last_checkpoint(folder):
 
 
 def checkpoint_of(folder, asked):
-    """The checkpoint to go on from: the one that is asked for, with True the last in the folder; None for neither.
+    """The checkpoint to resume from: the given one, or with True the last one in the folder; None for neither.
 
     Raises:
         ValueError: one that is not whole or not there; with True, none in the folder that is whole.
@@ -162,7 +162,7 @@ def is_whole(checkpoint):
 
 
 def is_at_end(checkpoint):
-    """Whether a checkpoint stands at the end of its training: Trainer would train one more step from there."""
+    """Whether a checkpoint is at the end of its training: Trainer would train one more step from there."""
     state = read(Path(checkpoint) / STATE)
     return state["global_step"] >= state["max_steps"]
 

@@ -48,7 +48,7 @@ class SeedTrainer(RoundsTrainer):
     The result is one ordinary PEFT adapter on the original model, whatever the number of rounds: save it with
     save_model(folder), load it with PeftModel.from_pretrained(model, folder). Round n's product stands beside the
     others' in it, at n times the rank. Checkpoints are such adapters too, under output_dir/round-n when there are
-    several rounds, and train(resume_from_checkpoint=...) goes on from any of them, to the same losses bit for bit.
+    several rounds, and train(resume_from_checkpoint=...) resumes from any of them, to the same losses bit for bit.
     run.json in output_dir tells what the run is and goes with its checkpoints: one of other options is not resumed
     (ValueError, naming the first difference), nor is a fresh one begun where another has left checkpoints. That model
     and data are the same is not checked.

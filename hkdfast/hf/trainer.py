@@ -180,7 +180,7 @@ class RowMeanTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def restore_if_finished(self, checkpoint):
-        """Load a checkpoint that stands at the end of its training; False if it does not stand there."""
+        """Load a checkpoint if it is at the end of its training; else return False."""
         if not run_state.is_at_end(checkpoint):
             whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(checkpoint) / OPTIMIZER_NAME).is_file()
             if not whole:  # Trainer would begin with a new one
