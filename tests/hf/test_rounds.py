@@ -358,7 +358,7 @@ def test_help_explains_every_option_with_its_default(capsys):
     seed_parser = parser._subparsers._group_actions[0].choices["seed"]
     for action in seed_parser._actions[1:]:
         assert action.help and action.option_strings[0] in text
-        if not action.required:
+        if not action.required and action.default is not None and action.nargs != 0:
             assert f"(default: {action.default})" in text
 
 
