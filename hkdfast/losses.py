@@ -1,16 +1,16 @@
 """Losses over logits, heads and purified teachers: distill_loss of two sides, coupled_loss of several models."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
 
 from .engine.arguments import check_flag, shown
 from .engine.checks import check_source
 from .engine.options import LossOptions
 from .engine.renamed import LOSS, refuses
-from .engine.terms import check_divergence, check_weight, coupled_rows_loss, loss_term
+from .engine.terms import check_divergence, check_weight, coupled_rows_loss, loss_term, resolve
 from .heads import Head, Purified
 from .ops.reference import SWAPPED
 
@@ -27,6 +27,7 @@ def distill_loss(
     temperature: float = 1.0,
     t_squared: bool = False,
     labels: Tensor | None = None,
+    divergence_weight: float = 1.0,
     hard_weight: float = 0.0,
     row_weight: Tensor | None = None,
     reduction: str = "mean",
@@ -60,6 +61,8 @@ def distill_loss(
             would have to be copied. Rows labeled ignore_index have loss 0 and, with heads, need no products. Rows
             labeled hkdfast.UNLABELED (-101) have no cross entropy but keep their divergence; a teacher whose contrast
             reads labels refuses them. On CUDA with heads the host waits once, for the number of rows not ignored.
+        divergence_weight: weight of the divergence beside the cross entropy. Finite and not negative. The loss of a row
+            is divergence_weight * divergence + hard_weight * cross entropy, in the same products.
         hard_weight: weight of the student's cross entropy against labels, at temperature 1. Finite and not negative.
         row_weight: (...) factors of the rows' losses, not negative, any float dtype; they do not change the denominator
             of the mean. A row of weight 0 contributes 0, whatever it holds. Must not require a gradient.
@@ -103,15 +106,30 @@ def distill_loss(
     Sources: Hinton et al., 2015 (arXiv:1503.02531); Gu et al., 2024 (arXiv:2306.08543); Agarwal et al., 2024
     (arXiv:2306.13649); Ko et al., 2024 (arXiv:2402.03898); Wen et al., 2023 (arXiv:2307.15190).
     """
+    check_weight("divergence_weight", divergence_weight)
     check_weight("hard_weight", hard_weight)
     check_source("student", student)
-    term = loss_term(0, 1, divergence, beta, hard_weight=hard_weight)
+    term = loss_term(0, 1, divergence, beta, divergence_weight, hard_weight)
     options = LossOptions(
         temperature, t_squared, labels, row_weight, reduction, num_items, ignore_index, vocab, teacher_floor,
         precision, tile_memory, return_metrics, backend,
     )  # fmt: skip
-    result = coupled_rows_loss(("student", "teacher"), (student, teacher), [term], options)
+    names, sources = ("student", "teacher"), (student, teacher)
+    if divergence_weight == 0:  # a divergence that is infinite must not count either
+        return labels_only_loss(names, sources, [term], options)
+    result = coupled_rows_loss(names, sources, [term], options)
     return (result[0], result[1][0, 1]) if return_metrics else result
+
+
+def labels_only_loss(names, sources, terms, options):
+    """The loss of a student whose divergence has weight 0; with metrics, those of the teacher all the same."""
+    found = resolve(names, sources, terms, options)
+    hard = loss_term(0, 0, "forward_kl", 0.5, 0.0, terms[0].objective.hard_weight)
+    loss = coupled_rows_loss(names[:1], sources[:1], [hard], replace(options, vocab=found.vocab, return_metrics=False))
+    if not options.return_metrics:
+        return loss
+    with no_grad():
+        return loss, coupled_rows_loss(names, sources, terms, options)[1][0, 1]
 
 
 class DistillLoss(nn.Module):
@@ -123,8 +141,8 @@ class DistillLoss(nn.Module):
 
     Args:
         divergence: as in `distill_loss`.
-        options: beta, temperature, t_squared, hard_weight, reduction, ignore_index, vocab, teacher_floor, precision,
-            tile_memory, return_metrics, backend, as in `distill_loss`.
+        options: beta, temperature, t_squared, divergence_weight, hard_weight, reduction, ignore_index, vocab,
+            teacher_floor, precision, tile_memory, return_metrics, backend, as in `distill_loss`.
 
     Raises:
         ValueError: on an unknown word or a number out of range, here; the rest of what `distill_loss` raises, from the
@@ -137,7 +155,8 @@ class DistillLoss(nn.Module):
         super().__init__()
         check_module_options(options)
         general = {name: value for name, value in options.items() if name not in ("beta", "hard_weight")}
-        check_weight("hard_weight", options.get("hard_weight", 0.0))
+        for name in ("divergence_weight", "hard_weight"):
+            check_weight(name, options.get(name, 0.0))
         check_divergence(divergence, options.get("beta", 0.5))
         LossOptions(**general)
         self.divergence, self.options = divergence, dict(options)
@@ -162,6 +181,7 @@ class DistillLoss(nn.Module):
 BATCH_OPTIONS = ("labels", "row_weight", "num_items")
 MODULE_OPTIONS = (
     "beta",
+    "divergence_weight",
     "hard_weight",
     *(name for name in LossOptions.__dataclass_fields__ if name not in BATCH_OPTIONS),
 )

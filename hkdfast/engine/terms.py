@@ -20,7 +20,14 @@ def check_divergence(divergence, beta):
         check_number("beta", beta, "a number", lambda beta: True)
         domain, within = BETA_RANGES[divergence]
         if not within(beta):
-            raise ValueError(f"{divergence} takes {domain}, got {beta}; ask for an end point by its name")
+            raise ValueError(f"{divergence} takes {domain}, got {beta}{end_point(divergence, beta)}")
+
+
+def end_point(divergence, beta):
+    """What an error adds where TRL, Liger and the papers of GKD and DistiLLM mean another divergence by an end point
+    of beta."""
+    names = {0: "forward_kl", 1: "reverse_kl"} if divergence == "jensen_shannon" else {}
+    return f': what TRL and Liger compute at beta={beta:g} is divergence="{names[beta]}"' if beta in names else ""
 
 
 def check_weight(name, weight):

@@ -34,6 +34,14 @@ SETTINGS = {
 }
 
 
+def logits_of(source):
+    """The logits of a tensor or a Head."""
+    if isinstance(source, torch.Tensor):
+        return source
+    logits = source.scale * torch.nn.functional.linear(source.hidden, source.weight, source.bias)
+    return logits if source.softcap is None else source.softcap * torch.tanh(logits / source.softcap)
+
+
 def draw(*shape, dtype=torch.float32, seed=0, spread=3.0):
     return (spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
@@ -141,6 +149,39 @@ def test_beta_at_its_ends_is_the_kl_that_the_docstring_says():
     for beta, limit in ((1e-8, "forward_kl"), (1 - 1e-8, "reverse_kl")):
         value = distill_loss(student, teacher, "jensen_shannon", beta=beta) / min(beta, 1 - beta)
         torch.testing.assert_close(value, distill_loss(student, teacher, limit), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("kind", ["logits", "heads"])
+@pytest.mark.parametrize("backend", USABLE)
+def test_divergence_weight_scales_the_divergence_alone(backend, kind, divergence):
+    options = dict(labels=LABELS, reduction="sum", backend=backend)
+    soft = with_gradients(distill_loss, *pair(kind), divergence, **options)
+    hard = with_gradients(distill_loss, *pair(kind), divergence, divergence_weight=0.0, hard_weight=1.0, **options)
+    cross_entropy = torch.nn.functional.cross_entropy(logits_of(pair(kind)[0]), LABELS, reduction="sum")
+    torch.testing.assert_close(hard[0], cross_entropy)
+    both = with_gradients(distill_loss, *pair(kind), divergence, divergence_weight=0.3, hard_weight=0.7, **options)
+    for x, y, z in zip(both, soft, hard, strict=True):
+        torch.testing.assert_close(x, 0.3 * y + 0.7 * z, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_a_divergence_of_weight_zero_does_not_count_even_if_infinite(backend):
+    student, teacher = (x.clone() for x in pair("logits"))
+    student[:, 9] = -math.inf  # forward KL is infinite
+    options = dict(labels=LABELS, hard_weight=1.0, reduction="sum", backend=backend)
+    loss, gradient = with_gradients(distill_loss, student, teacher, "forward_kl", divergence_weight=0.0, **options)
+    x = student.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(x, LABELS, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, x.grad)
+    options |= dict(divergence_weight=0.0, return_metrics=True, temperature=2.0)
+    mixed, metrics = distill_loss(student, pair("logits")[1], "reverse_kl", **options)
+    torch.testing.assert_close(mixed, expected.detach())
+    options["divergence_weight"] = 1.0
+    for name, rows in distill_loss(student, pair("logits")[1], "reverse_kl", **options)[1].items():
+        torch.testing.assert_close(metrics[name], rows, msg=name)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -673,6 +714,15 @@ BAD = {
     "temperature must be positive and finite, got 0": {"temperature": 0},
     "temperature must be positive and finite, got inf": {"temperature": math.inf},
     "temperature must be positive and finite, got nan": {"temperature": math.nan},
+    'jensen_shannon takes 0 < beta < 1, got 1: .* TRL and Liger .* divergence="reverse_kl"': {
+        "divergence": "jensen_shannon",
+        "beta": 1,
+    },
+    'jensen_shannon takes 0 < beta < 1, got 0.0: .* divergence="forward_kl"': {
+        "divergence": "jensen_shannon",
+        "beta": 0.0,
+    },
+    "divergence_weight must be finite and not negative, got -1": {"divergence_weight": -1},
     "jensen_shannon takes 0 < beta < 1, got 1": {"divergence": "jensen_shannon", "beta": 1},
     "jensen_shannon takes 0 < beta < 1, got nan": {"divergence": "jensen_shannon", "beta": math.nan},
     "skew_kl takes 0 <= beta < 1, got 1.0": {"divergence": "skew_kl", "beta": 1.0},

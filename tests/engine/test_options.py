@@ -66,7 +66,7 @@ def test_the_module_returns_metrics_and_is_shown_pickled_and_compiled():
         (ValueError, "unknown backend 'gpu'", {"backend": "gpu"}),
         (TypeError, "labels changes with the batch: pass it to the call", {"labels": LABELS}),
         (TypeError, "no option 'tiles': it is called precision now", {"tiles": "float32"}),
-        (TypeError, "no option 'temprature': expected some of beta, hard_weight, temperature", {"temprature": 1.0}),
+        (TypeError, "no option 'temprature': expected some of beta, divergence_weight, hard_weight, temperature", {"temprature": 1.0}),
     ],
 )
 def test_the_module_checks_its_options_when_it_is_made(error, match, options):
