@@ -533,7 +533,8 @@ class RowLoop {
   }
 
   // The logarithm of a sum of float is rounded, which would make every p off by the same part. So most of it goes into the
-  // origin, in parts of 2^-12, with which distances are still exact, and a small rest remains.
+  // origin, in parts of 2^-12, with which distances are still exact, and a small rest remains. Beyond 2^12 an origin has no
+  // such parts: the rest is what it did not take.
   HKDFAST_HD void log_constants(const Softmax& q, const Softmax& p) {
     RowConstants& f = constants();
     const double rate = scale_.rate.high;
@@ -543,8 +544,9 @@ class RowLoop {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const double bits = log2(sides[i]->sum), part = floor((bits < 16 * rate ? bits / rate : 16) * 4096) / 4096;
+      const double before = *origins[i];
       *origins[i] += static_cast<float>(part);
-      rest[i] = bits - part * rate;
+      rest[i] = bits - (*origins[i] - before) * rate;
     }
     f.rest_q = static_cast<float>(rest[0]), f.rest_p = static_cast<float>(rest[1]);
     f.rest_gap = static_cast<float>(rest[1] - rest[0]);

@@ -16,6 +16,9 @@ def home(module):
     return DEVICE if getattr(module, "__name__", None) in on_gpu else "cpu"
 
 
+COMMON_OFFSETS = [1e3, 5e3, 2e4, 1e5]  # beyond 2**12 a float32 has no room for parts of 2**-12
+
+
 @dataclass(frozen=True)
 class Case:
     shape: tuple = (4, 1000)
@@ -23,7 +26,8 @@ class Case:
     teacher_dtype: torch.dtype | None = None  # None: the student's
     spread: float = 4.0  # standard deviation of the logits
     apart: float | None = None  # teacher = student + this much noise; None: independent of it
-    offset: float = 0.0  # added to the teacher's logits: a shift changes nothing
+    common: float = 0.0  # added to the logits of all sides: a shift changes nothing
+    offset: float = 0.0  # added to the teacher's logits, likewise
     masked: tuple = ((), (), ())  # words of student, teacher, noisy that are -inf
     labels: bool = False
     ignored: tuple = ()  # rows
@@ -97,6 +101,8 @@ def inputs(case):
         x = case.spread * torch.randn(case.shape, generator=generator)
         if like is not None and case.apart is not None:
             x = like.float() + case.apart * x / case.spread
+        else:
+            x = x + case.common
         x = (x + offset).to(dtype or case.dtype)
         x[:, list(masked)] = float("-inf")
         return x

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import test_nan
 import torch
-from cases import CASES, Case, assert_as_close_as_torch, inputs, law, run_rows
+from cases import CASES, COMMON_OFFSETS, Case, assert_as_close_as_torch, inputs, law, run_rows
 
 import hkdfast
 from hkdfast import DIVERGENCES
@@ -177,6 +177,24 @@ def test_fast_kinds_near_convergence(backend, kind, divergence, apart):
     _, exact, _ = run_tiles(reference, divergence, student.double(), teacher.double())
     _, grad, _ = run_tiles(backend, divergence, student, teacher, kept=torch.bfloat16)
     assert ((grad.double() - exact).norm() / exact.norm()).item() < 3e-3
+
+
+@pytest.mark.parametrize("common", COMMON_OFFSETS)
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("kind", [*FAST, "any"])
+def test_a_large_common_offset_changes_nothing(backend, kind, divergence, count, common):
+    options = law(alpha=0.7) if count == 3 else {}
+    spread = max(3.0, common / 128) if kind == "narrow" else 3.0  # else bfloat16 makes all logits equal
+    dtype = FAST.get(kind, torch.float32)
+    case = Case((8, 1032), dtype, spread=spread, apart=spread / 3, common=common, options=options)
+    ours, kept = inputs(case)[:count], None if kind == "any" else torch.bfloat16
+    exact, exact_grad, _ = run_tiles(reference, divergence, *[t.double() for t in ours], **options)
+    plain, plain_grad, _ = run_tiles(reference, divergence, *ours, kept=kept, **options)
+    loss, grad, _ = run_tiles(backend, divergence, *ours, kept=kept, **options)
+    roundings = 4 if kind == "any" else 8  # a fast kind's functions are within 2**-22, two roundings each
+    assert_as_close_as_torch(loss, plain, exact, roundings=roundings)
+    assert_as_close_as_torch(grad, plain_grad, exact_grad)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, Case, assert_as_close_as_torch, home, inputs, run_rows
+from cases import CASES, COMMON_OFFSETS, Case, assert_as_close_as_torch, home, inputs, law, run_rows
 
 from hkdfast import DIVERGENCES, backends
 from hkdfast.ops import reference
@@ -23,6 +23,19 @@ def test_matches_the_definition(backend, divergence, case):
     for name, truth, torch_, ours in zip(("loss", "gradient"), exact, plain, got, strict=False):
         assert_as_close_as_torch(ours, torch_, truth, name)
     for name, truth, torch_, ours in zip(METRICS, exact[2], plain[2], got[2], strict=True):
+        assert_as_close_as_torch(ours, torch_, truth, name)
+
+
+@pytest.mark.parametrize("common", COMMON_OFFSETS)
+@pytest.mark.parametrize("options", [{}, law(alpha=0.7)], ids=["plain", "law"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_large_common_offset_changes_nothing(backend, divergence, options, common):
+    case = Case((8, 1032), spread=3.0, apart=1.0, common=common, options=options)
+    exact = run_rows(reference, case, divergence, exact=True)
+    plain = run_rows(reference, case, divergence)
+    got = run_rows(load(backend), case, divergence)
+    for name, truth, torch_, ours in zip(("loss", "gradient"), exact, plain, got, strict=False):
         assert_as_close_as_torch(ours, torch_, truth, name)
 
 
@@ -99,8 +112,6 @@ def test_gradient_near_convergence(backend, divergence, apart):
 @pytest.mark.parametrize("plausibility", [0.0, 0.1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_contrast_matches_the_definition(backend, plausibility, outside):
-    from cases import law
-
     case = Case((3, 1031), torch.bfloat16, options=law(plausibility=plausibility, outside=outside))
     module = load(backend)
     clean, noisy = (t.to(home(module)) for t in inputs(case)[1:3])
