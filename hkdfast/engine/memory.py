@@ -1,4 +1,4 @@
-"""Fresh memory for tiles and gradients."""
+"""Fresh memory for tiles and gradients, and what may be asked of a device while its work is recorded."""
 
 import ctypes
 import mmap
@@ -22,3 +22,12 @@ def empty_hugepages(shape, *, dtype, device):
         # a hint: a kernel without support returns an error, which is ignored
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), HUGE)
     return x
+
+
+def capturing(device):
+    """Whether the device's current stream records a CUDA graph: then nothing may wait for the device, and memory that
+    is allocated belongs to the graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

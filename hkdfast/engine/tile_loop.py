@@ -14,6 +14,7 @@ import torch
 from ..heads import same
 from ..ops.dispatch import find, host_readable
 from ..ops.objective import METRICS, UNLABELED, Objective, Transform
+from .memory import capturing
 from .tile_sources import AveragedTiles, LogitTiles, ProjectedTiles
 
 logger = logging.getLogger("hkdfast")
@@ -31,8 +32,10 @@ def tile_budget(tile_memory, device, weights, averaged, trained):
         return tile_memory
     if device.type != "cuda":
         return DEFAULT_BUDGET["cpu"]
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     most = DEFAULT_BUDGET["cuda, trained head" if trained else "cuda"]
+    if capturing(device):
+        return most  # what is free cannot be read now
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(most, (torch.cuda.mem_get_info(device)[0] + idle) // 2)
 
 
@@ -88,7 +91,7 @@ def make_tile_source(given, tensors, vocab, compute, precision, tile_memory):
 
 def active_rows(labels, ignore_index, sources):
     """Indices of the rows that are not ignored, or None for all. Their number is the only value the host waits for."""
-    if labels is None or all(isinstance(source, LogitTiles) for source in sources):
+    if labels is None or all(isinstance(source, LogitTiles) for source in sources) or capturing(labels.device):
         return None  # the row operation skips ignored rows itself: no gather, no wait
     return (labels != ignore_index).nonzero().squeeze(-1)
 
@@ -172,6 +175,11 @@ def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
         for one in sources:
             one.select(index)
         labels, row_weight, *alphas = (t if t is None else t[index] for t in (labels, row_weight, *alphas))
+    captured = capturing(device)
+    counted = row_weight
+    if captured and labels is not None:  # ignored rows are still there
+        live = labels != terms[0].objective.ignore_index
+        counted = live if row_weight is None else live * row_weight
     rows = n if index is None else len(index)
     students = [sources[term.student] for term in terms]
     wide = next((source.dtype for source in sources if source.dtype == torch.float64), students[0].dtype)
@@ -182,8 +190,8 @@ def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
     trained = [place for place in range(len(sources)) if any(wants[place])]
     for place in trained:
         sources[place].request_grads(*wants[place], separate_grad=tile_reused(place, terms))
-        if row_weight is not None:
-            sources[place].leave_out(row_weight)
+        if counted is not None:
+            sources[place].leave_out(counted)
     step = rows_per_block(sources, rows, memory)
     if deferred:
         for place in trained:
@@ -220,7 +228,12 @@ def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
     try:
         sweep(step)
         again = False
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        if captured:  # a second try would record the first one too, to run at every replay
+            limit = "" if memory is None else f", with a smaller tile_memory than {memory} bytes"
+            raise torch.OutOfMemoryError(
+                f"out of memory with blocks of {step} rows while a CUDA graph is captured: capture anew{limit}"
+            ) from error
         if step == 1:
             raise
         again = True

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from truth import FAST, USABLE, as_leaves, exactly, leaves, loss, off, row_losses, with_gradients
 
 from hkdfast import DIVERGENCES, UNLABELED, Head, backends, distill_loss, purify
+from hkdfast.engine import tile_loop
 from hkdfast.ops import reference
 from hkdfast.ops.dispatch import load
 from hkdfast.ops.objective import METRICS, Objective
@@ -678,6 +680,49 @@ def test_out_of_memory_halves_the_blocks_once(monkeypatch):
     monkeypatch.setattr(module, "rows", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(torch.OutOfMemoryError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        distill_loss(student, teacher, backend=FAST[0])
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """As if a CUDA graph were captured on the CPU: whoever waits for a value or asks for free memory fails."""
+    monkeypatch.setattr("hkdfast.engine.tile_loop.capturing", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda self: pytest.fail("the host waits for the rows"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("free memory is read"))
+
+
+def test_under_capture_ignored_rows_are_computed_and_count_nothing(captured):
+    student, teacher = pair("heads")
+    labels = torch.zeros(len(student.hidden), dtype=torch.int64)
+    labels[[1, 3]] = -100
+    student.hidden.data[3] = teacher.hidden.data[3] = float("nan")
+    kept = [i for i in range(len(labels)) if labels[i] == 0]
+    for row_weight in (None, torch.linspace(0.5, 2, len(labels))):
+        got = with_gradients(
+            distill_loss, student, teacher, labels=labels, hard_weight=0.5, row_weight=row_weight, backend=FAST[0]
+        )
+        fewer = [replace(one, hidden=one.hidden[kept]) for one in (student, teacher)]
+        weights = None if row_weight is None else row_weight[kept]
+        expected = with_gradients(
+            distill_loss, *fewer, labels=labels[kept], hard_weight=0.5, row_weight=weights, backend=FAST[0]
+        )
+        assert got[1][[1, 3]].eq(0).all()
+        got[1] = got[1][kept]
+        for ours, alone in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, alone)
+
+
+def test_the_budget_under_capture_is_the_default(captured):
+    heads = [torch.empty(1), None]
+    for trained, name in ((True, "cuda, trained head"), (False, "cuda")):
+        budget = tile_loop.tile_budget(None, torch.device("cuda", 0), heads, False, trained)
+        assert budget == tile_loop.DEFAULT_BUDGET[name]
+
+
+def test_out_of_memory_under_capture_is_no_second_try(captured, monkeypatch):
+    student, teacher = pair("heads")
+    monkeypatch.setattr(load(FAST[0]), "rows", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(torch.OutOfMemoryError, match="while a CUDA graph is captured.*a smaller tile_memory than"):
         distill_loss(student, teacher, backend=FAST[0])
 
 
