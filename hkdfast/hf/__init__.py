@@ -1,5 +1,7 @@
 """hkdfast for Hugging Face models: the only folder that imports transformers and peft."""
 
+from importlib import import_module
+
 try:
     import accelerate  # noqa: F401
     import peft  # noqa: F401
@@ -8,6 +10,7 @@ except ImportError as error:
     raise ImportError(f'hkdfast.hf needs Hugging Face libraries: pip install "hkdfast[hf]" ({error})') from error
 
 from .adapter import language_linear_names, seed_lora_config
+from .apply import apply
 from .collator import QuestionCollator
 from .configs import PyramidConfig, SeedConfig, TernaryConfig
 from .head import LanguageHead, as_teacher, head_fn
@@ -24,8 +27,24 @@ __all__ = [
     "SeedTrainer",
     "TernaryConfig",
     "TernaryTrainer",
+    "apply",
     "as_teacher",
     "head_fn",
     "language_linear_names",
     "seed_lora_config",
 ]
+# {name: its module}: these need TRL, and are imported at first use
+TRL_TRAINERS = {"DistillationTrainer": "trl_trainers", "GKDTrainer": "trl_gkd"}
+
+
+def __getattr__(name):
+    if name not in TRL_TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{TRL_TRAINERS[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'hkdfast.hf.{name} needs TRL: pip install "hkdfast[trl]" ({error})') from error
+
+
+def __dir__():
+    return sorted([*globals(), *TRL_TRAINERS])

@@ -1,0 +1,1 @@
+"""What `hkdfast.hf.apply` puts into trainers: one module for each family of them."""
