@@ -1,4 +1,4 @@
-"""TRL's trainers on tiny models made offline, and what a run of one leaves: to compare runs with and without a patch."""
+"""TRL's trainers on tiny models made offline, and what a run of one leaves: to compare runs of two trainers."""
 
 import copy
 import os
@@ -90,22 +90,25 @@ def letters():
 
 def options(folder, **others):
     """Of the config of a trainer: three steps of two batches of two, in float32."""
-    return dict(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        adam_epsilon=1e-3,  # at the usual 1e-8 Adam makes whole steps of gradients that are rounding errors
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        disable_tqdm=True,
-    ) | others
+    return (
+        dict(
+            output_dir=str(folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            adam_epsilon=1e-3,  # at the usual 1e-8 Adam makes whole steps of gradients that are rounding errors
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+            disable_tqdm=True,
+        )
+        | others
+    )
 
 
 def distillation(folder, student=None, teacher=None, kind=None, dataset=None, processor=None, peft=None, **others):

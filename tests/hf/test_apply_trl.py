@@ -251,7 +251,9 @@ def test_a_method_with_other_arguments_names_the_version_that_was_tried(tmp_path
 
     trainer = trainers.distillation(tmp_path)
     monkeypatch.setattr(trl.DistillationTrainer, "_compute_loss", lambda self, student, inputs: None)
-    with pytest.raises(ValueError, match=r"_compute_loss of trl .* is \(self, student, inputs\), .* tried with trl 1.16.0"):
+    with pytest.raises(
+        ValueError, match=r"_compute_loss of trl .* is \(self, student, inputs\), .* tried with trl 1.16.0"
+    ):
         apply(trainer)
 
 
