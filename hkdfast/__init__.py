@@ -13,12 +13,15 @@ from .ops.reference import DIVERGENCES
 
 if TYPE_CHECKING:
     from .hf import (  # noqa: F401
+        LanguageHead,
         PyramidConfig,
         PyramidTrainer,
         SeedConfig,
         SeedTrainer,
         TernaryConfig,
         TernaryTrainer,
+        hidden_states,
+        loss_in_head,
     )
 
 __version__ = "0.2.0"
@@ -36,14 +39,24 @@ __all__ = [
     "purify",
 ]
 # Names of hkdfast.hf, imported at first use: `import hkdfast` needs torch alone.
-TRAINERS = ("PyramidConfig", "PyramidTrainer", "SeedConfig", "SeedTrainer", "TernaryConfig", "TernaryTrainer")
+FROM_HF = (
+    "LanguageHead",
+    "PyramidConfig",
+    "PyramidTrainer",
+    "SeedConfig",
+    "SeedTrainer",
+    "TernaryConfig",
+    "TernaryTrainer",
+    "hidden_states",
+    "loss_in_head",
+)
 
 
 def __getattr__(name: str) -> object:
-    if name in TRAINERS:
+    if name in FROM_HF:
         return getattr(import_module(".hf", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *TRAINERS])
+    return sorted([*globals(), *FROM_HF])

@@ -13,7 +13,7 @@ from .adapter import language_linear_names, seed_lora_config
 from .apply import apply
 from .collator import QuestionCollator
 from .configs import PyramidConfig, SeedConfig, TernaryConfig
-from .head import LanguageHead, as_teacher, head_fn
+from .head import LanguageHead, as_teacher, head_fn, hidden_states, loss_in_head
 from .pyramid import PyramidTrainer
 from .seed import SeedTrainer
 from .ternary import TernaryTrainer
@@ -30,7 +30,9 @@ __all__ = [
     "apply",
     "as_teacher",
     "head_fn",
+    "hidden_states",
     "language_linear_names",
+    "loss_in_head",
     "seed_lora_config",
 ]
 # {name: its module}: these need TRL, and are imported at first use

@@ -14,7 +14,7 @@ from .adapter import check_adapter
 from .collator import QuestionCollator
 from .family import check_apart, check_heads
 from .frozen import settle
-from .head import LanguageHead, head_fn, unwrap_peft
+from .head import LanguageHead, head_fn
 from .loading import fill_adapter, load_weights
 from .trainer import RowMeanTrainer
 
@@ -46,7 +46,7 @@ class CoupledModels(torch.nn.Module):
         """See that the heads are what they seem. Not in forward: autocast would keep what it casts without gradient."""
         for model, head in zip(self.models.values(), self.heads, strict=True):
             if not head.verified:
-                head.verify(model, batch, unwrap_peft(model).config)
+                head.verify(model, batch)
 
     def train(self, mode=True):
         super().train(mode)

@@ -72,11 +72,19 @@ def model_inputs(batch):
 
 
 class LanguageHead:
-    """The head of a model.
+    """The head of a model, found and checked, from which `hkdfast.Head` is made.
+
+    What a model does to its logits behind the head (a scale, a softcap) is found by `verify`, which `hidden_states`
+    and `loss_in_head` call on their first batch.
 
     Args:
-        model: a Hugging Face model with a language-model head, or a PEFT model around one. LoRA on the head and a head
-            among `modules_to_save` are understood.
+        model: a Hugging Face model with a language-model head, or a PEFT model around one, not wrapped (DDP, ...).
+            LoRA on the head and a head among `modules_to_save` are understood.
+
+    Attributes:
+        module: the head itself.
+        scale, softcap: of the logits, as in `hkdfast.Head`; 1.0 and None until verified.
+        verified: whether scale and softcap are known.
 
     Raises:
         ValueError: if there is no head, or one that cannot be written as hidden @ weight.T + bias.
@@ -92,6 +100,7 @@ class LanguageHead:
                 "e.g. through AutoModelForImageTextToText or AutoModelForCausalLM"
             )
         self.name = type(inner).__name__
+        self.config = inner.config
         self.scale, self.softcap = 1.0, None
         self.verified = False
         self.matrices(adapted=True)
@@ -124,11 +133,31 @@ class LanguageHead:
         return weight, bias, low_rank
 
     def source(self, hidden, adapted=True):
-        """Head of hidden states (..., H), as the adapted student's or the frozen teacher's.
+        """The `hkdfast.Head` of hidden states, for `distill_loss` and the other losses.
 
-        LoRA's path stands as r more columns, so that its dropout acts as in the layer itself and A and B get their
-        gradients through autograd.
+        Args:
+            hidden: (..., H) states before the head, as `hidden_states` returns them or `loss_in_head` hands them over.
+                Gets a gradient as the student's.
+            adapted: False: without the head's adapter, as the frozen teacher behind a PEFT model has it.
+
+        Returns:
+            `hkdfast.Head`. As the student's, its weight and bias get a gradient if they require one; under LoRA A and B
+            get it.
+
+        Raises:
+            ValueError: before `verify`, for scale and softcap are not known; on an adapter that is merged, or no plain
+                LoRA; else as `hkdfast.Head`.
         """
+        if not self.verified:
+            raise ValueError(
+                f"the head of {self.name} is not verified: call head.verify(model, batch) once, as hidden_states and "
+                "loss_in_head do by themselves"
+            )
+        return self.multiplied(hidden, adapted)
+
+    def multiplied(self, hidden, adapted=True):
+        # LoRA's path is r more columns, so that its dropout acts as in the layer itself and A and B get their
+        # gradients through autograd.
         weight, bias, low_rank = self.matrices(adapted)
         for a, b, scaling, dropout in low_rank:
             down = scaling * a(dropout(hidden.to(a.weight.dtype)))
@@ -150,11 +179,15 @@ class LanguageHead:
         return list(found)
 
     @torch.no_grad()
-    def verify(self, model, batch, config):
+    def verify(self, model, batch):
         """Find scale and softcap by what the model makes of one token, and see that the head is what it seems.
 
         The model runs once on the batch. Its head returns a ramp of known logits instead, which shows what becomes of
         logits behind the head, whatever the configuration says.
+
+        Args:
+            model: the model, or what wraps it (PEFT, DDP, ...).
+            batch: dict of the model's inputs.
 
         Raises:
             ValueError: if no candidate of the configuration explains it, or the head computes something else than
@@ -165,7 +198,7 @@ class LanguageHead:
         def probe(forward, hidden):
             row = hidden[:1, -1:]
             logits = forward(row)
-            exact = self.source(row)
+            exact = self.multiplied(row)
             vocab = len(exact.weight)
             words = torch.arange(0, vocab, -(-vocab // WORDS), device=row.device)
             ours = torch.nn.functional.linear(exact.hidden.double(), exact.weight[words].double())
@@ -176,7 +209,9 @@ class LanguageHead:
 
         with evaluating(model), forward_replaced(self.module, probe):
             output = model(**model_inputs(batch))
-        ((logits, ours, ramp),) = seen
+        # in older versions of torch autocast keeps what it has cast here, without gradient, for the forward that learns
+        torch.clear_autocast_cache()
+        logits, ours, ramp = only(seen, self)
         off, slack = (logits - ours).abs().max().item(), tolerance(logits.dtype) * ours.abs().max().item()
         if off > slack:
             raise ValueError(
@@ -184,7 +219,7 @@ class LanguageHead:
                 f"more than {slack:.2g}"
             )
         made = output.logits.flatten().double()
-        pairs = self.candidates(config)
+        pairs = self.candidates(self.config)
         gaps = [(made - apply_transform(ramp.double(), *pair)).abs().max().item() for pair in pairs]
         best = min(range(len(pairs)), key=gaps.__getitem__)
         if gaps[best] > tolerance(ramp.dtype) * PROBE * max(1, abs(pairs[best][0])):
@@ -226,7 +261,26 @@ def select_rows(hidden, rows):
 
 
 def hidden_states(model, head, batch, rows):
-    """Run the model and take out what enters its head at these rows: (N, H). No logits are made."""
+    """Run a model and return what enters its head at some positions. No logits are made.
+
+    Dropout, gradients and autocast are as the caller has set them: for a teacher, `model.eval()` and
+    `torch.no_grad()`. The first call verifies the head, by a run of its own without gradient.
+
+    Args:
+        model: the model, or what wraps it (PEFT, DDP, ...).
+        head: its LanguageHead.
+        batch: dict of the model's inputs, "input_ids" (B, T) int64 among them. Labels in it are not given to the model.
+        rows: (B, T) bool, the positions whose next token is predicted; `hkdfast.batch.answer_rows` finds them.
+
+    Returns:
+        (N, H) hidden states at the N rows, in the order of `batch["input_ids"][rows]`, in the dtype in which they enter
+        the head. They carry the graph of the model, from which all of it but the head gets its gradient.
+
+    Raises:
+        ValueError: if the head sees other positions than those of input_ids, or is not run exactly once; else as
+            `LanguageHead.verify`.
+    """
+    verified(head, model, batch)
     taken = []
 
     def take(_, hidden):
@@ -235,19 +289,32 @@ def hidden_states(model, head, batch, rows):
 
     with forward_replaced(head.module, take):
         model(**model_inputs(batch))
-    (hidden,) = taken
-    return hidden
+    return only(taken, head)
 
 
 def loss_in_head(model, inner, head, batch, rows, loss):
-    """Run the model with a loss in the place of its head, and return the loss from the wrapper's own forward, where it
-    looks for what is used.
+    """Run a model with a loss in the place of its head. No logits are made.
+
+    The loss is computed inside the head's forward, inside that of whatever wraps the model: there the head's weight is
+    whole, and the wrapper sees what is used. This is the way of a model that learns under DDP or FSDP. The first call
+    verifies the head, by a run of its own without gradient.
 
     Args:
-        loss: function from the hidden states at the rows (N, H) to (scalar, dict of metrics).
-        model: the model as it is wrapped (DDP, ...), or not.
-        inner: the same without its wrapper.
+        model: the model as it is wrapped (DDP, FSDP, ...), or not.
+        inner: the same without its wrapper; it may be a PEFT model.
+        head: LanguageHead of inner.
+        batch: dict of the model's inputs, as in `hidden_states`.
+        rows: (B, T) bool, the positions that the loss sees.
+        loss: function from the hidden states (N, H) at the rows to (value, metrics): a scalar tensor, and a dict of
+            anything. It makes the student by `head.source(hidden)`.
+
+    Returns:
+        value, whose backward gives all trained parameters of the model their gradient, and metrics.
+
+    Raises:
+        ValueError: as `hidden_states`.
     """
+    verified(head, model, batch)
 
     def at_head(_, hidden):
         value, metrics = loss(select_rows(hidden, rows))
@@ -257,12 +324,27 @@ def loss_in_head(model, inner, head, batch, rows, loss):
     def at_top(forward, **inputs):
         with forward_replaced(head.module, at_head):
             forward(**inputs)
-        ((value, metrics),) = results
+        value, metrics = only(results, head)
         return value.reshape(()), metrics
 
     results = []
     with forward_replaced(inner, at_top):
         return model(**model_inputs(batch))
+
+
+def verified(head, model, batch):
+    if not head.verified:
+        head.verify(model, batch)
+
+
+def only(results, head):
+    """What the one run of a head has left."""
+    if len(results) != 1:
+        raise ValueError(
+            f"{head.name} runs its head {len(results)} times for a batch, expected once: its logits are not those of "
+            "one language-model head"
+        )
+    return results[0]
 
 
 def head_fn(model, *, head=None):
@@ -278,8 +360,6 @@ def head_fn(model, *, head=None):
     head = head or LanguageHead(model)
 
     def run(batch):
-        if not head.verified:
-            head.verify(model, batch, unwrap_peft(model).config)
         return head.source(hidden_states(model, head, batch, answer_rows(batch)[0]))
 
     return run

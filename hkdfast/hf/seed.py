@@ -111,7 +111,7 @@ class SeedTrainer(RoundsTrainer):
         if self.model.training:
             settle(self.model)
         if not self.head.verified:
-            self.head.verify(model, inputs, unwrap_peft(self.model).config)
+            self.head.verify(model, inputs)
         answers, labels = answer_rows(inputs)
         rows = self.counted(answers)
         labels = labels if labels is None else labels[rows[answers]]

@@ -23,11 +23,11 @@ from hkdfast.hf import (
     SeedTrainer,
     as_teacher,
     head_fn,
+    hidden_states,
     language_linear_names,
     seed_lora_config,
 )
 from hkdfast.hf.frozen import settle
-from hkdfast.hf.head import hidden_states
 from hkdfast.seed import identify
 
 
@@ -119,7 +119,7 @@ def test_a_scale_that_the_configuration_does_not_tell_is_refused():
     model.forward = scaled
     head = LanguageHead(model)
     with pytest.raises(ValueError, match=r"scale 1 softcap None .*scale 0.125 softcap None"):
-        head.verify(model, batch, model.config)
+        head.verify(model, batch)
 
 
 def test_a_head_that_computes_something_else_is_refused():
@@ -127,7 +127,7 @@ def test_a_head_that_computes_something_else_is_refused():
     forward = model.lm_head.forward
     model.lm_head.forward = lambda hidden: forward(hidden) ** 3
     with pytest.raises(ValueError, match="does not compute hidden @ weight.T"):
-        LanguageHead(model).verify(model, batch, model.config)
+        LanguageHead(model).verify(model, batch)
     assert "forward" in vars(model.lm_head)  # the model's own patch is back in its place
 
 
