@@ -348,7 +348,7 @@ def test_logits_exist_as_tiles_only(tmp_path, backend):
     memory = 3 * rows * vocab * 4 + 4096  # three tiles of so many rows
     trainer = make_trainer(tmp_path, model, batch, tile_memory=memory, backend=backend)
     trainer.model.train()
-    trainer.head.verify(trainer.model, batch, model.config)
+    trainer.head.verify(trainer.model, batch)
     with Widest(vocab) as seen:
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
@@ -361,7 +361,7 @@ def test_logits_exist_as_tiles_only(tmp_path, backend):
 def test_ignored_rows_do_not_reach_the_head(tmp_path):
     model, batch = zoo.build("llava"), zoo.batch(answers=2)
     trainer = make_trainer(tmp_path, model, batch)
-    trainer.head.verify(trainer.model, batch, model.config)
+    trainer.head.verify(trainer.model, batch)
     seen = []
     original = trainer.head.source
     trainer.head.source = lambda hidden, **how: seen.append(hidden.shape) or original(hidden, **how)
