@@ -413,7 +413,7 @@ def test_frozen_layers_stay_checkpointed_and_compute_as_in_evaluation(tmp_path, 
         for layer, mode in zip(model.model.language_model.layers, modes, strict=True):
             layer.mlp.register_forward_pre_hook(lambda _, args, layer=layer, mode=mode: mode.append(layer.training))
         trainer.model.train()
-        trainer.head.verify(trainer.model, rows, model.config)
+        trainer.head.verify(trainer.model, rows)
         for mode in modes:
             mode.clear()
         found.append(one_loss(trainer, rows))
