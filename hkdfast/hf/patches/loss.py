@@ -3,7 +3,7 @@
 from ...engine.checks import check_vocab
 from ...engine.renamed import LOSS
 from ...losses import MODULE_OPTIONS, DistillLoss, distill_loss
-from ..head import LanguageHead, hidden_states, loss_in_head, unwrap_peft
+from ..head import LanguageHead, hidden_states, loss_in_head
 
 # what the trainers decide for each batch
 OWNED = ("reduction", "ignore_index", "return_metrics", "labels", "row_weight", "num_items")
@@ -73,10 +73,9 @@ class HeadLoss:
         Args:
             student, teacher: the models as they are wrapped (DDP, ...), or not.
         """
-        pairs = (self.student, student, batch), (self.teacher, teacher, teacher_batch or batch)
-        for (head, model, inputs), inner in zip(pairs, self.models, strict=True):
+        for head, model, inputs in (self.student, student, batch), (self.teacher, teacher, teacher_batch or batch):
             if not head.verified:
-                head.verify(model, inputs, unwrap_peft(inner).config)
+                head.verify(model, inputs)
 
     def teach(self, teacher, batch, rows):
         """The teacher's Head at these rows: no gradient is kept. In the mode that the teacher is in."""
