@@ -2,18 +2,25 @@
 
 import hashlib
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
+from torch import Tensor
 
+from .heads import Head
 from .noise import blend, check_images, check_noise, normal
 from .ops.objective import UNLABELED
 from .pixels import keep_padding, rows_of_examples, share_copies
+
+Batch: TypeAlias = Mapping[str, Any]  # what a processor makes: tensors by name
+Model: TypeAlias = Callable[[Any], Tensor | Head]  # from a batch to logits (N, V) or a Head at its answer rows
 
 IGNORE_INDEX = -100  # the label of a position that is not an answer
 KEYS = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "distill_only")  # read by answer_rows
 
 
-def check_keys(batch):
+def check_keys(batch: Batch) -> None:
     """Refuse a key that is one typo away from one of KEYS that the batch lacks: it would be ignored silently."""
     for key in batch:
         for right in KEYS:
@@ -21,7 +28,7 @@ def check_keys(batch):
                 raise ValueError(f"the batch has no key {right!r} but one like it, {key!r}: rename it to {right!r}")
 
 
-def one_typo(a, b):
+def one_typo(a: str, b: str) -> bool:
     """Whether two words are equal but for one letter left out, added or changed, or two neighbors swapped."""
     head = len(os.path.commonprefix([a, b]))
     a, b = a[head:], b[head:]
@@ -30,7 +37,7 @@ def one_typo(a, b):
     return len(a) <= 1 and len(b) <= 1 or len(a) == 2 and a == b[::-1]
 
 
-def answer_rows(batch):
+def answer_rows(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """The positions whose next token is (part of) an answer.
 
     With "shift_labels" or "labels" in the batch: those whose next label is not -100, and those that "distill_only"
@@ -60,9 +67,9 @@ def answer_rows(batch):
     return rows, labels[rows]
 
 
-def last_tokens(batch):
+def last_tokens(batch: Batch) -> Tensor:
     """(B, T) bool: the last token of each prompt that is not padding."""
-    ids, mask, positions = (batch.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None and mask.dim() == 2:
         mask = mask.bool()
     else:
@@ -74,13 +81,22 @@ def last_tokens(batch):
     return mask & (left == 1)
 
 
-def derive_seed(*numbers):
+def derive_seed(*numbers: object) -> int:
     """One seed made of several numbers: 63 bits that depend on all of them."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def noised(batch, step=500, *, sigma=None, seed=None, first=0, draw=0, placeholders=None):
+def noised(
+    batch: Batch,
+    step: int = 500,
+    *,
+    sigma: float | None = None,
+    seed: int | None = None,
+    first: int = 0,
+    draw: int = 0,
+    placeholders: Mapping[str, int | None] | None = None,
+) -> dict[str, Any]:
     """The batch with noise on its images: all floating-point tensors whose name has "pixel_values" in it.
 
     Every picture, tile and frame of a video has noise of its own, each at the strength that was requested: so has the
@@ -110,18 +126,29 @@ def noised(batch, step=500, *, sigma=None, seed=None, first=0, draw=0, placehold
     names = [name for name, x in batch.items() if "pixel_values" in name and x is not None]
     if not names:
         raise ValueError(f"the batch has no images: expected 'pixel_values', got {', '.join(batch)} alone")
-    return batch | {name: noisy(name, batch, step, sigma, seed, first, draw, placeholders) for name in names}
+    found = {name: noisy(name, batch, step, sigma, seed, first, draw, placeholders) for name in names}
+    return cast(Any, batch) | found  # a BatchFeature stays one
 
 
-def noisy(name, batch, step, sigma, seed, first, draw, placeholders):
+def noisy(
+    name: str,
+    batch: Batch,
+    step: int,
+    sigma: float | None,
+    seed: int | None,
+    first: int,
+    draw: int,
+    placeholders: Mapping[str, int | None] | None,
+) -> Any:
+    """The noised images of batch[name], in the same nesting of lists."""
     images, examples = batch[name], len(batch["input_ids"])
 
-    def drawn(x, *place):
+    def drawn(x: Tensor, *place: int) -> Tensor:
         if seed is None:
             return torch.randn(x.shape, dtype=torch.float32, device=x.device)
         return normal(x.shape, derive_seed(seed, name, first + place[0], draw, *place[1:]), x.device)
 
-    def each(x, *place):
+    def each(x: Any, *place: int) -> Any:
         if isinstance(x, list | tuple):
             return [each(one, *place, i) for i, one in enumerate(x)]
         return blend(x, drawn(x, *place), step, sigma)
@@ -138,6 +165,6 @@ def noisy(name, batch, step, sigma, seed, first, draw, placeholders):
     return keep_padding(blend(images, noise, step, sigma), images)
 
 
-def check_list(name, images):
+def check_list(name: str, images: Sequence[Any]) -> None:
     for i, x in enumerate(images):
         (check_list if isinstance(x, list | tuple) else check_images)(f"{name}[{i}]", x)

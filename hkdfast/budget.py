@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 
 class TooSlow(Exception):
@@ -14,33 +15,39 @@ class Budget:
     Draws a bar on stderr where that is a terminal.
     """
 
-    def __init__(self, seconds, parts):
+    def __init__(self, seconds: float, parts: int) -> None:
         self.seconds, self.parts, self.begun = seconds, parts, 0
         self.end = time.monotonic() + seconds
 
-    def left(self):
+    def left(self) -> float:
         return max(0.0, self.end - time.monotonic())
 
-    def begin(self, name):
+    def begin(self, name: str) -> float:
         """Begin the next part. Returns its share in seconds."""
         share = self.left() / max(1, self.parts - self.begun)
         self.draw(name)
         self.begun += 1
         return share
 
-    def draw(self, name):
+    def draw(self, name: str) -> None:
         if sys.stderr.isatty():
             bar = ("#" * round(20 * self.begun / self.parts)).ljust(20, ".")
             text = f"[{bar}] {self.begun}/{self.parts}, at most {self.left():.0f} s left: {name}"
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
-    def clear(self):
+    def clear(self) -> None:
         """Take the bar away, for what is printed next."""
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def measure(call, size, share, repeats, wait=lambda: None):
+def measure(
+    call: Callable[[int], object],
+    size: int,
+    share: float,
+    repeats: int,
+    wait: Callable[[], object] = lambda: None,
+) -> float:
     """Seconds of the fastest of `repeats` runs of call(size) after a first, if they and one more fit into the share.
 
     It is tried on ever more of its size first. Time grows with the size at most in proportion, so a step that could not
@@ -51,7 +58,7 @@ def measure(call, size, share, repeats, wait=lambda: None):
     """
     end, part = time.monotonic() + share, max(1, size // 64)
 
-    def seconds(part):
+    def seconds(part: int) -> float:
         wait()
         start = time.perf_counter()
         call(part)

@@ -15,14 +15,17 @@ the answers' tokens. `hkdfast.hf.choices.encoder` makes one of a Hugging Face pr
 import math
 import random
 import string
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .batch import Model
 from .engine.renamed import CHOICES, refuses
-from .option_scores import SCORINGS, OptionScorer, single_tokens
+from .option_scores import SCORINGS, Encode, OptionScorer, single_tokens
 
 LETTERS = string.ascii_uppercase
 SHIFTS = ("cyclic", "all", "none")
@@ -55,7 +58,7 @@ class Choice:
     image: Any = None
     content_free: str = CONTENT_FREE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "options", tuple(self.options))
         if not 2 <= len(self.options) <= len(LETTERS):
             raise ValueError(f"a question needs 2 to {len(LETTERS)} options, got {len(self.options)}: {self.options}")
@@ -63,7 +66,7 @@ class Choice:
             if not isinstance(option, str) or not option.strip():
                 raise ValueError(f"options are texts that are not empty, got {option!r} in {self.options}")
 
-    def prompt(self, order=None):
+    def prompt(self, order: Sequence[int] | None = None) -> str:
         """The question as it is asked, option order[place] behind the letter of each place."""
         places = range(len(self.options)) if order is None else order
         lines = "\n".join(f"{LETTERS[place]}. {self.options[option]}" for place, option in enumerate(places))
@@ -71,7 +74,7 @@ class Choice:
         return f"{before}{lines}{after}" if mark else f"{self.text}\n{lines}"
 
     @property
-    def stem(self):
+    def stem(self) -> str:
         """The text before the options."""
         before, mark, _ = self.text.rpartition(OPTIONS_PLACEHOLDER)
         return before.rstrip() if mark else self.text
@@ -81,12 +84,12 @@ class Choice:
 class Answers:
     """What a model answered to N questions of at most n options each. All float64 and on the CPU."""
 
-    scores: torch.Tensor  # (N, n) log-probabilities of the options in their own order; -inf where there is no option
-    choice: torch.Tensor  # (N,) int64, the option chosen
-    by_shift: tuple[torch.Tensor, ...]  # N of (shifts, options): the same from each shift alone; the first is unshifted
+    scores: Tensor  # (N, n) log-probabilities of the options in their own order; -inf where there is no option
+    choice: Tensor  # (N,) int64, the option chosen
+    by_shift: tuple[Tensor, ...]  # N of (shifts, options): the same from each shift alone; the first is unshifted
 
 
-def shifts(n, how="cyclic", fixed=(), seed=0):
+def shifts(n: int, how: str | int = "cyclic", fixed: Iterable[int] = (), seed: int = 0) -> list[tuple[int, ...]]:
     """The letter-to-option maps under which a question is asked: reconstruction of HKD4VLM (arXiv:2506.13038).
 
     Args:
@@ -107,38 +110,41 @@ def shifts(n, how="cyclic", fixed=(), seed=0):
     if not fixed <= set(range(n)):
         raise ValueError(f"fixed options {sorted(fixed - set(range(n)))} are not among {n} options (0 to {n - 1})")
     free = [option for option in range(n) if option not in fixed]
-    number = isinstance(how, int) and not isinstance(how, bool)
-    if not number and how not in SHIFTS:
-        raise ValueError(f"unknown shifts {how!r}, expected one of {', '.join(SHIFTS)} or a number")
+    return [permutation(n, fixed, order) for order in free_orders(free, how, seed)]
+
+
+def free_orders(free: list[int], how: str | int, seed: int) -> Iterable[Sequence[int]]:
+    """The orders of the free options, the given one first, as `shifts` names them."""
     if how == "cyclic":
-        found = [free[i:] + free[:i] for i in range(max(1, len(free)))]
-    elif how == "all":
-        found = permutations(free)
-    elif how == "none":
-        found = [free]
-    else:
-        most = math.factorial(len(free))
-        if not 1 <= how <= most:
-            raise ValueError(f"shifts is {how}, expected 1 to {most}: {len(free)} options are free to move")
-        draw, found = random.Random(seed), dict.fromkeys([tuple(free)])
-        while len(found) < how:
-            found[tuple(draw.sample(free, len(free)))] = None
-    return [permutation(n, fixed, option) for option in found]
+        return [free[i:] + free[:i] for i in range(max(1, len(free)))]
+    if how == "all":
+        return permutations(free)
+    if how == "none":
+        return [free]
+    if isinstance(how, bool) or not isinstance(how, int):
+        raise ValueError(f"unknown shifts {how!r}, expected one of {', '.join(SHIFTS)} or a number")
+    most = math.factorial(len(free))
+    if not 1 <= how <= most:
+        raise ValueError(f"shifts is {how}, expected 1 to {most}: {len(free)} options are free to move")
+    draw, found = random.Random(seed), dict.fromkeys([tuple(free)])
+    while len(found) < how:
+        found[tuple(draw.sample(free, len(free)))] = None
+    return found
 
 
-def permutation(n, fixed, free):
+def permutation(n: int, fixed: Collection[int], free: Iterable[int]) -> tuple[int, ...]:
     """The order that puts the free options, in turn, at the free places."""
     left = iter(free)
     return tuple(place if place in fixed else next(left) for place in range(n))
 
 
-def check_list(name, texts):
+def check_list(name: str, texts: object) -> None:
     """Refuse one text where several are expected: its letters would be taken for them."""
     if isinstance(texts, str):
         raise ValueError(f"{name} is the text {texts!r}, expected a list of texts")
 
 
-def fixed_indices(options, fixed):
+def fixed_indices(options: Sequence[str], fixed: Iterable[int | str]) -> list[int]:
     """Indices of the fixed options, which are given by index or by text; a text that is no option fixes nothing."""
     check_list("fixed", fixed)
     texts = {each.strip().casefold() for each in fixed if isinstance(each, str)}
@@ -147,7 +153,9 @@ def fixed_indices(options, fixed):
     ]
 
 
-def shuffle_options(question, answer, rng, fixed=()):
+def shuffle_options(
+    question: Choice, answer: int | None, rng: random.Random, fixed: Iterable[int | str] = ()
+) -> tuple[Choice, int | None]:
     """The counterpart of the mapping shift for training: shuffle the options and return the new place of the answer.
 
     Args:
@@ -170,7 +178,7 @@ def shuffle_options(question, answer, rng, fixed=()):
     return replace(question, options=options), None if answer is None else order.index(answer)
 
 
-def random_order(options, rng, fixed=()):
+def random_order(options: Sequence[str], rng: random.Random, fixed: Iterable[int | str] = ()) -> tuple[int, ...]:
     """A random order of options, order[place] = option, as `shuffle_options` puts them."""
     stay = fixed_indices(options, fixed)
     free = [option for option in shifts(len(options), "none", stay)[0] if option not in stay]
@@ -179,22 +187,22 @@ def random_order(options, rng, fixed=()):
 
 @refuses(CHOICES)
 def answer(
-    model,
-    encode,
-    questions,
+    model: Model,
+    encode: Encode,
+    questions: Iterable[Choice],
     *,
-    shifts="cyclic",
-    aggregate="mean",
-    method="letters",
-    fixed=(),
-    batch_size=8,
-    scoring="auto",
-    tokens=None,
-    seed=0,
-    each=EACH,
-    words=YES_NO,
-    on_batch=None,
-):
+    shifts: str | int = "cyclic",
+    aggregate: str = "mean",
+    method: str = "letters",
+    fixed: Sequence[int | str] = (),
+    batch_size: int = 8,
+    scoring: str = "auto",
+    tokens: Sequence[int] | None = None,
+    seed: int = 0,
+    each: str = EACH,
+    words: Sequence[str] = YES_NO,
+    on_batch: Callable[[Answers], object] | None = None,
+) -> Answers:
     """Answer multiple-choice questions: reconstruction of HKD4VLM's mapping-shift inference (arXiv:2506.13038).
 
     All prompts of a question go through the model in one batch. Of its head only the rows of the option words are
@@ -250,7 +258,7 @@ def answer(
     return merge_answers(found, aggregate, method)
 
 
-def check_options(aggregate, method, scoring, batch_size):
+def check_options(aggregate: str, method: str, scoring: str, batch_size: int) -> None:
     """Check the options of `answer` that do not depend on the questions."""
     for name, value, known in (
         ("aggregate", aggregate, AGGREGATES),
@@ -263,19 +271,18 @@ def check_options(aggregate, method, scoring, batch_size):
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
-def merge_answers(by_shift, aggregate, method):
+def merge_answers(by_shift: Sequence[Tensor], aggregate: str, method: str) -> Answers:
     """The Answers of several questions."""
     combined = [combined_scores(one, aggregate, method) for one in by_shift]
-    scores = [score for score, _ in combined]
-    width = max(len(score) for score in scores)
-    scores = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=-math.inf) for one in scores])
+    width = max(len(score) for score, _ in combined)
+    scores = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=-math.inf) for one, _ in combined])
     if scores.isnan().any():
         number = scores.isnan().any(1).nonzero()[0].item()
         raise ValueError(f"question {number} of its batch: under one of the shifts every option has probability 0")
     return Answers(scores, torch.tensor([choice for _, choice in combined]), tuple(by_shift))
 
 
-def plan(question, how, fixed, seed):
+def plan(question: Choice, how: str | int, fixed: Iterable[int | str], seed: int) -> list[tuple[int, ...]]:
     return shifts(len(question.options), how, fixed_indices(question.options, fixed), seed)
 
 
@@ -285,10 +292,10 @@ class PromptSet:
 
     question: Choice
     method: str
-    orders: list  # of the shifts
+    orders: list[tuple[int, ...]]  # of the shifts
     each: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         question, count = self.question, len(self.question.options)
         if self.method == "per_option":
             texts = [question.stem + self.each.replace("{option}", option) for option in question.options]
@@ -299,7 +306,7 @@ class PromptSet:
                 texts.append(Choice(question.content_free, (CONTENT_FREE,) * count).prompt())
         self.lines = [(text, question.image, count) for text in texts]
 
-    def to_options(self, rows):
+    def to_options(self, rows: Tensor) -> Tensor:
         """(shifts, options) log-probabilities from those of the prompts, (lines, words)."""
         n = len(self.question.options)
         if self.method == "per_option":
@@ -310,14 +317,14 @@ class PromptSet:
         return torch.empty_like(rows[:, :n]).scatter_(1, order, rows[:, :n])
 
 
-def combined_scores(by_shift, aggregate, method):
+def combined_scores(by_shift: Tensor, aggregate: str, method: str) -> tuple[Tensor, int]:
     """((options,) scores, the option chosen) of the shifts' log-probabilities."""
     mean = by_shift.mean(0)
     if method == "per_option":
-        return mean, mean.argmax().item()
+        return mean, int(mean.argmax())
     if aggregate == "mean":
-        return mean.log_softmax(0), mean.argmax().item()
+        return mean.log_softmax(0), int(mean.argmax())
     votes = by_shift.argmax(1).bincount(minlength=len(mean))
     tied = mean.masked_fill(votes < votes.max(), -math.inf)
     first = votes.argmax() if tied.isneginf().all() else tied.argmax()
-    return (votes.double() / len(by_shift)).log(), first.item()
+    return (votes.double() / len(by_shift)).log(), int(first)

@@ -1,7 +1,9 @@
 """What the losses take beside logits: a language-model head not yet multiplied out, and a purified teacher."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -95,15 +97,19 @@ class Purified:
         return tuple(self.clean.shape)
 
 
-def device_of(source):
+Source: TypeAlias = torch.Tensor | Head
+Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # (x, weight, bias)
+
+
+def device_of(source: Source) -> torch.device:
     return source.hidden.device if isinstance(source, Head) else source.device
 
 
-def transform_of(source):
+def transform_of(source: Source) -> Transform:
     return source.transform if isinstance(source, Head) else Transform()
 
 
-def parts(source, rows):
+def parts(source: Source, rows: int) -> Parts:
     """The tensors of a source, its leading dimensions flattened: (x, weight, bias)."""
     if isinstance(source, Head):
         hidden = settled(source.hidden)
@@ -111,7 +117,7 @@ def parts(source, rows):
     return settled(source).reshape(rows, source.shape[-1]), None, None
 
 
-def same(a, b):
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """Whether two tensors share memory, or are one object under torch.compile, which has no addresses."""
     if a is b:
         return True
@@ -120,7 +126,7 @@ def same(a, b):
     return a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
-def noisy_transforms(branches):
+def noisy_transforms(branches: Sequence[Source]) -> tuple[Transform, tuple[Transform, ...]]:
     """(Transform of the mean of the noisy branches, Transform of each before it is averaged).
 
     A scale that all share is applied to the mean; a softcap cannot be. The second is empty for a single branch.

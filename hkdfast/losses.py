@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from torch import Tensor, nn, no_grad
 
@@ -11,12 +11,42 @@ from .engine.checks import check_source
 from .engine.options import LossOptions
 from .engine.renamed import LOSS, refuses
 from .engine.terms import check_divergence, check_weight, coupled_rows_loss, loss_term, resolve
+from .engine.tile_loop import LossTerm
 from .heads import Head, Purified
 from .ops.reference import SWAPPED
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .engine.options import LossKeywords
 
 Metrics: TypeAlias = dict[str, Tensor]
 
 
+@overload
+def distill_loss(
+    student: Tensor | Head,
+    teacher: Tensor | Head | Purified,
+    divergence: str = ...,
+    *,
+    beta: float = ...,
+    divergence_weight: float = ...,
+    hard_weight: float = ...,
+    return_metrics: Literal[False] = ...,
+    **options: "Unpack[LossKeywords]",
+) -> Tensor: ...
+@overload
+def distill_loss(
+    student: Tensor | Head,
+    teacher: Tensor | Head | Purified,
+    divergence: str = ...,
+    *,
+    beta: float = ...,
+    divergence_weight: float = ...,
+    hard_weight: float = ...,
+    return_metrics: Literal[True],
+    **options: "Unpack[LossKeywords]",
+) -> tuple[Tensor, Metrics]: ...
 @refuses(LOSS)
 def distill_loss(
     student: Tensor | Head,
@@ -121,7 +151,9 @@ def distill_loss(
     return (result[0], result[1][0, 1]) if return_metrics else result
 
 
-def labels_only_loss(names, sources, terms, options):
+def labels_only_loss(
+    names: Sequence[str], sources: Sequence[Tensor | Head | Purified], terms: list[LossTerm], options: LossOptions
+) -> Any:
     """The loss of a student whose divergence has weight 0; with metrics, those of the teacher all the same."""
     found = resolve(names, sources, terms, options)
     hard = loss_term(0, 0, "forward_kl", 0.5, 0.0, terms[0].objective.hard_weight)
@@ -227,10 +259,28 @@ class Edge:
             )
 
 
+@overload
+def coupled_loss(
+    heads: Sequence[Tensor | Head | Purified],
+    coupling: Sequence[Sequence[Edge | float | None]],
+    *,
+    hard_weight: float | Sequence[float] = ...,
+    return_metrics: Literal[False] = ...,
+    **options: "Unpack[LossKeywords]",
+) -> Tensor: ...
+@overload
+def coupled_loss(
+    heads: Sequence[Tensor | Head | Purified],
+    coupling: Sequence[Sequence[Edge | float | None]],
+    *,
+    hard_weight: float | Sequence[float] = ...,
+    return_metrics: Literal[True],
+    **options: "Unpack[LossKeywords]",
+) -> tuple[Tensor, dict[tuple[int, int], Metrics]]: ...
 @refuses(LOSS)
 def coupled_loss(
     heads: Sequence[Tensor | Head | Purified],
-    coupling: Sequence[Sequence["Edge | float | None"]],
+    coupling: Sequence[Sequence[Edge | float | None]],
     *,
     temperature: float = 1.0,
     t_squared: bool = False,
@@ -310,7 +360,9 @@ def coupled_loss(
     return coupled_rows_loss([f"heads[{i}]" for i in range(len(heads))], heads, terms, options)
 
 
-def table_of(heads, coupling):
+def table_of(
+    heads: Sequence[Tensor | Head | Purified], coupling: Sequence[Sequence[Edge | float | None]]
+) -> dict[tuple[int, int], Edge]:
     """{(student, teacher): Edge} of a coupling table, without its empty entries."""
     lists = (list, tuple)
     if not isinstance(heads, lists):
@@ -337,10 +389,10 @@ def table_of(heads, coupling):
     return edges
 
 
-def hard_weights(heads, hard_weight):
+def hard_weights(heads: Sequence[Tensor | Head | Purified], hard_weight: float | Sequence[float]) -> list[float]:
     """One number for each head."""
     several = isinstance(hard_weight, (list, tuple))
-    weights = list(hard_weight) if several else [hard_weight] * len(heads)
+    weights: list[Any] = list(hard_weight) if isinstance(hard_weight, (list, tuple)) else [hard_weight] * len(heads)
     if len(weights) != len(heads):
         raise ValueError(f"hard_weight must be one number, or one for each of {len(heads)} heads, got {len(weights)}")
     for i, one in enumerate(weights):

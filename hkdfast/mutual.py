@@ -6,19 +6,28 @@ other only, without cross entropy.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import Tensor
 
-from .batch import IGNORE_INDEX, answer_rows
+from .batch import IGNORE_INDEX, Batch, Model, answer_rows
 from .engine.arguments import check_word
-from .losses import coupled_loss
+from .losses import Edge, Metrics, coupled_loss
 from .ops.objective import UNLABELED
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .engine.options import BatchKeywords
+
+Coupling: TypeAlias = list[list[Edge | None]]  # [i][j] says how model i learns from model j
 REDUCTIONS = ("mean", "sum")  # the loss of several models is one number
 
 
-def per_model(name, value, names):
+def per_model(name: str, value: float | Sequence[float], names: Sequence[str]) -> list[float]:
     """One float for each of `names`: `value` repeated if it is one number, else its entries.
 
     Raises:
@@ -33,19 +42,30 @@ def per_model(name, value, names):
     return [float(number) for number in found]
 
 
-def coupling_table(size, edges):
+def coupling_table(size: int, edges: Mapping[tuple[int, int], Edge]) -> Coupling:
     """The coupling table (size x size) of {(student, teacher): Edge}: None elsewhere and for edges of weight 0."""
     return [[edges[i, j] if (i, j) in edges and edges[i, j].weight else None for j in range(size)] for i in range(size)]
 
 
-def trained_models(coupling, hard_weight):
+def trained_models(coupling: Coupling, hard_weight: Sequence[float]) -> list[bool]:
     """For each row of the coupling table, whether its model gets a gradient."""
     size = range(len(coupling))
     taught = [bool(hard_weight[i]) or any(coupling[i]) for i in size]
-    return [taught[i] or any(coupling[j][i] and not coupling[j][i].detach for j in size) for i in size]
+    pulled = [any(edge and not edge.detach for edge in column) for column in zip(*coupling, strict=True)]
+    return [a or b for a, b in zip(taught, pulled, strict=True)]
 
 
-def coupled_batch_loss(models, batch, coupling, hard_weight, *, roles, slots=None, unlabeled_weight=1.0, **options):
+def coupled_batch_loss(
+    models: Sequence[Model],
+    batch: Batch,
+    coupling: Coupling,
+    hard_weight: Sequence[float],
+    *,
+    roles: Sequence[str],
+    slots: Sequence[int] | None = None,
+    unlabeled_weight: float = 1.0,
+    **options: "Unpack[BatchKeywords]",
+) -> tuple[Tensor, Metrics]:
     """The loss of models coupled on one batch. Models that do not learn run without gradients.
 
     Args:
@@ -83,7 +103,7 @@ def coupled_batch_loss(models, batch, coupling, hard_weight, *, roles, slots=Non
             found[i] = models[i](batch)
 
     known = weight = None
-    if batch.get("distill_only") is not None:
+    if batch.get("distill_only") is not None and labels is not None:  # which answer_rows has made of it
         known = (labels != UNLABELED).nonzero()[:, 0]
         if unlabeled_weight != 1:
             weight = torch.full_like(labels, unlabeled_weight, dtype=torch.float64).index_fill(0, known, 1.0)
@@ -105,7 +125,13 @@ def coupled_batch_loss(models, batch, coupling, hard_weight, *, roles, slots=Non
     )
 
 
-def metric_names(metrics, coupling, names, labels, known):
+def metric_names(
+    metrics: Mapping[tuple[int, int], Metrics],
+    coupling: Coupling,
+    names: Sequence[str],
+    labels: Tensor | None,
+    known: Tensor | None,
+) -> Metrics:
     """The metrics of coupled_loss's edges by name of the model; known: indices of labeled rows, None for all."""
     found = {}
     for (i, j), rows in metrics.items():
@@ -114,9 +140,9 @@ def metric_names(metrics, coupling, names, labels, known):
             found[cross] = rows["cross_entropy"] if known is None else rows["cross_entropy"][known]
         found.setdefault(f"{names[i]}_entropy", rows["student_entropy"])
         if i != j:
-            sources = [k for k, edge in enumerate(coupling[i]) if edge]
+            sources = {k: edge for k, edge in enumerate(coupling[i]) if edge}
             ending = "" if len(sources) == 1 else f"_{names[j]}"
             if len({names[k] for k in sources}) < len(sources):
-                ending = f"_{coupling[i][j].divergence}"
+                ending = f"_{sources[j].divergence}"
             found |= {f"{names[i]}_{name}{ending}": rows[name] for name in ("divergence", "agreement")}
     return found

@@ -1,6 +1,7 @@
 """Noise on images: how a vision-language model is made to lean on what its language already believes."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from operator import mul
@@ -11,7 +12,7 @@ STEPS = 1000
 
 
 @cache
-def survival():
+def survival() -> tuple[float, ...]:
     """Share of the signal's variance left at each of VCD's 1000 steps.
 
     The schedule of VCD's published code (DAMO-NLP-SG/VCD, vcd_add_noise.py), which is not the one its paper states.
@@ -21,7 +22,13 @@ def survival():
     return tuple(accumulate((1 - rate for rate in rates), mul))
 
 
-def diffuse(images, step=500, *, sigma=None, generator=None):
+def diffuse(
+    images: torch.Tensor,
+    step: int = 500,
+    *,
+    sigma: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """Images under Gaussian noise, by VCD's diffusion schedule or with a given standard deviation.
 
     Args:
@@ -46,20 +53,20 @@ def diffuse(images, step=500, *, sigma=None, generator=None):
     return blend(images, noise, step, sigma)
 
 
-def check_images(name, images):
+def check_images(name: str, images: object) -> None:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         what = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"{name} must be a floating point tensor, as a processor normalizes them, got {what}")
 
 
-def check_noise(step, sigma):
+def check_noise(step: int, sigma: float | None) -> None:
     if sigma is None and step not in range(STEPS):
         raise ValueError(f"step must be a whole number from 0 to {STEPS - 1}, got {step}")
     if sigma is not None and not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma must be finite and not negative, got {sigma}")
 
 
-def blend(images, noise, step, sigma):
+def blend(images: torch.Tensor, noise: torch.Tensor, step: int, sigma: float | None) -> torch.Tensor:
     """Images under given noise, float32 of their shape."""
     signal = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     if sigma is None:
@@ -68,7 +75,7 @@ def blend(images, noise, step, sigma):
     return (signal + sigma * noise).to(images.dtype)
 
 
-def normal(shape, seed, device=None):
+def normal(shape: Sequence[int], seed: int, device: torch.device | None = None) -> torch.Tensor:
     """Standard normal float32 numbers, each of which follows from the seed and its own indices alone.
 
     A generator's numbers depend on how many are drawn at once. Here normal((3, 8, 8), s) is the corner of
@@ -88,7 +95,7 @@ def normal(shape, seed, device=None):
 GAMMA, *FACTORS = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def scramble(key):
+def scramble(key: torch.Tensor) -> torch.Tensor:
     """SplitMix64's mixing of int64 numbers, in place."""
     for shift, factor in zip((30, 27), FACTORS, strict=True):
         key.bitwise_xor_((key >> shift) & (2 ** (64 - shift) - 1)).mul_(factor)  # & for a shift without the sign

@@ -2,10 +2,10 @@
 
 import sys
 
-told = set()
+told: set[str] = set()
 
 
-def tell(text):
+def tell(text: str) -> None:
     """Print a note on stderr, once per process."""
     if text not in told:
         told.add(text)

@@ -4,12 +4,18 @@ Used by choices.py; its module docstring defines a model and `encode`.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
-from .batch import answer_rows
+from .batch import Batch, Model, answer_rows
 from .heads import Head
 from .losses import distill_loss
+
+Encode: TypeAlias = Callable[[list[str], list[Any], list[str] | None], dict[str, Any]]  # prompts, images, answers
+Line: TypeAlias = tuple[str, Any, int]  # text, image, number of words
 
 SCORINGS = ("auto", "token", "sequence")
 
@@ -23,20 +29,20 @@ class OptionScorer:
         tokens: the one token of each word, or None to score the words' sequences.
     """
 
-    def __init__(self, model, encode, words, tokens):
+    def __init__(self, model: Model, encode: Encode, words: Sequence[str], tokens: Sequence[int] | None) -> None:
         self.model, self.encode, self.words, self.tokens = model, encode, words, tokens
 
-    def __call__(self, lines):
+    def __call__(self, lines: Sequence[Line]) -> Tensor:
         """(lines, words) float64 of lines (text, image, number of words); -inf beyond a line's own words."""
         counts = torch.tensor([count for *_, count in lines]).unsqueeze(1)
         scores = self.by_sequence(lines, counts) if self.tokens is None else self.by_token(lines)
         scores = scores.masked_fill(torch.arange(scores.shape[1]) >= counts, -math.inf).log_softmax(-1)
         if scores.isnan().any():
-            line = scores.isnan().any(1).nonzero()[0].item()
+            line = int(scores.isnan().any(1).nonzero()[0])
             raise ValueError(f"the model's scores are NaN after {lines[line][0]!r}")
         return scores
 
-    def by_token(self, lines):
+    def by_token(self, lines: Sequence[Line]) -> Tensor:
         texts, images, _ = zip(*lines, strict=True)
         source = self.model(self.encode(list(texts), list(images), None))
         logits = word_logits(source, torch.as_tensor(self.tokens))
@@ -44,10 +50,10 @@ class OptionScorer:
             raise ValueError(f"the model returned {len(logits)} rows for {len(lines)} prompts, expected one each")
         return logits
 
-    def by_sequence(self, lines, counts):
-        pairs = [(line, place) for line, (*_, count) in enumerate(lines) for place in range(count)]
-        texts, images = ([lines[line][part] for line, _ in pairs] for part in (0, 1))
-        batch = self.encode(texts, images, [self.words[place] for _, place in pairs])
+    def by_sequence(self, lines: Sequence[Line], counts: Tensor) -> Tensor:
+        pairs = [(text, image, place) for text, image, count in lines for place in range(count)]
+        texts, images = [text for text, *_ in pairs], [image for _, image, _ in pairs]
+        batch = self.encode(texts, images, [self.words[place] for *_, place in pairs])
         rows, labels = answers_of(batch, len(pairs))
         source = self.model(batch)
         if tuple(source.shape[:-1]) != tuple(labels.shape):
@@ -59,7 +65,7 @@ class OptionScorer:
         return scores.masked_scatter(torch.arange(len(self.words)) < counts, sums)
 
 
-def word_logits(source, tokens):
+def word_logits(source: Tensor | Head, tokens: Tensor) -> Tensor:
     """(N, words) float64 on the CPU: the logits of some words of a source."""
     if isinstance(source, Head):
         tokens = tokens.to(source.weight.device)
@@ -70,19 +76,23 @@ def word_logits(source, tokens):
     return source[..., tokens.to(source.device)].cpu().double()
 
 
-def single_tokens(encode, line, words, tokens, scoring):
+def single_tokens(
+    encode: Encode, line: Line, words: Sequence[str], tokens: Sequence[int] | None, scoring: str
+) -> list[int] | None:
     """The ids of the words' tokens, or None if the words' sequences are to be scored."""
     if tokens is not None and scoring != "sequence":
         if len(tokens) < len(words):
             raise ValueError(f"tokens has {len(tokens)} ids, expected one for each of {', '.join(words)}")
         return list(tokens)[: len(words)]
-    found, why = word_tokens(encode, *line[:2], words)
+    found, why = word_tokens(encode, line[0], line[1], words)
     if found is None and scoring == "token":
         raise ValueError(f'{why}: use scoring="sequence"')
     return None if scoring == "sequence" else found
 
 
-def word_tokens(encode, prompt, image, words):
+def word_tokens(
+    encode: Encode, prompt: str, image: Any, words: Sequence[str]
+) -> tuple[list[int], None] | tuple[None, str]:
     """The one token by which each word begins to answer the prompt.
 
     Returns:
@@ -109,7 +119,7 @@ def word_tokens(encode, prompt, image, words):
     return [part[0] for part in parts], None
 
 
-def answers_of(batch, size):
+def answers_of(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
     """answer_rows of a batch of prompts with answers; ValueError if an example has none."""
     rows, labels = answer_rows(batch)
     if labels is None:
@@ -120,7 +130,7 @@ def answers_of(batch, size):
     return rows, labels
 
 
-def answer_context(batch, i, rows):
+def answer_context(batch: Batch, i: int, rows: Tensor) -> Tensor:
     """(T,) bool: the tokens of example i, without padding, to the one after which its answer begins."""
     last = rows[i].nonzero()[0, 0]
     mask = batch.get("attention_mask")

@@ -4,10 +4,13 @@
 first say elsewhere, or not at all, how many rows an example has.
 """
 
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import isqrt
+from typing import Any
 
 import torch
+from torch import Tensor
 
 # what counts the rows of each picture, and the pictures of each example, where a processor hands it over
 ROWS = {
@@ -20,7 +23,9 @@ PICTURES = ("batch_num_images", "images_per_sample")
 AREAS = ("spatial_shapes", "image_sizes")
 
 
-def rows_of_examples(name, pixels, batch, placeholders=None):
+def rows_of_examples(
+    name: str, pixels: Tensor, batch: Mapping[str, Any], placeholders: Mapping[str, int | None] | None = None
+) -> list[int]:
     """How many rows of the tensor batch[name] belong to each example, which is a row of batch["input_ids"].
 
     Raises:
@@ -42,7 +47,7 @@ def rows_of_examples(name, pixels, batch, placeholders=None):
     return [sum(sizes[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def rows_of_pictures(name, pixels, batch):
+def rows_of_pictures(name: str, pixels: Tensor, batch: Mapping[str, Any]) -> list[int] | None:
     """How many rows each picture has, by its grid or count; None where there is none that fits."""
     for key in next(keys for kind, keys in ROWS.items() if name.endswith(kind)):
         if batch.get(key) is not None:
@@ -53,7 +58,13 @@ def rows_of_pictures(name, pixels, batch):
     return None
 
 
-def pictures_of_examples(name, pixels, sizes, batch, placeholders):
+def pictures_of_examples(
+    name: str,
+    pixels: Tensor,
+    sizes: list[int],
+    batch: Mapping[str, Any],
+    placeholders: Mapping[str, int | None] | None,
+) -> list[int] | None:
     """How many pictures each example has, or None where that is not known."""
     examples, tokens = len(batch["input_ids"]), tokens_of_examples(name, batch, placeholders)
     for key in PICTURES:
@@ -63,13 +74,13 @@ def pictures_of_examples(name, pixels, sizes, batch, placeholders):
                 return counts
     if tokens is not None:
         weights = weights_of_pictures(name, pixels, sizes, batch)
-        counts = weights and divide(weights, tokens)
-        if counts:
-            return counts
+        shares = weights and divide(weights, tokens)
+        if shares:
+            return shares
     return [1] * examples if len(sizes) == examples and (tokens is None or all(tokens)) else None
 
 
-def weights_of_pictures(name, pixels, sizes, batch):
+def weights_of_pictures(name: str, pixels: Tensor, sizes: list[int], batch: Mapping[str, Any]) -> list[int] | None:
     """What a picture's number of placeholders is in proportion to; None where it follows from no size in the batch."""
     areas = [batch[key] for key in AREAS if batch.get(key) is not None and "video" not in name]
     if not areas:
@@ -79,7 +90,9 @@ def weights_of_pictures(name, pixels, sizes, batch):
     return weights if pixels.dim() < 5 and len(weights) == len(sizes) else None
 
 
-def tokens_of_examples(name, batch, placeholders):
+def tokens_of_examples(
+    name: str, batch: Mapping[str, Any], placeholders: Mapping[str, int | None] | None
+) -> list[int] | None:
     """How many tokens of each example stand for its pictures; None where nothing tells."""
     kind, ids, kinds = "video" if "video" in name else "image", batch["input_ids"], batch.get("mm_token_type_ids")
     if placeholders and placeholders.get(kind) is not None:
@@ -92,7 +105,7 @@ def tokens_of_examples(name, batch, placeholders):
     return counts if any(counts) else None
 
 
-def divide(weights, tokens):
+def divide(weights: Sequence[int], tokens: Sequence[int]) -> list[int] | None:
     """How many of the weights, in their order, each example has, if its tokens are in proportion to them; else None."""
     total, ends = sum(weights), {end: count for count, end in enumerate(accumulate(weights), 1)} | {0: 0}
     shares = [divmod(end * total, sum(tokens)) for end in accumulate(tokens)]
@@ -102,7 +115,7 @@ def divide(weights, tokens):
     return [after - before for before, after in zip(reached, reached[1:], strict=False)]
 
 
-def share_copies(noise, name, pixels, batch):
+def share_copies(noise: Tensor, name: str, pixels: Tensor, batch: Mapping[str, Any]) -> None:
     """Give equal frames of a temporal patch one noise, in place.
 
     A row of patches (N, 3 * 2 * P * P) holds two frames: of a still picture, and of the odd last frame of a video, they
@@ -124,7 +137,7 @@ def share_copies(noise, name, pixels, batch):
             done |= same
 
 
-def keep_padding(noisy, pixels):
+def keep_padding(noisy: Tensor, pixels: Tensor) -> Tensor:
     """Pictures and tiles of zeros, (..., C, H, W) below the rows, as they were: Idefics and SmolVLM know by its zeros
     what is padding."""
     if pixels.dim() < 5:

@@ -10,10 +10,21 @@ A model is any function of a batch that returns logits or a `Head` at the batch'
 `hkdfast.hf.PyramidTrainer` runs the whole chain.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .batch import Batch, Model
 from .engine.arguments import check_word
 from .engine.renamed import COUPLED, refuses
-from .losses import Edge
-from .mutual import coupled_batch_loss, coupling_table, per_model
+from .losses import Edge, Metrics
+from .mutual import Coupling, coupled_batch_loss, coupling_table, per_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .engine.options import BatchKeywords
 
 __all__ = ["MODES", "coupling", "loss"]
 
@@ -23,8 +34,14 @@ ROLES = ("teacher", "student")
 
 @refuses(COUPLED)
 def coupling(
-    mode="concurrent", divergence_weight=1.0, divergence="forward_kl", beta=0.5, hard_weight=(1.0, 1.0), *, detach=True
-):
+    mode: str = "concurrent",
+    divergence_weight: float | Sequence[float] = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    hard_weight: float | Sequence[float] = (1.0, 1.0),
+    *,
+    detach: bool = True,
+) -> tuple[Coupling, list[float]]:
     """How teacher and student of one stage learn, for `hkdfast.coupled_loss`.
 
     Args:
@@ -60,18 +77,18 @@ def coupling(
 
 @refuses(COUPLED)
 def loss(
-    models,
-    batch,
-    mode="concurrent",
+    models: Sequence[Model],
+    batch: Batch,
+    mode: str = "concurrent",
     *,
-    divergence_weight=1.0,
-    divergence="forward_kl",
-    beta=0.5,
-    hard_weight=(1.0, 1.0),
-    detach=True,
-    unlabeled_weight=1.0,
-    **options,
-):
+    divergence_weight: float | Sequence[float] = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    hard_weight: float | Sequence[float] = (1.0, 1.0),
+    detach: bool = True,
+    unlabeled_weight: float = 1.0,
+    **options: "Unpack[BatchKeywords]",
+) -> tuple[Tensor, Metrics]:
     """The loss of one stage on one batch: the sum of the teacher's and the student's.
 
     Args:

@@ -10,21 +10,38 @@ function from a Hugging Face model. Teacher and student may be one model, with i
 """
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from .batch import answer_rows, noised
+from .batch import Batch, Model, answer_rows, noised
 from .contrastive import WORDS, purify
 from .engine.arguments import check_word
 from .engine.renamed import CONTRAST, refuses
-from .losses import distill_loss
+from .heads import Head, Purified
+from .losses import Metrics, distill_loss
 from .ops.objective import UNLABELED
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .engine.options import RowKeywords
 
 __all__ = ["answer_rows", "distill", "identify", "isolate", "noised", "purify"]
 
 
 @refuses(CONTRAST)
-def identify(model, batch, *, confidence="max_prob", precision="float32", tile_memory=None, backend=None):
+def identify(
+    model: Model,
+    batch: Batch,
+    *,
+    confidence: str = "max_prob",
+    precision: str = "float32",
+    tile_memory: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor | Head, Tensor]:
     """How sure the model is of its answers.
 
     Args:
@@ -62,7 +79,17 @@ def identify(model, batch, *, confidence="max_prob", precision="float32", tile_m
     return clean, metrics["confidence"] if confidence == "max_prob" else (-metrics["cross_entropy"]).exp()
 
 
-def isolate(model, batch, *, step=500, sigma=None, draws=1, seed=None, first=0, placeholders=None):
+def isolate(
+    model: Model,
+    batch: Batch,
+    *,
+    step: int = 500,
+    sigma: float | None = None,
+    draws: int = 1,
+    seed: int | None = None,
+    first: int = 0,
+    placeholders: Mapping[str, int | None] | None = None,
+) -> list[Tensor | Head]:
     """What the model answers when noise hides the images, so that it relies on its language prior.
 
     Args:
@@ -82,17 +109,37 @@ def isolate(model, batch, *, step=500, sigma=None, draws=1, seed=None, first=0, 
         ]
 
 
-def distill(model, batch, teacher, divergence="reverse_kl", **options):
+def distill(
+    model: Model,
+    batch: Batch,
+    teacher: Tensor | Head | Purified,
+    divergence: str = "reverse_kl",
+    *,
+    beta: float = 0.5,
+    divergence_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    **options: "Unpack[RowKeywords]",
+) -> tuple[Tensor, Metrics]:
     """The student's loss against the purified teacher, mode-seeking unless another divergence is named.
 
     Args:
         model: the student, a function of a batch (see the module docstring). Gets the gradient.
         batch: dict of tensors; its labels, if any, are those that hard_weight and the confidence "target" read.
         teacher: what `purify` returned, or any teacher of `distill_loss`.
-        divergence, options: as in `distill_loss`.
+        divergence, beta, divergence_weight, hard_weight, options: as in `distill_loss`.
 
     Returns:
         the loss and a dict of per-row metrics, as `distill_loss` with return_metrics=True.
     """
     labels = answer_rows(batch)[1]
-    return distill_loss(model(batch), teacher, divergence, labels=labels, return_metrics=True, **options)
+    return distill_loss(
+        model(batch),
+        teacher,
+        divergence,
+        beta=beta,
+        divergence_weight=divergence_weight,
+        hard_weight=hard_weight,
+        labels=labels,
+        return_metrics=True,
+        **options,
+    )

@@ -8,16 +8,27 @@ A model is any function of a batch that returns logits or a `Head` at the batch'
 `hkdfast.hf.TernaryTrainer` trains with it.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .batch import Batch, Model
 from .engine.arguments import check_word
 from .engine.renamed import COUPLED, refuses
-from .losses import Edge
-from .mutual import coupled_batch_loss, coupling_table, per_model
+from .losses import Edge, Metrics
+from .mutual import Coupling, coupled_batch_loss, coupling_table, per_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .engine.options import BatchKeywords
 
 __all__ = ["FORMS", "coupling", "loss", "roles"]
 
 TEACHERS = ("frozen", "trained")
 # the roles of the models, and the model at each index of the coupling table
-FORMS = {
+FORMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "two_teachers": (("teacher1", "teacher2", "student"), (0, 1, 2)),
     "mutual": (("model1", "model2", "model3"), (0, 1, 2)),
     # two divergences between two models are two places of the one teacher
@@ -25,7 +36,7 @@ FORMS = {
 }
 
 
-def roles(form):
+def roles(form: str) -> tuple[str, ...]:
     """Names of the models that a form couples, in the order of `loss`'s models."""
     check_word("form", form, FORMS)
     return FORMS[form][0]
@@ -33,16 +44,16 @@ def roles(form):
 
 @refuses(COUPLED)
 def coupling(
-    form="two_teachers",
-    divergence_weight=1.0,
-    divergence="forward_kl",
-    beta=0.5,
-    hard_weight=1.0,
+    form: str = "two_teachers",
+    divergence_weight: float | Sequence[float] = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    hard_weight: float | Sequence[float] = 1.0,
     *,
-    teachers="frozen",
-    teacher_coupling=0.0,
-    detach=True,
-):
+    teachers: str = "frozen",
+    teacher_coupling: float = 0.0,
+    detach: bool = True,
+) -> tuple[Coupling, list[float]]:
     """How three parties learn, for `hkdfast.coupled_loss`.
 
     Args:
@@ -96,20 +107,20 @@ def coupling(
 
 @refuses(COUPLED)
 def loss(
-    models,
-    batch,
-    form="two_teachers",
+    models: Sequence[Model],
+    batch: Batch,
+    form: str = "two_teachers",
     *,
-    divergence_weight=1.0,
-    divergence="forward_kl",
-    beta=0.5,
-    hard_weight=1.0,
-    teachers="frozen",
-    teacher_coupling=0.0,
-    detach=True,
-    unlabeled_weight=1.0,
-    **options,
-):
+    divergence_weight: float | Sequence[float] = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    hard_weight: float | Sequence[float] = 1.0,
+    teachers: str = "frozen",
+    teacher_coupling: float = 0.0,
+    detach: bool = True,
+    unlabeled_weight: float = 1.0,
+    **options: "Unpack[BatchKeywords]",
+) -> tuple[Tensor, Metrics]:
     """The loss of all that learn on one batch.
 
     Args:

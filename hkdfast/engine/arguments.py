@@ -1,7 +1,9 @@
 """Checks of one argument: a word, a number, a flag, a dense tensor. And autocast."""
 
-from contextlib import nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -17,7 +19,7 @@ DENSE = {  # how to convert a tensor of another layout to a dense one
 }
 
 
-def shown(value):
+def shown(value: object) -> str:
     """A wrong value as an error message shows it: short, an array by its shape."""
     kind = type(value).__name__
     if isinstance(value, (Real, str)) or value is None:
@@ -30,23 +32,23 @@ def shown(value):
     return f"{kind} of {len(value)}" if isinstance(value, (list, tuple, dict, set)) else kind
 
 
-def check_word(name, word, words):
+def check_word(name: str, word: object, words: Collection[str]) -> None:
     if not isinstance(word, str) or word not in words:
         raise ValueError(f"unknown {name} {shown(word)}, expected one of {', '.join(words)}")
 
 
-def check_flag(name, value):
+def check_flag(name: str, value: object) -> None:
     if value is not True and value is not False:
         raise ValueError(f"{name} must be True or False, got {shown(value)}")
 
 
-def check_constant(name, tensor):
+def check_constant(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor that requires a gradient where the losses compute none."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} gets no gradient, but requires one: pass {name}.detach()")
 
 
-def check_number(name, value, what, within):
+def check_number(name: str, value: Any, what: str, within: Callable[[Any], Any]) -> None:
     """A real number, or a tensor with one element, that satisfies `within`; `what` describes that in words."""
     if isinstance(value, torch.Tensor):
         check_constant(name, value)
@@ -59,12 +61,12 @@ def check_number(name, value, what, within):
         raise ValueError(f"{name} must be {what}, got {value}")
 
 
-def check_whole(name, value, what, within):
+def check_whole(name: str, value: Any, what: str, within: Callable[[Any], Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or not within(value):
         raise ValueError(f"{name} must be {what}, got {shown(value)}")
 
 
-def check_floats(name, x):
+def check_floats(name: str, x: Any) -> None:
     """A dense tensor of a floating-point dtype that the losses support."""
     if not isinstance(x, torch.Tensor):
         hint = {"Linear": f": pass its .weight as {name}", "ndarray": ": pass torch.from_numpy(...)"}
@@ -77,9 +79,9 @@ def check_floats(name, x):
         raise ValueError(f"{name} must be one of {known}, got {x.dtype}")
 
 
-def check_plain(name, x):
+def check_plain(name: str, x: Any) -> None:
     """A dense tensor with its own memory: the kernels receive its address."""
-    if is_traceable_wrapper_subclass(x) and not x.is_nested:
+    if not x.is_nested and is_traceable_wrapper_subclass(x):
         how = (
             "pass .full_tensor(), or .to_local() of whole rows" if hasattr(x, "full_tensor") else "pass a plain tensor"
         )
@@ -96,17 +98,17 @@ def check_plain(name, x):
         raise ValueError(f"{name} {tuple(x.shape)} has no memory: its numbers were freed, or lie elsewhere")
 
 
-def autocast_dtype(device):
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to which autocast casts the operands of a linear layer, or None without autocast."""
     known = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if known else None
 
 
-def without_autocast(device):
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def settled(x):
+def settled(x: Any) -> Any:
     """The tensor with its final values in memory: a lazy negation and lazy zeros are materialized."""
     if x is None or torch.compiler.is_compiling():
         return x

@@ -1,13 +1,17 @@
 """Checks of logits, heads and per-row tensors against each other, before any work."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ..heads import Head, device_of, same
 from ..ops.dispatch import host_readable
+from ..ops.objective import ContrastSpec
 from .arguments import check_constant, check_floats, check_plain, shown
 
 
-def check_source(name, source):
+def check_source(name: str, source: Any) -> None:
     """Check logits. A Head has already checked its tensors."""
     if isinstance(source, Head):
         return
@@ -20,7 +24,7 @@ def check_source(name, source):
         raise ValueError(f"{name} must be logits (..., V), got a number without dimensions")
 
 
-def check_pair(name, source, other_name, other):
+def check_pair(name: str, source: torch.Tensor | Head, other_name: str, other: torch.Tensor | Head) -> None:
     """Two sources must have the same rows and be on one device."""
     if tuple(source.shape[:-1]) != tuple(other.shape[:-1]):
         raise ValueError(f"{name} {tuple(source.shape)} and {other_name} {tuple(other.shape)} differ in their rows")
@@ -28,7 +32,7 @@ def check_pair(name, source, other_name, other):
         raise ValueError(f"{name} is on {device_of(source)} but {other_name} is on {device_of(other)}")
 
 
-def check_vocab(sources, vocab):
+def check_vocab(sources: Sequence[torch.Tensor | Head], vocab: int | str | None) -> int:
     """The number of tokens to compare, from the option `vocab` and the sizes of the sources' vocabularies."""
     sizes = [int(source.shape[-1]) for source in sources]
     if not min(sizes):
@@ -40,7 +44,7 @@ def check_vocab(sources, vocab):
                 'vocab="common" compares the first tokens that all have, a number the first so many'
             )
         return sizes[0]
-    if vocab == "common":
+    if isinstance(vocab, str):  # "common"
         return min(sizes)
     if vocab > min(sizes):
         what = f'None, "common" or a number of tokens from 1 to {min(sizes)}'
@@ -48,7 +52,7 @@ def check_vocab(sources, vocab):
     return vocab
 
 
-def check_per_row(name, numbers, lead, device):
+def check_per_row(name: str, numbers: Any, lead: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(numbers, torch.Tensor):
         raise ValueError(f"{name} must be a tensor {lead}, one number per row, got {shown(numbers)}")
     check_plain(name, numbers)
@@ -58,7 +62,7 @@ def check_per_row(name, numbers, lead, device):
         raise ValueError(f"{name} is on {numbers.device} but the logits are on {device}")
 
 
-def check_labels(labels, lead, device):
+def check_labels(labels: torch.Tensor | None, lead: tuple[int, ...], device: torch.device) -> None:
     if labels is None:
         return
     check_per_row("labels", labels, lead, device)
@@ -66,7 +70,7 @@ def check_labels(labels, lead, device):
         raise ValueError(f"labels must be int64, got {labels.dtype}")
 
 
-def check_weights(name, weights, lead, device):
+def check_weights(name: str, weights: torch.Tensor | None, lead: tuple[int, ...], device: torch.device) -> None:
     """Weights must be finite and not negative. Their values are checked where the host can read them."""
     if weights is None:
         return
@@ -80,17 +84,20 @@ def check_weights(name, weights, lead, device):
         raise ValueError(f"every {name} must be finite and not negative, got {wrong[0].item()}")
 
 
-def check_target(law, labels):
+def check_target(law: ContrastSpec | None, labels: torch.Tensor | None) -> None:
     if law and law.reads_labels and labels is None:
         raise ValueError('confidence "target" needs labels')
 
 
-def check_shared(sources):
+def check_shared(sources: Sequence[torch.Tensor | Head]) -> None:
     """precision="difference" requires one head that all sources share."""
-    first = sources[0]
+    heads = []
     for one in sources:
         if not isinstance(one, Head):
             raise ValueError(f'precision="difference" needs heads on all sides, got {type(one).__name__}')
+        heads.append(one)
+    first = heads[0]
+    for one in heads:
         shared = same(one.weight, first.weight) and same(one.bias, first.bias) and one.scale == first.scale
         if not shared or one.softcap is not None or first.softcap is not None:
             raise ValueError('precision="difference" needs one weight, bias and scale on all sides, and no softcap')

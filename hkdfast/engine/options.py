@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -11,6 +12,31 @@ from .arguments import check_constant, check_flag, check_number, check_whole, ch
 
 PRECISIONS = ("float32", "bfloat16", "difference")
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class BatchKeywords(TypedDict, total=False):
+    """For type checkers: the fields of LossOptions that a loss over models and a batch takes."""
+
+    temperature: float
+    t_squared: bool
+    reduction: str
+    num_items: float | torch.Tensor | None
+    vocab: int | str | None
+    teacher_floor: float | None
+    precision: str
+    tile_memory: float | None
+    backend: str | None
+
+
+class RowKeywords(BatchKeywords, total=False):
+    row_weight: torch.Tensor | None
+    ignore_index: int
+
+
+class LossKeywords(RowKeywords, total=False):
+    """For type checkers: the fields of LossOptions except return_metrics, on which the type of the result depends."""
+
+    labels: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +63,7 @@ class LossOptions:
     return_metrics: bool = False
     backend: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_word("reduction", self.reduction, REDUCTIONS)
         check_number("temperature", self.temperature, "positive and finite", lambda x: 0 < x < math.inf)
         check_word("precision", self.precision, PRECISIONS)
@@ -58,11 +84,11 @@ class LossOptions:
             raise ValueError(f"vocab must be {what}, got {shown(self.vocab)}")
 
     @property
-    def memory_bytes(self):
+    def memory_bytes(self) -> int | None:
         return None if self.tile_memory is None else int(self.tile_memory)
 
 
-def check_num_items(num_items, reduction):
+def check_num_items(num_items: float | torch.Tensor, reduction: str) -> None:
     if reduction != "mean":
         raise ValueError(f'num_items is the denominator of reduction="mean", which is {reduction!r} here')
     what, within = "finite and not negative", lambda x: 0 <= x < math.inf

@@ -39,7 +39,7 @@ __all__ = [
 TRL_TRAINERS = {"DistillationTrainer": "trl_trainers", "GKDTrainer": "trl_gkd"}
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     if name not in TRL_TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -48,5 +48,5 @@ def __getattr__(name):
         raise ImportError(f'hkdfast.hf.{name} needs TRL: pip install "hkdfast[trl]" ({error})') from error
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *TRL_TRAINERS])

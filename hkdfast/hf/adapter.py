@@ -4,7 +4,9 @@ import copy
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -22,7 +24,7 @@ MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations 
 OWN_LOSS = ("orth_reg_weight", "kasa_config", "monteclora_config")  # of adapters that have a term of the loss
 
 
-def language_linear_names(model):
+def language_linear_names(model: Any) -> list[str]:
     """Names of the linear layers of a model's language model: not of its vision tower, projector or head.
 
     The language model is what directly holds the input embeddings.
@@ -40,7 +42,7 @@ def language_linear_names(model):
     return [f"{prefix}.{name}" if prefix else name for name in linears]
 
 
-def target_regex(names):
+def target_regex(names: Sequence[str]) -> str:
     """A regular expression for these module names and no others, the same in every layer but for its number."""
     forms = {re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) for name in names}
     shared, dot, _ = os.path.commonprefix(sorted(forms)).rpartition(r"\.")
@@ -48,7 +50,9 @@ def target_regex(names):
     return start + "(" + "|".join(sorted(form.removeprefix(start) for form in forms)) + ")"
 
 
-def seed_lora_config(model, *, r=16, alpha=32, dropout=0.0, targets=None):
+def seed_lora_config(
+    model: Any, *, r: int = 16, alpha: int = 32, dropout: float = 0.0, targets: Sequence[str] | None = None
+) -> LoraConfig:
     """LoraConfig of the Hallucination Elimination Adapter for a model.
 
     Args:
@@ -71,7 +75,7 @@ def seed_lora_config(model, *, r=16, alpha=32, dropout=0.0, targets=None):
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_regex(chosen))
 
 
-def adapted(model, config, rounds=1, shared=True):
+def adapted(model: Any, config: Any, rounds: int = 1, shared: bool = True) -> Any:
     """A model with a new adapter, which is taken off again where `check_adapter` refuses it."""
     check_config(config)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -87,7 +91,7 @@ def adapted(model, config, rounds=1, shared=True):
     return made
 
 
-def check_adapter(model, rounds=1, shared=True):
+def check_adapter(model: Any, rounds: int = 1, shared: bool = True) -> None:
     """Refuse an adapter that cannot be trained as it is, or not in several rounds, or not by the model without it.
 
     Args:
@@ -125,7 +129,7 @@ def check_adapter(model, rounds=1, shared=True):
             raise ValueError(f"rounds={rounds} adds the rounds' LoRA products up, but the adapter {what}: use rounds=1")
 
 
-def check_config(config):
+def check_config(config: Any) -> None:
     """Refuse what `check_adapter` does of an adapter's configuration, before there is one."""
     if config.is_prompt_learning:
         raise ValueError(
@@ -141,11 +145,11 @@ def check_config(config):
         raise ValueError(f"init_lora_weights {how!r} changes the frozen weights, which are the teacher's: use True")
 
 
-def lora_layers(model):
+def lora_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def twice(model):
+def twice(model: Any) -> bool:
     """Whether an adapted weight has two places in a model: what is merged into it at one would act at both."""
     places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     bases = [layer.get_base_layer() for layer in lora_layers(model)]
@@ -153,12 +157,12 @@ def twice(model):
     return any(places[id(parameter)] > 1 for base in bases for parameter in base.parameters())
 
 
-def quantized(layer):
+def quantized(layer: Any) -> bool:
     return not layer.get_base_layer().weight.is_floating_point()
 
 
 @torch.no_grad()
-def merge_and_reset(model):
+def merge_and_reset(model: Any) -> None:
     """Merge the active adapter into the weights below it and start it anew: the student becomes the next teacher.
 
     Weights of 16 bits are rounded once by it, so the next round starts from the student up to that rounding.
@@ -176,13 +180,13 @@ def merge_and_reset(model):
             module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
 
 
-def adapter_state(model):
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """What the active adapter has learned: {PEFT's name: CPU tensor}."""
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
     return {name: x.detach().cpu().clone() for name, x in state.items() if ".base_layer." not in name}
 
 
-def concat_adapters(states):
+def concat_adapters(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """One adapter that does what the adapters of all rounds do, one upon the other.
 
     LoRA products add: [B1 B2] [A1; A2] = B1 A1 + B2 A2. Whatever else was trained is as the last round left it.
@@ -197,7 +201,7 @@ def concat_adapters(states):
     return total
 
 
-def concat_config(config, rounds):
+def concat_config(config: Any, rounds: int) -> Any:
     """The LoraConfig of `concat_adapters`: as many times the rank, and the alpha that leaves the scaling as it was."""
     config = copy.deepcopy(config)
     gain = rounds**0.5 if config.use_rslora else rounds
@@ -208,7 +212,7 @@ def concat_config(config, rounds):
     return config
 
 
-def save_adapter(model, states, folder):
+def save_adapter(model: Any, states: Sequence[dict[str, torch.Tensor]], folder: str | os.PathLike[str]) -> None:
     """Write the rounds' sum as an ordinary PEFT adapter on the original model."""
     folder = Path(folder)
     concat_config(model.peft_config[model.active_adapters[0]], len(states)).save_pretrained(folder)

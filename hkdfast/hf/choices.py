@@ -1,14 +1,16 @@
 """Multiple-choice questions about images, answered by a Hugging Face model under shifts of their letters."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import choices
-from ..choices import LETTERS
+from ..choices import LETTERS, Answers
 from ..data import tasks
 from ..data.images import rgb
 from . import generate
@@ -20,7 +22,9 @@ INFERENCE = tasks.ChoiceInference()
 ANSWERED = tuple(name for name in tasks.ChoiceInference.__annotations__ if name not in ("template", "multi_answer"))
 
 
-def encoder(processor, model=None, folder=None, instruction=""):
+def encoder(
+    processor: Any, model: Any = None, folder: str | PathLike[str] | None = None, instruction: str = ""
+) -> Callable[..., dict[str, Any]]:
     """`encode` for `hkdfast.choices.answer`: batches as training makes them, on the model's device and in its dtype.
 
     Args:
@@ -34,8 +38,8 @@ def encoder(processor, model=None, folder=None, instruction=""):
     """
     collators = {kind: QuestionCollator(processor, kind, instruction) for kind in (False, True)}
 
-    def encode(prompts, images, answers=None):
-        pictures = {}  # an image is decoded once for all the prompts about it
+    def encode(prompts: list[str], images: list[Any], answers: list[str] | None = None) -> dict[str, Any]:
+        pictures: dict[int, Any] = {}  # an image is decoded once for all the prompts about it
         for image in images:
             if id(image) not in pictures:
                 pictures[id(image)] = picture(image, folder)
@@ -48,11 +52,11 @@ def encoder(processor, model=None, folder=None, instruction=""):
     return encode
 
 
-def picture(image, folder):
+def picture(image: Any, folder: str | PathLike[str] | None) -> Any:
     return rgb(image if folder is None or not isinstance(image, str | PathLike) else Path(folder).expanduser() / image)
 
 
-def placed(x, model):
+def placed(x: Any, model: Any) -> Any:
     if isinstance(x, (list, tuple)):  # some processors list their images
         return type(x)(placed(one, model) for one in x)
     if model is None or not isinstance(x, torch.Tensor):
@@ -60,7 +64,18 @@ def placed(x, model):
     return x.to(model.device, dtype=model.dtype if x.is_floating_point() else None)
 
 
-def answer_file(model, processor, records, images, path, inference=INFERENCE, *, name="", resume=False, progress=True):
+def answer_file(
+    model: Any,
+    processor: Any,
+    records: Sequence[tasks.Record],
+    images: str | PathLike[str],
+    path: str | PathLike[str],
+    inference: tasks.ChoiceInference = INFERENCE,
+    *,
+    name: str = "",
+    resume: bool = False,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
     """Answer every record and write the answers, a JSON object a line, to a file that appears when whole.
 
     A line holds question_id, image_id, model_id, the prompt, the letter or letters chosen, the one without shifts, the
@@ -97,15 +112,15 @@ def answer_file(model, processor, records, images, path, inference=INFERENCE, *,
             options = {name: getattr(inference, name) for name in ANSWERED}
             encode = encoder(processor, model, images)
 
-            def tell(found):
+            def write_batch(found: Answers) -> None:
                 asked = records[len(done) : len(done) + len(found.choice)]
                 write(filled(asked, found, inference.multi_answer))
 
-            choices.answer(head_fn(model), encode, rest, on_batch=tell, **options)
+            choices.answer(head_fn(model), encode, rest, on_batch=write_batch, **options)
     return done
 
 
-def filled(records, found, multi_answer):
+def filled(records: Sequence[tasks.Record], found: Answers, multi_answer: bool) -> list[dict[str, Any]]:
     """The blanks of these records' lines, which their `Answers` fill in."""
     lines = []
     rows = zip(records, found.choice.tolist(), found.by_shift, found.scores.tolist(), strict=True)

@@ -1,12 +1,13 @@
 """Questions about images as batches of a model: prompts alone, or with their answers."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from ..batch import IGNORE_INDEX
 from ..data.generation import with_instruction
@@ -42,7 +43,7 @@ class QuestionCollator:
     answers: bool = False
     instruction: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is None:
             kind = type(self.processor).__name__
@@ -50,7 +51,7 @@ class QuestionCollator:
         if tokenizer.pad_token is None and tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither pad nor eos token: set processor.tokenizer.pad_token")
 
-    def __call__(self, examples):
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         texts = [self.text_of(number, example) for number, example in enumerate(examples)]
         images = [self.image_of(number, example) for number, example in enumerate(examples)]
         asked = prompts(self.processor, texts)
@@ -68,7 +69,7 @@ class QuestionCollator:
             batch["distill_only"][:, -1] = torch.tensor([answer is None for answer in answers])
         return batch
 
-    def text_of(self, number, example):
+    def text_of(self, number: int, example: Mapping[str, Any]) -> str:
         """The question of an example, as it is asked, after a look at what the example holds."""
         where = f"example {number} of the batch"
         if not isinstance(example, Mapping):
@@ -90,13 +91,15 @@ class QuestionCollator:
             )
         return with_instruction(text, self.instruction)
 
-    def image_of(self, number, example):
+    def image_of(self, number: int, example: Mapping[str, Any]) -> Image:
         try:
             return rgb(example["image"])
         except ValueError as error:
             raise ValueError(f"example {number} of the batch: {error}") from error
 
-    def labels(self, batch, asked, answered, answers):
+    def labels(
+        self, batch: Mapping[str, Any], asked: list[str], answered: list[str], answers: list[str | None]
+    ) -> torch.Tensor:
         """(B, T): the last tokens of each conversation, as many as it has beyond its prompt.
 
         They are counted in the texts, where an image is one token: all of its tokens stand in the prompt.
@@ -127,21 +130,21 @@ class Questions:
         ValueError: something that is no Question, or a question without the label that `answers` needs.
     """
 
-    questions: list
+    questions: Sequence[Question]
     folder: Path
     answers: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for number, question in enumerate(self.questions):
             if not isinstance(question, Question):
                 raise ValueError(f"question {number} is a {type(question).__name__}, expected a Question of pope")
             if self.answers and question.label is None:
                 raise ValueError(f"{question.place or number}: the question has no label, which is to be its answer")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.questions)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         question = self.questions[index]
         example = {"image": Path(self.folder).expanduser() / question.image, "text": question.text}
-        return example | ({"answer": question.label.capitalize()} if self.answers else {})
+        return example | ({"answer": str(question.label).capitalize()} if self.answers else {})

@@ -2,17 +2,21 @@
 
 import copy
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .. import DIVERGENCES, Head, pyramid, ternary
+from ..batch import Batch, Model
 from ..contrastive import WORDS, purify
 from ..data.generation import DTYPES
 from ..engine.options import PRECISIONS
 from ..engine.renamed import CONFIG, refuses
-from ..losses import distill_loss
+from ..losses import Metrics, distill_loss
 from ..noise import diffuse
 from ..ops.dispatch import MODULES
 from ..ops.dispatch import validate as check_backend
@@ -79,8 +83,8 @@ FUSED = ("lomo", "adalomo")  # optimizers that keep no gradient
 LABELS = ("labels", "shift_labels")  # the columns that label_names may name
 
 
-def arg(default, text, choices=None):
-    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
+def arg(default: Any, text: str, choices: Iterable[str] | None = None) -> Any:
+    metadata: dict[str, Any] = {"help": text} | ({"choices": list(choices)} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -113,10 +117,10 @@ class DistillationArguments:
         False, "Remove columns that the model does not read; the collator needs them, so False."
     )
 
-    def select(self, names):
+    def select(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
 
-    def check_unread(self):
+    def check_unread(self) -> None:
         """Refuse options of TrainingArguments that would be accepted and then ignored.
 
         Raises:
@@ -125,10 +129,11 @@ class DistillationArguments:
         for name, reason in UNREAD.items():
             if getattr(self, name, None) not in (type(self).__dataclass_fields__[name].default, None, []):
                 raise ValueError(f"{name} cannot be used here: {reason}")
-        if not set(self.label_names or ()) <= set(LABELS):
-            raise ValueError(f"label_names must be among {', '.join(LABELS)}, got {self.label_names}")
+        label_names = getattr(self, "label_names", None)
+        if not set(label_names or ()) <= set(LABELS):
+            raise ValueError(f"label_names must be among {', '.join(LABELS)}, got {label_names}")
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict[str, Any]:
         """{name: value} of the options that change the result, for `run_state.start_or_resume`."""
         return self.select(name for name in (*own(type(self)), *FINGERPRINT) if name not in NOT_IN_FINGERPRINT)
 
@@ -172,7 +177,7 @@ class SeedConfig(DistillationArguments, TrainingArguments):
     rounds: int = arg(1, "Self-evolving rounds: after each one the merged model becomes the next teacher.")
     yes_rate: bool = arg(False, "Log the fraction of answers that prefer yes to no; for yes-no questions.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_unread()
         if isinstance(self.alpha, (int, float)):
@@ -186,7 +191,7 @@ class SeedConfig(DistillationArguments, TrainingArguments):
         if self.rounds > 1 and self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end compares checkpoints of one round: use rounds=1")
 
-    def validate(self):
+    def validate(self) -> None:
         """Check the options by the functions that take them, before any work."""
         check_backend(self.backend)
         head = Head(torch.zeros(1, 1), torch.zeros(2, 1))
@@ -197,11 +202,11 @@ class SeedConfig(DistillationArguments, TrainingArguments):
                 head, purify(head, head, alpha, **self.contrast_options()), labels=torch.tensor([0]), **options
             )
 
-    def contrast_options(self):
+    def contrast_options(self) -> dict[str, Any]:
         """The options of `purify` except alpha."""
         return {"schedule": self.alpha_schedule, **self.select(LAW)}
 
-    def alpha_of(self, number):
+    def alpha_of(self, number: int) -> float:
         """Strength of the contrast in round `number`, from 1."""
         return at_or_last(self.alpha, number - 1)
 
@@ -227,7 +232,9 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
     learning_rates: list[float] | None = arg(
         None, "Largest learning rate of each model (the last is repeated); by default learning_rate for all."
     )
-    lora_r: int | None = arg(None, "Train adapters of this rank; by default all weights are trained.")
+    lora_r: int | None = arg(  # type: ignore[assignment]  # SEED has no other way than an adapter
+        None, "Train adapters of this rank; by default all weights are trained."
+    )
     freeze: list[str] | None = arg(
         None,
         "Do not train parameters whose name contains one of these texts, e.g. vision_tower; they get no adapter.",
@@ -238,7 +245,7 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
     )
     learning_rate: float = arg(2e-5, "The largest learning rate; with lora_r, ten times as much is usual.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_unread()
         for name in LIST_FIELDS:
@@ -256,12 +263,22 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
             )
         if self.optim in FUSED or self.optim.endswith("layerwise"):
             raise ValueError(
-                f"optim {self.optim.value!r} steps in the backward pass: it allows no learning rate or gradient norm "
-                "per model"
+                f"optim {OptimizerNames(self.optim).value!r} steps in the backward pass: it allows no learning rate or "
+                "gradient norm per model"
             )
         check_backend(self.backend)
 
-    def loss_options(self):
+    def roles(self) -> dict[str, bool]:
+        """{role: whether it is trained}, in the order of the models."""
+        raise NotImplementedError
+
+    def loss(
+        self, models: Sequence[Model], batch: Batch, num_items: float | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Metrics]:
+        """The loss of the models on a batch, with these options."""
+        raise NotImplementedError
+
+    def loss_options(self) -> dict[str, Any]:
         """The options that every coupling takes."""
         names = (
             "beta",
@@ -276,15 +293,15 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
         )
         return self.select((*names, "backend", "unlabeled_weight")) | {"hard_weight": self.hard_weights()}
 
-    def hard_weights(self):
+    def hard_weights(self) -> list[float]:
         """Weight of the cross entropy of each role."""
         return [at_or_last(self.hard_weight, place) for place in range(len(self.roles()))]
 
-    def rate_of(self, place):
+    def rate_of(self, place: int) -> float:
         """Learning rate of the model at this index."""
         return at_or_last(self.learning_rates, place) if self.learning_rates else self.learning_rate
 
-    def check_places(self, count):
+    def check_places(self, count: int) -> None:
         """Refuse more numbers than there are models, or stages, of which there is one less."""
         model, stage = ("model", count), ("stage", count - 1)
         limits = {"hard_weight": model, "learning_rates": model, "stage_weights": stage, "stage_epochs": stage}
@@ -293,12 +310,12 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
             if value is not None and len(value) > most:
                 raise ValueError(f"{name} must be one number per {what} at most, got {value} for {most} {what}s")
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict[str, Any]:
         rates = [self.rate_of(place) for place in range(len(self.roles()))]
         found = super().fingerprint() | {"hard_weight": self.hard_weights(), "learning_rates": rates}
         return {name: value for name, value in found.items() if name != "learning_rate"}  # the list replaces it
 
-    def validate(self):
+    def validate(self) -> None:
         """Check the options by computing a tiny loss, before any work."""
         batch = {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "labels": torch.zeros(1, 2, dtype=torch.int64)}
         head = Head(torch.zeros(1, 1), torch.zeros(2, 1))
@@ -324,16 +341,16 @@ class PyramidConfig(CoupledConfig):
         None, "Passes over the data, one number per stage (the last is repeated); by default num_train_epochs."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for stage in range(1, len(self.stage_weights) + 1):
             self.of_stage(stage).validate()
 
-    def roles(self):
+    def roles(self) -> dict[str, bool]:
         """{role: whether it is trained} of a stage."""
         return {role: role == "student" or self.mode != "frozen" for role in pyramid.ROLES}
 
-    def of_stage(self, stage):
+    def of_stage(self, stage: int) -> "PyramidConfig":
         """The options of stage `stage`, from 1: those of its two models, its weight and its epochs."""
         config, places = copy.copy(self), (stage - 1, stage)
         config.hard_weight = [at_or_last(self.hard_weight, place) for place in places]
@@ -343,7 +360,9 @@ class PyramidConfig(CoupledConfig):
             config.num_train_epochs, config.stage_epochs = at_or_last(self.stage_epochs, stage - 1), None
         return config
 
-    def loss(self, models, batch, num_items=None):
+    def loss(
+        self, models: Sequence[Model], batch: Batch, num_items: float | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Metrics]:
         """`pyramid.loss` with these options: those of a stage, by default of the first."""
         options = self.loss_options() | {"mode": self.mode, "divergence_weight": self.stage_weights[0]}
         return pyramid.loss(models, batch, num_items=num_items, **options)
@@ -365,17 +384,19 @@ class TernaryConfig(CoupledConfig):
     )
     teacher_coupling: float = arg(0.0, "Weight of the divergences between two trained teachers.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_places(len(self.roles()))
         self.validate()
 
-    def roles(self):
+    def roles(self) -> dict[str, bool]:
         """{role: whether it is trained}, in the order of the models."""
         trained = self.form == "mutual" or self.teachers == "trained"
         return {role: trained or role == "student" for role in ternary.roles(self.form)}
 
-    def loss(self, models, batch, num_items=None):
+    def loss(
+        self, models: Sequence[Model], batch: Batch, num_items: float | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Metrics]:
         """`ternary.loss` with these options."""
         weight = self.teacher_weights[0] if len(self.teacher_weights) == 1 else self.teacher_weights
         options = (
@@ -384,6 +405,6 @@ class TernaryConfig(CoupledConfig):
         return ternary.loss(models, batch, num_items=num_items, **options)
 
 
-def at_or_last(numbers, place):
+def at_or_last(numbers: Sequence[float], place: int) -> float:
     """numbers[place], or the last number if there are fewer."""
     return numbers[min(place, len(numbers) - 1)]

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -12,6 +13,7 @@ from ..batch import IGNORE_INDEX
 from . import run_state
 from .adapter import check_adapter
 from .collator import QuestionCollator
+from .configs import CoupledConfig
 from .family import check_apart, check_heads
 from .frozen import settle
 from .head import LanguageHead, head_fn
@@ -30,7 +32,7 @@ class CoupledModels(torch.nn.Module):
 
     def __init__(self, models, learns, loss):
         super().__init__()
-        self.models = torch.nn.ModuleDict(models)
+        self.models: Any = torch.nn.ModuleDict(models)
         self.learning = [role for role in models if learns[role]]
         self.loss = loss
         self.heads = [LanguageHead(model) for model in models.values()]
@@ -82,6 +84,9 @@ class CoupledTrainer(RowMeanTrainer):
     Raises:
         ValueError: on models that are one object, a head with fewer words than the tokenizer, FSDP or DeepSpeed.
     """
+
+    model: CoupledModels
+    args: CoupledConfig
 
     def __init__(
         self,

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,13 +16,20 @@ from transformers import GenerationConfig
 from ..data import devices, jsonl, outputs
 from ..data.generation import GenerationOptions, with_instruction
 from ..data.images import read_image
+from ..evaluate.pope import Question
 from . import loading
 from .templates import image_marks, prompts
 
 GREEDY = GenerationOptions()
 
 
-def load(path, adapter=None, *, device=None, dtype="auto"):
+def load(
+    path: str | PathLike[str],
+    adapter: str | PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+) -> tuple[Any, Any]:
     """(model in eval mode, processor) from a folder or a Hub name, with a PEFT adapter on it if one is given.
 
     Args:
@@ -52,14 +62,14 @@ def load(path, adapter=None, *, device=None, dtype="auto"):
     return model.eval(), processor
 
 
-def check_images(questions, folder, progress=True):
+def check_images(questions: Iterable[Any], folder: str | PathLike[str], progress: bool = True) -> None:
     """Decode every image once, so that a broken one is known before a model is loaded and half the answers are made."""
     names = dict.fromkeys(question.image for question in questions)
     for name in tqdm(names, desc="images", unit="image", disable=None if progress else True, leave=False):
         read_image(Path(folder).expanduser() / name)
 
 
-def check_texts(processor, texts):
+def check_texts(processor: Any, texts: Sequence[tuple[str, str]]) -> None:
     """See that the processor takes every question, before the first is asked.
 
     Args:
@@ -75,6 +85,7 @@ def check_texts(processor, texts):
         if found:
             raise ValueError(f"{where} holds {found}, by which the model finds its image: {jsonl.shown(text)}")
     usual = placeholders(processor, ["Is there a cat?"])[0]
+    counts: Sequence[int | None]
     try:
         counts = placeholders(processor, [text for _, text in texts])
     except Exception:  # of one of them: which one is found below
@@ -89,20 +100,20 @@ def check_texts(processor, texts):
             raise ValueError(f"{where} makes {count} images of its one: {jsonl.shown(text)}")
 
 
-def placeholders(processor, texts):
+def placeholders(processor: Any, texts: list[str]) -> list[int]:
     """How many tokens of each prompt stand for an image or another medium."""
     names = ("image_token_id", "video_token_id", "audio_token_id")
-    media = {getattr(processor, name, None) for name in names} - {None}
+    media = [token for name in names if (token := getattr(processor, name, None)) is not None]
     rows = processor.tokenizer(prompts(processor, texts)).input_ids
     return [sum(token in media for token in row) for row in rows]
 
 
-def encode(processor, texts, images):
+def encode(processor: Any, texts: list[str], images: list[Any]) -> Any:
     """Model inputs for one image and one text each, padded on the left: generation continues where the prompt ends."""
     return tokenize(processor, prompts(processor, texts), images)
 
 
-def tokenize(processor, written, images):
+def tokenize(processor: Any, written: list[str], images: list[Any]) -> Any:
     """Model inputs for texts as `prompts` writes them and one image each, padded on the left."""
     tokenizer = processor.tokenizer
     # a template that writes the first token itself must not get a second one
@@ -123,7 +134,7 @@ def tokenize(processor, written, images):
 
 
 @contextmanager
-def plain_generation(model, tokenizer):
+def plain_generation(model: Any, tokenizer: Any) -> Iterator[None]:
     """Only the special tokens of the model's generation config: its penalties and top-k would bias the comparison."""
     kept = model.generation_config
     ends = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
@@ -138,12 +149,14 @@ def plain_generation(model, tokenizer):
 
 
 @torch.inference_mode()
-def generate_texts(model, processor, texts, images, decoding, number=0):
+def generate_texts(
+    model: Any, processor: Any, texts: list[str], images: list[Any], decoding: GenerationOptions, number: int = 0
+) -> list[str]:
     """The model's replies to a batch of texts, one image each; `number` of the batch picks its random numbers."""
     # the layers of an adapter sit in the base model, and its generate() is not wrapped
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = encode(processor, texts, images).to(model.device, dtype=model.dtype)
-    how = {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": False}
     if decoding.sample:
         how = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     name = f"{decoding.seed} {decoding.draw} {number}".encode()
@@ -158,7 +171,18 @@ def generate_texts(model, processor, texts, images, decoding, number=0):
     return [text.strip() for text in processor.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
-def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, name="", resume=False, progress=True):
+def answer_file(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    images: str | PathLike[str],
+    path: str | PathLike[str],
+    decoding: GenerationOptions = GREEDY,
+    *,
+    name: str = "",
+    resume: bool = False,
+    progress: bool = True,
+) -> list[str]:
     """Answer every question and write the answers, in the format of VCD's scripts, to a file that appears when whole.
 
     Args:
@@ -193,7 +217,15 @@ def answer_file(model, processor, questions, images, path, decoding=GREEDY, *, n
 
 
 @contextmanager
-def resumable_jsonl(path, lines, blanks, size, *, resume=False, progress=True):
+def resumable_jsonl(
+    path: str | PathLike[str],
+    lines: list[dict[str, Any]],
+    blanks: Sequence[str],
+    size: int,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> Iterator[tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], None]]]:
     """Lines to be filled in, batch by batch, in a JSON-lines file that appears when all are.
 
     Until then finished lines are in `path` with ".partial" added.
@@ -225,7 +257,7 @@ def resumable_jsonl(path, lines, blanks, size, *, resume=False, progress=True):
         ) as bar,
     ):
 
-        def write(filled):
+        def write(filled: list[dict[str, Any]]) -> None:
             found = [line | values for line, values in zip(lines[len(done) :], filled, strict=False)]
             file.writelines(json.dumps(line) + "\n" for line in found)
             file.flush()
@@ -236,7 +268,7 @@ def resumable_jsonl(path, lines, blanks, size, *, resume=False, progress=True):
     partial.replace(path)
 
 
-def reusable_lines(path, lines, blanks):
+def reusable_lines(path: Path, lines: list[dict[str, Any]], blanks: Sequence[str]) -> list[dict[str, Any]]:
     """The lines that an earlier run left in `path`, as far as they are those expected."""
     if not path.is_file():
         return []

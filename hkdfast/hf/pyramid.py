@@ -1,7 +1,9 @@
 """The pyramid as a trainer: a chain of models, two of them at a time."""
 
 import gc
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -61,16 +63,16 @@ class PyramidTrainer:
 
     def __init__(
         self,
-        models,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        peft_config=None,
-        callbacks=None,
-        **others,
-    ):
+        models: Sequence[Any],
+        args: PyramidConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Iterable[Any] | None = None,
+        **others: Any,
+    ) -> None:
         args = PyramidConfig("pyramid") if args is None else args
         if not isinstance(args, PyramidConfig):
             raise TypeError(f"args must be a PyramidConfig, got {type(args).__name__}")
@@ -103,13 +105,14 @@ class PyramidTrainer:
             **others,
         }
         self.processing_class, self.callbacks = processing_class, list(callbacks or ())
-        self.history, self.model = [], None  # entries of the log; the last student, once trained
+        self.history: list[dict[str, Any]] = []  # entries of the log
+        self.model: Any = None  # the last student, once trained
 
-    def add_callback(self, callback):
+    def add_callback(self, callback: Any) -> None:
         """Give all stages that are still to come a TrainerCallback, or a class of one."""
         self.callbacks.append(callback)
 
-    def train(self, resume_from_checkpoint=False):
+    def train(self, resume_from_checkpoint: bool | None = False) -> Any:
         """Run all stages, or with True those that are left.
 
         Returns:
@@ -133,19 +136,19 @@ class PyramidTrainer:
         self.model = teacher
         return self.model
 
-    def save_model(self, folder):
+    def save_model(self, folder: str | Path) -> None:
         """Save the last student and the processor."""
         if self.args.should_save:
             save_model(self.model, folder, self.processing_class)
 
-    def folder(self, stage):
-        return Path(self.args.output_dir) / f"stage-{stage}"
+    def folder(self, stage: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"stage-{stage}"
 
-    def standing(self, resume):
+    def standing(self, resume: bool | None) -> list[dict[str, Any]]:
         """What `finish` wrote of the stages that are finished, in their order."""
         if resume not in (True, False, None):
             raise ValueError(f"resume_from_checkpoint must be True or False, got {resume!r}: output_dir says how far")
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(str(self.args.output_dir))
         begun = [str(folder) for folder in sorted(output_dir.glob("stage-*")) if run_state.has_training(folder)]
         if begun and not resume:
             raise ValueError(f"{begun[-1]} has been trained in: resume it, or name another output_dir")
@@ -154,7 +157,7 @@ class PyramidTrainer:
         for stage in range(1, self.stages + 1):
             if run_state.has_training(self.folder(stage)):
                 run_state.check_manifest(self.folder(stage), self.about(stage))
-        done = []
+        done: list[dict[str, Any]] = []
         while len(done) < self.stages and (about := run_state.read_done(self.folder(len(done) + 1))) is not None:
             done.append(about)
         late = [
@@ -167,18 +170,18 @@ class PyramidTrainer:
             raise ValueError(f"{late[0]} has been trained in, but {missing} is not finished: name another output_dir")
         return done
 
-    def about(self, stage):
+    def about(self, stage: int) -> dict[str, Any]:
         """What decides the result of a stage, for `run_state.start_or_resume`."""
         adapters = [adapter and adapter.to_dict() for adapter in self.adapters]
         chain = {"stage": stage, "models": absolute_names(self.names), "peft_config": adapters}
         return chain | self.args.of_stage(stage).fingerprint()
 
     @staticmethod
-    def learns(place, args):
+    def learns(place: int, args: PyramidConfig) -> bool:
         """Whether the model in this place of the chain, from 0, is trained in some stage."""
         return bool(place) or args.roles()["teacher"]
 
-    def load_stage_model(self, place, done):
+    def load_stage_model(self, place: int, done: int) -> Any:
         """The model in this place of the chain, from 0, as the first `done` stages have left it."""
         if self.names[place]:
             model = load_model(self.names[place], self.args.dtype)
@@ -190,7 +193,7 @@ class PyramidTrainer:
             restore(model, self.folder(done) / "student")
         return model
 
-    def run(self, stage, teacher, student, resume):
+    def run(self, stage: int, teacher: Any, student: Any, resume: bool | None) -> list[dict[str, Any]]:
         """Train one stage and save it. Returns what it logged."""
         args = self.args.of_stage(stage)
         args.output_dir = str(self.folder(stage))

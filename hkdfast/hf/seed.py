@@ -1,12 +1,16 @@
 """SEED as a Trainer: one copy of the weights, the frozen model teaches the model with the adapter."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from peft import PeftModel
 from transformers import set_seed
 
 from ..batch import answer_rows, derive_seed
 from ..contrastive import purify
-from ..losses import distill_loss
+from ..heads import Head, Purified
+from ..losses import Metrics, distill_loss
 from ..seed import isolate
 from .adapter import adapted, check_adapter, seed_lora_config
 from .collator import QuestionCollator
@@ -57,17 +61,20 @@ class SeedTrainer(RoundsTrainer):
     student_entropy, teacher_entropy; with labels cross_entropy; with SeedConfig.yes_rate yes_rate.
     """
 
+    args: SeedConfig
+    model: PeftModel
+
     def __init__(
         self,
-        model,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        peft_config=None,
-        **others,
-    ):
+        model: Any,
+        args: SeedConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        **others: Any,
+    ) -> None:
         args = SeedConfig("seed") if args is None else args
         if not isinstance(args, SeedConfig):
             raise TypeError(f"args must be a SeedConfig, got {type(args).__name__}")
@@ -95,17 +102,21 @@ class SeedTrainer(RoundsTrainer):
         )
         self.head = LanguageHead(self.model)
         self.yes_no = yes_no_tokens(processing_class) if args.yes_rate else None
-        self.places = {"train": None, "eval": None}  # (round, step, batches of it so far): which noise comes next
-        if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        # ((round, step), batches of it so far): which noise comes next
+        self.places: dict[str, Any] = {"train": None, "eval": None}
+        checkpointing: Any = args.activation_checkpointing_kwargs or {}
+        if args.activation_checkpointing and checkpointing.get("use_reentrant"):
             self.model.enable_input_require_grads()
 
-    def train(self, *args, **others):
+    def train(self, *args: Any, **others: Any) -> Any:
         self.places["train"] = None
         return super().train(*args, **others)
 
     # the loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if inputs.get("distill_only") is not None:
             raise ValueError("an example has no answer: SEED learns with all answers or, by a collator without, none")
         if self.model.training:
@@ -128,7 +139,7 @@ class SeedTrainer(RoundsTrainer):
                 **noise,
             )
 
-        def loss(hidden):
+        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
             student = self.head.source(hidden)
             teacher = [self.head.source(x, adapted=False) for x in (clean, *noisy)]
             value, metrics = distill_loss(
@@ -143,10 +154,10 @@ class SeedTrainer(RoundsTrainer):
         value = self.scale_for_processes(value, num_items_in_batch)
         return (value, {"loss": value}) if return_outputs else value
 
-    def purify(self, clean, *noisy):
+    def purify(self, clean: Head, *noisy: Head) -> Purified:
         return purify(clean, list(noisy), self.args.alpha_of(self.round), **self.args.contrast_options())
 
-    def next_noise(self, examples):
+    def next_noise(self, examples: int) -> dict[str, int]:
         """Seed and index of a batch's first example. They follow from the place of the example in its step alone, not
         from how the step is split over batches and processes, nor from what ran before it."""
         mode = "train" if self.model.training else "eval"
@@ -162,7 +173,7 @@ class SeedTrainer(RoundsTrainer):
         }
 
     @torch.no_grad()
-    def yes_rows(self, student, labels):
+    def yes_rows(self, student: Head, labels: torch.Tensor | None) -> Metrics:
         """Per row, whether the student's logits are higher for yes than for no; nothing for rows of other words."""
         if self.yes_no is None:
             return {}
@@ -174,23 +185,23 @@ class SeedTrainer(RoundsTrainer):
         said = (tops[0] > tops[1]).float()
         return {"yes_rate": said if labels is None else said[torch.isin(labels, torch.cat([yes, no]))]}
 
-    def log(self, logs, *rest):
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
         if self.args.rounds > 1:
             logs["round"] = self.round
         super().log(logs, *rest)
 
-    def evaluation_loop(self, *args, **others):
+    def evaluation_loop(self, *args: Any, **others: Any) -> Any:
         self.places["eval"] = None  # each evaluation under the same noise
         return super().evaluation_loop(*args, **others)
 
 
-def default_adapter(model, args):
+def default_adapter(model: Any, args: SeedConfig) -> Any:
     return seed_lora_config(
         model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets
     )
 
 
-def placeholders(config):
+def placeholders(config: Any) -> dict[str, int | None]:
     """The tokens that the model replaces by what it sees, as `noised` takes them."""
     found = {}
     for kind in ("image", "video"):
@@ -199,7 +210,7 @@ def placeholders(config):
     return found
 
 
-def yes_no_tokens(processor):
+def yes_no_tokens(processor: Any) -> list[list[int]]:
     """The tokens that an answer beginning with yes, and one beginning with no, may start with.
 
     Raises:
@@ -210,7 +221,7 @@ def yes_no_tokens(processor):
         raise ValueError("yes_rate needs the processor: pass processing_class")
     found = []
     for word in ("yes", "no"):
-        starts = set()
+        starts: set[int] = set()
         for text in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):
             for token in tokenizer(text, add_special_tokens=False).input_ids:
                 start = tokenizer.decode([token]).strip().lower()

@@ -1,5 +1,8 @@
 """The ternary refinement as a Trainer."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from .configs import TernaryConfig
 from .coupled import CoupledTrainer, save_model
 from .family import (
@@ -46,15 +49,15 @@ class TernaryTrainer(CoupledTrainer):
 
     def __init__(
         self,
-        models,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        peft_config=None,
-        **others,
-    ):
+        models: Sequence[Any],
+        args: TernaryConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        **others: Any,
+    ) -> None:
         args = TernaryConfig("ternary") if args is None else args
         if not isinstance(args, TernaryConfig):
             raise TypeError(f"args must be a TernaryConfig, got {type(args).__name__}")
@@ -87,7 +90,7 @@ class TernaryTrainer(CoupledTrainer):
             **others,
         )
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         student = self.model.models["student"] if "student" in self.model.models else None
         if _internal_call or student is None:
             super().save_model(output_dir, _internal_call)

@@ -1,7 +1,7 @@
 """The C++ kernels of csrc/, called with raw pointers: the row operation of reference.py for CPU tensors.
 
 Tiles are float32, bfloat16 or float16, each with its own dtype; the arithmetic is float32 with sums in double beyond a
-block. Results do not depend on the number of threads, which is torch's.
+block. Results do not depend on the number of threads; torch sets it.
 """
 
 import torch
@@ -15,7 +15,7 @@ except ImportError as error:
 
 
 def threads(x):
-    """torch's number of threads, but no more than have 2**15 words each: waking one costs more than such a share."""
+    """torch's number of threads, but at most one per 2**15 elements: waking a thread costs more than such a share."""
     return max(1, min(torch.get_num_threads(), x.numel() >> 15))
 
 

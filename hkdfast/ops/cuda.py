@@ -1,14 +1,14 @@
 """The CUDA kernels of csrc/, for Hopper and later, called with raw pointers: the row operation of reference.py.
 
 A row is held in the shared memory of a cluster of thread blocks, so that its logits are read from global memory once:
-6 bytes per word of two bfloat16 tiles and their gradient, 8 with a third tile. Tiles are float32, bfloat16 or float16,
-each with its own dtype; the arithmetic is float32 with the sums of a row in double. Where the gradient is rounded to
-bfloat16 it uses the GPU's approximate functions, within 2**-22. Results are the same from run to run, bit for bit. No
-call waits for the device, nor does a kernel allocate on it, so calls can be captured in a CUDA graph.
+6 bytes per token for two bfloat16 tiles and their gradient, 8 with a third tile. Tiles are float32, bfloat16 or
+float16, each with its own dtype; the arithmetic is float32 with the sums of a row in double. Where the gradient is
+rounded to bfloat16 it uses the GPU's approximate functions, within 2**-22. Results are the same from run to run, bit
+for bit. No call waits for the device and no kernel allocates memory, so calls can be captured in a CUDA graph.
 
-A row that does not fit runs on the next backend of the table, Triton, which is told once; `hkdfast.backends()` says how
-long rows may be. So does work on a device that these kernels were not compiled for, beside one that they were. Whoever
-asks for this backend by name gets a ValueError instead.
+A row that does not fit in shared memory falls back to Triton; a warning is issued once. `hkdfast.backends()` gives the
+longest rows that fit. Work on a device for which these kernels were not compiled falls back too. With backend="cuda"
+both are a ValueError.
 """
 
 from functools import cache, lru_cache, partial
@@ -27,13 +27,13 @@ except ImportError as error:
 
 @lru_cache
 def missing(index):
-    """Why the kernels do not run on this device; empty if they do."""
+    """Why the kernels do not run on this device; empty if they run."""
     return _cuda.missing(index)
 
 
 @cache
 def unusable():
-    """Why the kernels run on no device here; empty if they run on one."""
+    """Why the kernels run on no device of this machine; empty if they run on one."""
     if not torch.cuda.is_available():
         built = "is built for the CPU only" if torch.version.cuda is None else "finds no GPU that it can use"
         return f"torch {torch.__version__} {built}"
@@ -42,32 +42,34 @@ def unusable():
 
 
 def limits():
-    """The longest rows of the first device that the kernels run on, in words."""
+    """A text: the longest rows on the first device on which the kernels run."""
     index = next(i for i in range(torch.cuda.device_count()) if not missing(i))
     most = (
         f"{_cuda.longest([(16, dtype, 0)] * count, index):,} of {count} {dtype} tiles"
         for dtype in ("bfloat16", "float32")
         for count in (2, 3)
     )
-    return f"words that fit: {', '.join(most)}; longer rows run on the next backend"
+    return f"tokens that fit: {', '.join(most)}; longer rows run on the next backend"
 
 
 def unfit(tiles, device):
-    """Why these tiles, None among them, are not for the kernels."""
+    """Why the kernels do not take these tiles, some of which may be None."""
     if why := missing(device.index):
         return f"device {device.index}: {why}"
     tiles = [tile for tile in tiles if tile is not None]
     most = _cuda.longest([native.tile(native.unit_stride(tile)) for tile in tiles], device.index)
     dtypes = ", ".join(str(tile.dtype).removeprefix("torch.") for tile in tiles)
-    return f"rows of {tiles[0].shape[1]:,} words do not fit on chip, the longest of such tiles ({dtypes}) have {most:,}"
+    return (
+        f"rows of {tiles[0].shape[1]:,} tokens do not fit on chip, the longest of such tiles ({dtypes}) have {most:,}"
+    )
 
 
 def launch(operation, count, required, objective, x, *tensors):
-    """One operation on the stream that torch uses now, or on the next backend if x's device or row is not for us.
+    """Run one operation on torch's current stream, or on the next backend if the kernels do not take x's device or row.
 
     Args:
         operation: "rows" or "contrast".
-        count: how many of the tensors, x among them, are tiles that a row needs on chip.
+        count: how many of the tensors, including x, are tiles that a row needs on chip.
         required: whether this backend was required for by name: then what is not for us is a ValueError.
     """
     device = x.device

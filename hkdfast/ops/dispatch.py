@@ -1,8 +1,11 @@
-"""Which implementation runs. A backend is a module with the functions of reference.py."""
+"""The choice of a backend: a module with the functions `rows` and `contrast` of reference.py."""
 
 import os
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,28 +24,28 @@ DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 DTYPES = {name: (torch.float32, torch.bfloat16, torch.float16) for name in ("cpu", "cuda", "triton")}
 
 
-def validate(name):
-    """The backend's name, after a look that there is one of that name."""
+def validate(name: Any) -> Any:
+    """The backend's name, if there is a backend of that name, or None."""
     if name is not None and (not isinstance(name, str) or name not in MODULES):
         wrong = repr(name) if isinstance(name, str) else type(name).__name__
         raise ValueError(f"unknown backend {wrong}, expected one of {', '.join(MODULES)}")
     return name
 
 
-def load(name):
-    """The module of a backend that runs here; else an ImportError that says why it does not."""
+def load(name: str) -> ModuleType:
+    """The module of a backend. Raises an ImportError with the reason if it does not run here."""
     module = import_module(MODULES[validate(name)])
     if why := getattr(module, "unusable", str)():
         raise ImportError(f"the {name} backend does not run here: {why}")
     return module
 
 
-def backends():
+def backends() -> dict[str, str]:
     """What runs here: {"reference": "ok", "cpu": "ModuleNotFoundError: No module named 'hkdfast._cpu'", ...}.
 
-    "ok": a call with this backend would run, on tensors of a device that it is for; anything else says why it would
-    not. Triton is ok on a GPU that it can compile for, or where TRITON_INTERPRET=1 made it an interpreter. A backend
-    that is usable but not for every row has a second entry, "cuda-rows", that says for which.
+    "ok": a call with this backend runs on tensors of its device types; anything else is the reason why it does not.
+    Triton is ok on a GPU for which it can compile, or with TRITON_INTERPRET=1 as an interpreter. A backend that does
+    not take every row has a second entry, "cuda-rows", with the rows that it takes.
     """
     report = {}
     for name in MODULES:
@@ -56,22 +59,21 @@ def backends():
     return report
 
 
-def host_readable(tensor):
-    """Whether the host can look at a tensor's numbers without waiting for a device or breaking a compiled graph."""
+def host_readable(tensor: torch.Tensor) -> bool:
+    """Whether the host can read a tensor's values without waiting for a device or breaking a compiled graph."""
     return tensor.device.type == "cpu" and not is_traced(tensor)
 
 
-def is_traced(tensor):
-    """Whether a tensor has no numbers yet, and only operators can take it: torch.compile looks on, or it is fake or
-    meta."""
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no values, so that only operators take it: under torch.compile, or a fake or meta tensor."""
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
-def find(device, dtype, backend=None):
-    """The backend module for tensors of this device and dtype: the one asked for, or the fastest that is built here.
+def find(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Any:
+    """The backend module for tensors of this device and dtype: the one named, or the fastest that runs here.
 
-    A backend is asked for by argument or, for the whole process, by HKDFAST_BACKEND; then a missing one raises, and so
-    does the backend on what is not for it.
+    A backend is named by the argument or, for the whole process, by HKDFAST_BACKEND. A named backend that does not run
+    here raises, and so does one on tensors that it does not take.
     """
     backend = validate(backend or os.environ.get("HKDFAST_BACKEND") or None)
     if backend is not None:
@@ -85,19 +87,20 @@ def find(device, dtype, backend=None):
     return first_usable(ORDER.get(device.type, ("reference",)), dtype)
 
 
-def fallback_for(name, device, dtype, why):
-    """The backend that takes over where this one cannot, as with a row that is too long for it. Why is told once."""
+def fallback_for(name: str, device: torch.device, dtype: torch.dtype, why: str) -> ModuleType:
+    """The next backend after this one, which cannot run, e.g. because a row is too long. Warns once with why."""
     order = ORDER[device.type]
     return first_usable(order[order.index(name) + 1 :], dtype, (why,))
 
 
-def first_usable(names, dtype, skipped=()):
-    """The first of these backends that is usable here and takes this dtype.
+def first_usable(names: Sequence[str], dtype: torch.dtype, skipped: tuple[str, ...] = ()) -> ModuleType:
+    """The first of these backends that runs here and takes this dtype.
 
-    Told once: that it is the reference, and that it took over from others; skipped says why they were skipped.
+    Args:
+        skipped: why the backends before these were skipped. A warning, once, reports them, and a fall to the reference.
     """
     why = list(skipped)
-    for name in names:
+    for name in names:  # the reference, the last of every order, always runs
         if dtype not in DTYPES.get(name, (dtype,)):
             continue
         try:
@@ -108,13 +111,14 @@ def first_usable(names, dtype, skipped=()):
         if skipped or why and name == "reference":
             warn_fallback(name, tuple(why))
         return found
+    raise ImportError(f"no backend for {dtype}: {'; '.join(why)}")
 
 
-_warned = set()
+_warned: set[tuple[str, tuple[str, ...]]] = set()
 
 
-def warn_fallback(name, why):
-    """Say once that a slower backend runs, and why."""
+def warn_fallback(name: str, why: tuple[str, ...]) -> None:
+    """Warn once that a slower backend runs, and why."""
     if (name, why) not in _warned:
         _warned.add((name, why))
         warnings.warn(

@@ -1,9 +1,9 @@
-"""The definitions. Written from the papers, in plain PyTorch, any float dtype; autograd supplies every derivative.
+"""The definitions, written from the papers in plain PyTorch for any float dtype. Autograd computes every derivative.
 
-p is the teacher's distribution, q the student's, both over the vocabulary (last dim). Values are in nats, per word:
-their sum over the vocabulary is the divergence. A word of probability 0 on both sides costs 0.
+p is the teacher's distribution, q the student's, both over the vocabulary (last dim). Values are in nats, per token:
+their sum over the vocabulary is the divergence. A token of probability 0 on both sides contributes 0.
 
-This module is also a backend, and states what a backend is: the functions `rows` and `contrast`.
+This module is also a backend, and defines the interface of a backend: the functions `rows` and `contrast`.
 """
 
 import math
@@ -16,12 +16,12 @@ from .objective import METRICS
 def cross(log_a, log_b):
     """a (log a - log b), 0 where a is 0."""
     a = log_a.exp()
-    # the mask stands inside the product: with a = 0 outside, autograd would multiply 0 by the infinite gap
+    # the mask is inside the product: outside, autograd would multiply 0 by the infinite gap
     return a * torch.where(a > 0, log_a - log_b, 0)
 
 
 def mix(log_p, log_q, beta):
-    """log(beta p + (1 - beta) q); 0 for a word that neither side has, where it is never read."""
+    """log(beta p + (1 - beta) q); 0 for a token of probability 0 on both sides, where it is never read."""
     m = beta * log_p.exp() + (1 - beta) * log_q.exp()
     return torch.where(m == 0, 1, m).log()
 
@@ -111,7 +111,7 @@ def confidence(log_clean, measure, labels):
 
 
 def contrast_weight(law, certainty, alpha):
-    """The weight a of the noisy_logits branch: (N,)."""
+    """The weight a of the noisy branch: (N,)."""
     if law.schedule == "per_row":
         return alpha.to(certainty.dtype)
     if law.schedule == "linear":
@@ -125,9 +125,9 @@ def contrasted(law, log_clean, log_noisy, a):
     """Purified log-probabilities up to a constant per row: reconstruction of SEED (arXiv:2507.04680), VCD's contrast
     (arXiv:2311.16922) when extrapolating with a constant weight.
 
-    A word that only the noisy_logits branch masks keeps its clean log-probability: there is nothing to subtract.
-    Inside the plausibility set (VCD's V_head) the words share the clean mass of the set by their purified odds, so
-    that outside="clean" leaves every other word exactly its clean log-probability.
+    A token that only the noisy branch masks keeps its clean log-probability: there is nothing to subtract.
+    Inside the plausibility set (VCD's V_head) the tokens share the clean mass of the set by their purified odds, so
+    that outside="clean" leaves every other token exactly its clean log-probability.
     """
     gain = 1 + a if law.mode == "extrapolate" else torch.ones_like(a)
     both = (log_clean != -math.inf) & (log_noisy != -math.inf)  # a NaN is no mask
@@ -143,7 +143,7 @@ def contrasted(law, log_clean, log_noisy, a):
 
 
 def teacher_log_probs(objective, clean, noisy, alpha, labels):
-    """(log p at the temperature, confidence, purification weight) from logits."""
+    """(log p at the temperature, confidence, contrast weight) from logits."""
     law = objective.law
     if law is None:
         log_p = (clean / objective.temperature).log_softmax(-1)
@@ -165,18 +165,18 @@ def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, gr
     Args:
         objective: Objective, every scalar.
         student: (N, V) tile, any float dtype, unit stride along V, any stride along N.
-        teacher: (N, V) tile, likewise; the clean branch if there is a law. Its dtype may differ from the student's.
-        noisy: (N, V) tile, or None without a law.
-        alpha: (N,) float32 purification weights if law.weight == "rows", else None.
-        labels: (N,) int64 or None. A row whose label is ignore_index costs 0: its outputs are zeros. One labeled
-            UNLABELED has no cross entropy.
-        weight: (N,) float32 factor of each row's gradient, or None for 1. The loss is not multiplied by it.
+        teacher: (N, V) tile, likewise; the clean branch if there is a contrast. The dtypes of the tiles may differ.
+        noisy: (N, V) tile, or None without a contrast.
+        alpha: (N,) float32 contrast weights if law.schedule == "per_row", else None.
+        labels: (N,) int64 or None. A row whose label is ignore_index has loss 0: its outputs are zeros. One
+            labeled UNLABELED has no cross entropy.
+        row_weight: (N,) float32 factor of each row's gradient, or None for 1. The loss is not multiplied by it.
         loss: (N,) float32 output: soft_weight * divergence + hard_weight * cross entropy.
-        grad: (N, V) output in the student tile's numbers (before scale and softcap), any float dtype, or None when no
-            gradient is wanted. It may be the student tile itself. 0 for a masked word (-inf logit), and for the whole
-            row if its weight is 0 or its loss infinite; NaN for the whole row if its loss is NaN or its weight not
-            finite. With objective.accumulate all this is added to what it holds, the sum formed in float32 or better;
-            it is not the student tile then.
+        grad: (N, V) output of the student tile's values (before scale and softcap), any float dtype, or None if no
+            gradient is required. It may be the student tile itself. 0 for a masked token (-inf logit), and for the
+            whole row if its weight is 0 or its loss infinite; NaN for the whole row if its loss is NaN or its weight
+            not finite. With objective.accumulate all this is added to grad's values, summed in float32 or float64;
+            grad is not the student tile then.
         metrics: (len(METRICS), N) float32 output, or None.
 
     float64 tiles with float64 outputs are computed in float64: this backend is the oracle of the tests.
@@ -198,14 +198,14 @@ def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, gr
         if labels is not None:
             target = labels.clamp(min=0).unsqueeze(-1)
             hard = (-z.log_softmax(-1).gather(-1, target).squeeze(-1)).where(labels >= 0, 0)
-        # a label that the student masks has an infinite cross entropy, which must not count where it is not asked for
+        # a label that the student masks has an infinite cross entropy, and 0 * inf would be NaN
         hard_part = objective.hard_weight * hard if objective.hard_weight else torch.zeros_like(hard)
         total = objective.soft_weight * divergence + hard_part
         total = total.where(live, 0)
         if grad is not None:
             factor = (
                 torch.ones_like(total) if row_weight is None else row_weight.to(dtype, copy=True)
-            )  # if of inference mode
+            )  # copied, as it may be an inference-mode tensor
             (exact,) = torch.autograd.grad((total * factor).where(total.isfinite(), 0).sum(), x)
             exact = exact.where(x != -math.inf, 0)
             sound = (total.isfinite() & factor.isfinite()).unsqueeze(-1)
@@ -226,8 +226,8 @@ def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, gr
 def contrast(objective, clean, noisy, alpha, labels, out):
     """Purified log-probabilities for decoding: softmax of the contrast at the temperature, written to out (N, V).
 
-    Only objective.teacher, .noisy, .temperature and .law are read; the other arguments are as in `rows`. What is
-    computed is as wide as out, float32 or float64.
+    Only objective.teacher, .noisy, .temperature and .law are read; the other arguments are as in `rows`. The
+    computation has the dtype of out, float32 or float64.
     """
     clean, noisy = logits(clean.to(out.dtype), objective.teacher), logits(noisy.to(out.dtype), objective.noisy)
     log_p, _, _ = teacher_log_probs(objective, clean, noisy, alpha, labels)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import pickle
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from truth import with_gradients
 import hkdfast
 from hkdfast import DistillLoss, Head, contrast, coupled_loss, distill_loss, purify, pyramid, ternary
 from hkdfast.batch import answer_rows
-from hkdfast.engine.options import LossOptions
+from hkdfast.engine.options import LossKeywords, LossOptions
 from hkdfast.losses import BATCH_OPTIONS, MODULE_OPTIONS
 
 
@@ -66,7 +67,11 @@ def test_the_module_returns_metrics_and_is_shown_pickled_and_compiled():
         (ValueError, "unknown backend 'gpu'", {"backend": "gpu"}),
         (TypeError, "labels changes with the batch: pass it to the call", {"labels": LABELS}),
         (TypeError, "no option 'tiles': it is called precision now", {"tiles": "float32"}),
-        (TypeError, "no option 'temprature': expected some of beta, divergence_weight, hard_weight, temperature", {"temprature": 1.0}),
+        (
+            TypeError,
+            "no option 'temprature': expected some of beta, divergence_weight, hard_weight, temperature",
+            {"temprature": 1.0},
+        ),
     ],
 )
 def test_the_module_checks_its_options_when_it_is_made(error, match, options):
@@ -81,6 +86,11 @@ def test_every_option_of_the_losses_is_in_the_one_list():
         assert {name: parameters[name].default for name in options} == options
     others = {"student", "teacher", "divergence", *BATCH_OPTIONS}
     assert set(inspect.signature(distill_loss).parameters) - others == set(MODULE_OPTIONS)
+
+
+def test_the_keywords_for_type_checkers_are_the_fields_of_the_one_list():
+    fields = {field.name: field.type for field in dataclasses.fields(LossOptions)}
+    assert get_type_hints(LossKeywords) | {"return_metrics": bool} == fields
 
 
 OLD = {

@@ -138,3 +138,23 @@ def test_doctor_says_what_the_cuda_kernels_are_built_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "hkdfast._cuda", made)
     monkeypatch.setattr("hkdfast._cuda", made, raising=False)
     assert doctor.cuda_kernels() == "built for sm_90a, sm_100"
+
+
+def test_the_marker_of_types_is_in_the_wheel_and_the_sdist(tmp_path):
+    pytest.importorskip("pybind11")
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_py",
+        "--build-lib",
+        tmp_path,
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+    ]
+    subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert (tmp_path / "hkdfast/py.typed").is_file()
+    assert (tmp_path / "hkdfast/_cpu.pyi").is_file()
+    listed = (tmp_path / "hkdfast.egg-info/SOURCES.txt").read_text().split("\n")
+    assert {"hkdfast/py.typed", "hkdfast/_cpu.pyi", "hkdfast/_cuda.pyi", "hkdfast/losses.py"} <= set(listed)
