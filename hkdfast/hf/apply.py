@@ -6,12 +6,15 @@ from .patches.gkd import GKD, GOLD
 from .patches.loss import check_options
 from .patches.patch import MARK, Patch, Request
 from .patches.plain import TRAINER
+from .patches.self_distillation import SELF_DISTILLATION
 
 # {(package, class): Kind}; by name, for TRL need not be there
 KINDS = {
     ("trl", "DistillationTrainer"): DISTILLATION,
     ("trl", "GKDTrainer"): GKD,
     ("trl", "GOLDTrainer"): GOLD,
+    ("trl", "SDFTTrainer"): SELF_DISTILLATION,
+    ("trl", "SDPOTrainer"): SELF_DISTILLATION,
     ("transformers", "Trainer"): TRAINER,
 }
 
@@ -19,19 +22,21 @@ KINDS = {
 def apply(trainer, divergence=None, *, teacher=None, teacher_tokenizer=None, **options):
     """Let a trainer compute its distillation loss by hkdfast: from hidden states and heads, without logits.
 
-        hkdfast.hf.apply(trainer)  # trl.DistillationTrainer, GKDTrainer, GOLDTrainer
+        hkdfast.hf.apply(trainer)  # trl.DistillationTrainer, GKDTrainer, GOLDTrainer, SDFTTrainer, SDPOTrainer
         hkdfast.hf.apply(trainer, "reverse_kl", teacher=teacher)  # transformers.Trainer
         trainer.train()
 
     TRL's trainers compute the loss that they did before, unless divergence or an option says otherwise: their `beta`
-    (0 is forward_kl, 1 is reverse_kl, between them it is jensen_shannon's) and the temperature of their loss are read
-    at every batch. Scale and softcap of the logits are found by a probe at the first batch, not in the configuration;
-    LoRA on the head is understood.
+    or `distillation_alpha` (0 is forward_kl, 1 is reverse_kl, between them it is jensen_shannon's) and the temperature
+    of their loss are read at every batch. Scale and softcap of the logits are found by a probe at the first batch, not
+    in the configuration; LoRA on the head is understood.
 
     Args:
-        trainer: a `trl.DistillationTrainer`, a `GKDTrainer` or `GOLDTrainer` of trl.experimental, or a
-            `transformers.Trainer` of a model with a language-model head. Or one of a subclass that has the methods
-            which are replaced from these. Its object is changed, not its class.
+        trainer: a `trl.DistillationTrainer`; a `GKDTrainer`, `GOLDTrainer` (with use_uld_loss=False), `SDFTTrainer` or
+            `SDPOTrainer` (with distillation_mode="full_logits") of trl.experimental; a `transformers.Trainer` of a
+            model with a language-model head. Or one of a subclass that has the methods which are replaced from these.
+            Its object is changed, not its class. If SDPO mixes in its policy loss (distillation_weight below 1), the
+            logits are made, for that loss reads them too.
         divergence: as in `hkdfast.distill_loss`. None: what the trainer's config says (forward_kl for
             transformers.Trainer).
         teacher: for transformers.Trainer alone: a model on the student's device, which is not trained. Labels of -100

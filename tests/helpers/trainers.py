@@ -166,6 +166,43 @@ def gold(folder, student=None, teacher=None, kind=None, **others):
     )
 
 
+def saved(folder, model):
+    """A model and a tokenizer that know where they come from, as the self-distillation trainers want."""
+    model.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    return (auto.from_pretrained(folder / "model") for auto in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
+
+
+def self_distillation(folder, model=None, peft_config=None, **others):
+    """What SDFTTrainer and SDPOTrainer take alike."""
+    model, words = saved(folder, model or language_model(0))
+    extra = {"num_generations": 2, "distillation_mode": "full_logits", "max_completion_length": 5}
+    context = ["the cow", "yes", "no dog in the image"] * 4
+    data = Dataset.from_dict({"prompt": list(PROMPTS), "privileged_context": context})
+    given = dict(train_dataset=data, processing_class=words, peft_config=peft_config)
+    return model, options(folder, **extra | others), given
+
+
+def sdft(folder, model=None, peft_config=None, **others):
+    """trl.experimental's SDFTTrainer."""
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    model, args, given = self_distillation(folder, model, peft_config, **others)
+    return SDFTTrainer(model, args=SDFTConfig(**args), **given)
+
+
+def sdpo(folder, model=None, peft_config=None, **others):
+    """trl.experimental's SDPOTrainer; about half of the completions are good."""
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+    model, args, given = self_distillation(folder, model, peft_config, **others)
+
+    def reward(completions, **_):
+        return [float(len(text) % 2) for text in completions]
+
+    return SDPOTrainer(model, reward, args=SDPOConfig(**args), **given)
+
+
 def trained(trainer):
     """({name: value of each step} of what is logged, parameters) after training."""
     trainer.remove_callback(PrinterCallback)
@@ -185,4 +222,4 @@ def assert_same(ours, theirs, names=("loss",)):
         assert abs(mine["grad_norm"] - other["grad_norm"]) <= 1e-5 * other["grad_norm"]
     assert parameters.keys() == truth.keys()
     for name, x in parameters.items():
-        assert (x - truth[name]).abs().max() <= 1e-4 * RATE * STEPS, name
+        assert (x - truth[name]).abs().max() <= 1e-4 * expected[0]["learning_rate"] * STEPS, name

@@ -2,7 +2,7 @@
 
 import torch
 
-from .loss import HeadLoss, completion_rows, generalized_jsd
+from .loss import HeadLoss, completion_rows, generalized_jsd, refuse_labels
 from .patch import Kind
 
 # what a step's inputs may hold for a model that sees
@@ -30,11 +30,7 @@ def model_batch(inputs):
 def prepare(trainer, request):
     if trainer.teacher_model is None:
         raise ValueError(f"this {type(trainer).__name__} has no teacher_model")
-    if request.options.get("hard_weight"):
-        raise ValueError(
-            f"hard_weight {request.options['hard_weight']}: the completions are the student's own samples, from whose "
-            "cross entropy it learns nothing; expected 0"
-        )
+    refuse_labels(request.options)
     unwrap = trainer.accelerator.unwrap_model
     loss = HeadLoss(
         trainer.model,
@@ -46,7 +42,7 @@ def prepare(trainer, request):
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
         # here and not below: the models' wrappers are around it, and no forward is under way
-        loss.verify(model, model_batch(inputs), trainer.teacher_model)
+        loss.verify(model, trainer.teacher_model, model_batch(inputs))
         return original(model, inputs, return_outputs, num_items_in_batch)
 
     def _compute_loss(unwrapped_student, inputs, num_items_in_batch):

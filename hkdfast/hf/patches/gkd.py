@@ -20,7 +20,6 @@ def replacement(trainer, request, configured, others):
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask")} | others(inputs)
         rows, labels = answer_rows(batch | {"labels": inputs["labels"]})
         trainer.teacher_model.eval()
-        loss.verify(model, batch, trainer.teacher_model)
         with torch.no_grad():
             teacher = loss.teach(trainer.teacher_model, batch, rows)
         value, _ = loss(model, batch, rows, teacher, labels=labels, num_items=num_items_in_batch)

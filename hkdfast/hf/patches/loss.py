@@ -33,6 +33,15 @@ def generalized_jsd(beta):
     return {"divergence": "jensen_shannon", "beta": beta}
 
 
+def refuse_labels(options):
+    """Refuse a cross entropy where the completions are samples of the student."""
+    if options.get("hard_weight"):
+        raise ValueError(
+            f"hard_weight {options['hard_weight']}: the completions are the student's own samples, from whose cross "
+            "entropy it learns nothing; expected 0"
+        )
+
+
 class HeadLoss:
     """The loss between the language-model heads of a student and its teacher. No logits are made.
 
@@ -50,7 +59,7 @@ class HeadLoss:
     def __init__(self, student, teacher, request, configured):
         self.student = LanguageHead(student)
         self.teacher = self.student if teacher is student else LanguageHead(teacher)
-        self.models = student, teacher
+        self.inner = student
         self.request, self.configured = request, configured
         weights = [head.base().weight for head in (self.student, self.teacher)]
         if weights[0].device != weights[1].device:
@@ -67,21 +76,27 @@ class HeadLoss:
             own["divergence"] = self.request.divergence
         return own | self.request.options
 
-    def verify(self, student, batch, teacher, teacher_batch=None):
-        """Find scale and softcap of both heads at their first batch.
+    def factor(self):
+        """Of the divergence in the loss."""
+        options = self.arguments()
+        gain = options.get("temperature", 1.0) ** 2 if options.get("t_squared") else 1.0
+        return gain * options.get("divergence_weight", 1.0)
+
+    def verify(self, student, teacher, batch):
+        """Find scale and softcap of both heads at their first batch, where it must not happen as late as in a forward.
 
         Args:
             student, teacher: the models as they are wrapped (DDP, ...), or not.
         """
-        for head, model, inputs in (self.student, student, batch), (self.teacher, teacher, teacher_batch or batch):
+        for head, model in (self.student, student), (self.teacher, teacher):
             if not head.verified:
-                head.verify(model, inputs)
+                head.verify(model, batch)
 
     def teach(self, teacher, batch, rows):
         """The teacher's Head at these rows: no gradient is kept. In the mode that the teacher is in."""
         return self.teacher.source(hidden_states(teacher, self.teacher, batch, rows))
 
-    def __call__(self, student, batch, rows, teacher, *, inner=None, labels=None, **others):
+    def __call__(self, student, batch, rows, teacher, *, inner=None, labels=None, weigh=None, **others):
         """The mean over these rows, or what `others` (of `distill_loss`) ask for, and {metric: (N,)} of them.
 
         Args:
@@ -89,15 +104,19 @@ class HeadLoss:
             inner: the same without its wrapper.
             teacher: from `teach`.
             labels: (N,) next tokens, read with a hard_weight only.
+            weigh: function from the student's Head to the row_weight (N,), or None.
         """
         options = self.arguments() | others
         if options.get("hard_weight"):
             options["labels"] = labels
 
         def loss(hidden):
-            return distill_loss(self.student.source(hidden), teacher, return_metrics=True, **options)
+            head = self.student.source(hidden)
+            if weigh is not None:
+                options["row_weight"] = weigh(head)
+            return distill_loss(head, teacher, return_metrics=True, **options)
 
-        return loss_in_head(student, self.models[0] if inner is None else inner, self.student, batch, rows, loss)
+        return loss_in_head(student, self.inner if inner is None else inner, self.student, batch, rows, loss)
 
 
 def completion_rows(length, mask):

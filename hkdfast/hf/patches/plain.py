@@ -35,7 +35,6 @@ def prepare(trainer, request):
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
         rows, labels = answer_rows(inputs)
-        loss.verify(model, inputs, teacher)
         # the Trainer has not prepared the teacher: it runs in the student's precision
         with evaluating(teacher), trainer.accelerator.autocast():
             taught = loss.teach(teacher, inputs, rows)
