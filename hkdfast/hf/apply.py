@@ -1,10 +1,15 @@
 """`apply`: hkdfast in a trainer that exists already, by one line."""
 
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
 from .family import check_words
 from .patches.distillation import DISTILLATION
 from .patches.gkd import GKD, GOLD
 from .patches.loss import check_options
-from .patches.patch import MARK, Patch, Request
+from .patches.patch import MARK, Kind, Patch, Request
 from .patches.plain import TRAINER
 from .patches.self_distillation import SELF_DISTILLATION
 
@@ -19,7 +24,14 @@ KINDS = {
 }
 
 
-def apply(trainer, divergence=None, *, teacher=None, teacher_tokenizer=None, **options):
+def apply(
+    trainer: Trainer,
+    divergence: str | None = None,
+    *,
+    teacher: PreTrainedModel | PeftModel | None = None,
+    teacher_tokenizer: Any = None,
+    **options: Any,
+) -> Patch:
     """Let a trainer compute its distillation loss by hkdfast: from hidden states and heads, without logits.
 
         hkdfast.hf.apply(trainer)  # trl.DistillationTrainer, GKDTrainer, GOLDTrainer, SDFTTrainer, SDPOTrainer
@@ -71,7 +83,7 @@ def apply(trainer, divergence=None, *, teacher=None, teacher_tokenizer=None, **o
     return Patch(trainer, values, tuple(kind.methods))
 
 
-def check_run(args):
+def check_run(args: TrainingArguments) -> None:
     """Refuse a way of running in which the loss inside the head's forward is lost."""
     if args.n_gpu > 1:
         raise ValueError(f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch")
@@ -79,7 +91,7 @@ def check_run(args):
         raise ValueError("torch_compile would trace the loss away that runs inside the head: compile layers instead")
 
 
-def kind_of(trainer):
+def kind_of(trainer: Trainer) -> tuple[type, Kind]:
     """(class, Kind) of the known class that a trainer is of."""
     for owner in type(trainer).__mro__:
         kind = KINDS.get((owner.__module__.partition(".")[0], owner.__name__))

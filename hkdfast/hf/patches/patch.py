@@ -70,7 +70,7 @@ class Patch:
             setattr(trainer, name, value)
         setattr(trainer, MARK, self)
 
-    def undo(self):
+    def undo(self) -> None:
         """Give the trainer back what it had, the very objects. Once undone, nothing more happens.
 
         Raises:
@@ -88,8 +88,8 @@ class Patch:
             else:
                 setattr(self.trainer, name, value)
 
-    def __enter__(self):
+    def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.undo()
