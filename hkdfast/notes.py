@@ -2,11 +2,11 @@
 
 import sys
 
-told: set[str] = set()
+noted: set[str] = set()
 
 
-def tell(text: str) -> None:
+def note_once(text: str) -> None:
     """Print a note on stderr, once per process."""
-    if text not in told:
-        told.add(text)
+    if text not in noted:
+        noted.add(text)
         print(f"hkdfast: note: {text}", file=sys.stderr)

@@ -118,7 +118,7 @@ def labeled(path, records):
 
 
 def rate(records, answers):
-    return choices.marks(records, answers), choices.score(records, answers)
+    return choices.grade(records, answers), choices.score(records, answers)
 
 
 def letters(lines):
@@ -128,9 +128,9 @@ def letters(lines):
 
 def effect_of_shifts(records, ours, lines, resamples):
     """The same answers without shifts, and what the shifts changed."""
-    marks, score = rate(records, [line["unshifted"] for line in lines])
+    graded, score = rate(records, [line["unshifted"] for line in lines])
     shifted, _ = rate(records, ours[0])
-    difference = tables.differences([shifted], [marks], COMPARED, resamples)
+    difference = tables.differences([shifted], [graded], COMPARED, resamples)
     return {"unshifted": tables.mean_of([score]), "shift": difference}
 
 

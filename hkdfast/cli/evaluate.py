@@ -83,8 +83,8 @@ def run_pope(args):
     report |= {"decoding": asdict(decoding) | {"draws": args.draws} if args.model else None}
 
     def rate(questions, answers):
-        marks = pope.grade(questions, answers, args.rule)
-        return marks, pope.score(marks) | {"unreadable": pope.count_unreadable(answers)}
+        graded = pope.grade(questions, answers, args.rule)
+        return graded, pope.score(graded) | {"unreadable": pope.count_unreadable(answers)}
 
     report |= tables.compare(asked, args.questions, ours, theirs, rate, COMPARED, args.resamples)
     ask_model.write(args.output, report)

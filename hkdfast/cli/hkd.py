@@ -114,11 +114,11 @@ def train(args, progress):
     check_prompts(args, records, trainer.processing_class)
     progress.parts = parts(pyramid, ternary, trainer.sizes, places)
     begun = args.resume and Path(pyramid.output_dir).is_dir()  # else there is no first step to go on from
-    about = fingerprint(args, pyramid, ternary)
+    manifest = fingerprint(args, pyramid, ternary)
     if begun:
-        run_state.check_manifest(output, about)
+        run_state.check_manifest(output, manifest)
     elif pyramid.process_index == 0:
-        run_state.write_manifest(output, about)
+        run_state.write_manifest(output, manifest)
     if run_state.read_done(ternary.output_dir) is None:
         trainer.train(resume_from_checkpoint=begun)
         processor = trainer.processing_class
@@ -189,13 +189,13 @@ def product(names, folder, place):
 
 def fingerprint(args, pyramid, ternary):
     """What decides the result of a run, for `run_state.write_manifest`."""
-    about = options(args, "task", "augment", "rewrites", "template") | {"models": absolute_names(args.models)}
+    manifest = options(args, "task", "augment", "rewrites", "template") | {"models": absolute_names(args.models)}
     for name in ("data", "unlabeled", "swaps"):
         file = getattr(args, name)
-        about[name] = file and "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+        manifest[name] = file and "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
     stages = range(1, len(args.models))
-    about |= {f"stage {stage}": pyramid.of_stage(stage).fingerprint() for stage in stages}
-    return about | {"ternary": ternary.fingerprint()}
+    manifest |= {f"stage {stage}": pyramid.of_stage(stage).fingerprint() for stage in stages}
+    return manifest | {"ternary": ternary.fingerprint()}
 
 
 def questions(args):

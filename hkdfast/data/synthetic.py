@@ -70,8 +70,8 @@ class Corruptions:
         if wrong or not self.kinds:
             raise ValueError(f"kinds are {list(self.kinds)}, expected some of {', '.join(KINDS)}")
 
-    def wrong(self, thing, things, rng):
-        """The thing changed so that the image, which shows `things` and of their names no others, does not show it.
+    def wrong(self, thing, objects, rng):
+        """The thing changed so that the image, which shows `objects` and of their names no others, does not show it.
 
         Returns:
             a dict like `thing`, or None where nothing about it can be changed.
@@ -79,45 +79,45 @@ class Corruptions:
         kinds = list(self.kinds)
         rng.shuffle(kinds)
         for kind in kinds:
-            found = getattr(self, f"wrong_{kind}")(thing, things)
+            found = getattr(self, f"wrong_{kind}")(thing, objects)
             if found:
                 return thing | rng.choice(found)
         return None
 
-    def wrong_object(self, thing, things):
-        there = {other["name"] for other in things}
+    def wrong_object(self, thing, objects):
+        there = {other["name"] for other in objects}
         names = self.objects.get(thing["name"], ()) if isinstance(self.objects, Mapping) else self.objects
         return [{"name": name, "plural": None} for name in names if name not in there]
 
-    def wrong_attribute(self, thing, things):
-        there = {other.get("attribute") for other in things if other["name"] == thing["name"]}
+    def wrong_attribute(self, thing, objects):
+        there = {other.get("attribute") for other in objects if other["name"] == thing["name"]}
         words = self.attributes.get(thing.get("attribute"), ())
-        # a cat of which no color is told may have any
+        # a cat whose color is not annotated may have any
         return [{"attribute": word} for word in words if word not in there and None not in there]
 
-    def wrong_count(self, thing, things):
-        if not thing.get("count") or sum(other["name"] == thing["name"] for other in things) > 1:
+    def wrong_count(self, thing, objects):
+        if not thing.get("count") or sum(other["name"] == thing["name"] for other in objects) > 1:
             return []
         count = thing["count"]
         # never one: where there are two cats, there is a cat
         return [{"count": other} for other in range(max(2, count - 2), count + 3) if other != count]
 
 
-def things_of(example):
+def objects_of(example):
     """The annotated objects of an example, one of each phrase.
 
     Raises:
         ValueError: if it has none.
     """
-    things = example.get("objects")
-    if not things:
+    objects = example.get("objects")
+    if not objects:
         raise ValueError(f"the example has no annotated 'objects', only {', '.join(example)}")
-    for thing in things:
-        check_thing(thing)
-    return list({phrase(thing): thing for thing in things}.values())
+    for thing in objects:
+        check_object(thing)
+    return list({phrase(thing): thing for thing in objects}.values())
 
 
-def check_thing(thing):
+def check_object(thing):
     """Refuse an annotated object whose fields are not what `phrase` makes words of."""
     if not isinstance(thing, Mapping) or not isinstance(thing.get("name"), str) or not thing["name"].strip():
         raise ValueError(f"an annotated object is {shown(thing)}, expected a dict with a 'name'")
@@ -166,16 +166,16 @@ class SyntheticCaption:
             raise ValueError(f"caption is {self.caption!r}, expected {{}} in it")
 
     def __call__(self, example, rng):
-        things = things_of(example)
-        told = rng.sample(things, min(self.phrases, len(things)))
+        objects = objects_of(example)
+        mentioned = rng.sample(objects, min(self.phrases, len(objects)))
         wrong = None
         if rng.random() >= self.none:
-            for place in rng.sample(range(len(told)), len(told)):
-                made = self.facts.wrong(told[place], things, rng)
+            for place in rng.sample(range(len(mentioned)), len(mentioned)):
+                made = self.facts.wrong(mentioned[place], objects, rng)
                 if made is not None:
-                    told[place], wrong = made, place
+                    mentioned[place], wrong = made, place
                     break
-        phrases = [phrase(thing) for thing in told]
+        phrases = [phrase(thing) for thing in mentioned]
         statement = self.caption.replace("{}", listed(phrases))
         answer = LETTERS[len(phrases) if wrong is None else wrong]
         return fields_of(example, "hallucination", statement=statement, options=[*phrases, NONE], answer=answer)
@@ -216,19 +216,23 @@ class Claim:
             raise ValueError(f"claim is {self.claim!r}, expected {{}} in it")
 
     def __call__(self, example, rng):
-        things = things_of(example)
-        told = rng.sample(things, min(self.parts, len(things)))
+        objects = objects_of(example)
+        mentioned = rng.sample(objects, min(self.parts, len(objects)))
         made = []
-        for thing in told:  # no two of them become the same
-            made.append(self.facts.wrong(thing, things + [other for other in made if other], rng))
-        able = [place for place, thing in enumerate(made) if thing is not None]
+        for thing in mentioned:  # no two of them become the same
+            made.append(self.facts.wrong(thing, objects + [other for other in made if other], rng))
+        candidates = [place for place, thing in enumerate(made) if thing is not None]
         verdicts = TASKS["factcheck"].options
-        can = {"True": True, "False": len(able) == len(told), "Partially True": bool(able) and len(told) > 1}
+        can = {
+            "True": True,
+            "False": len(candidates) == len(mentioned),
+            "Partially True": bool(candidates) and len(mentioned) > 1,
+        }
         verdict = rng.choice([name for name in verdicts if can.get(name, True)])
-        wrong = able if verdict == "False" else []
+        wrong = candidates if verdict == "False" else []
         if verdict == "Partially True":
-            wrong = rng.sample(able, rng.randint(1, min(len(able), len(told) - 1)))
-        phrases = [phrase(made[place] if place in wrong else thing) for place, thing in enumerate(told)]
+            wrong = rng.sample(candidates, rng.randint(1, min(len(candidates), len(mentioned) - 1)))
+        phrases = [phrase(made[place] if place in wrong else thing) for place, thing in enumerate(mentioned)]
         statement = self.claim.replace("{}", listed(phrases))
         if verdict == "Not Verifiable":
             statement = f"{statement} {rng.choice(self.unverifiable)}"
@@ -272,31 +276,39 @@ class RewriteStatement:
     def __call__(self, example, rng):
         record = record_of(example)
         statement, options = record.statement, list(record.options)
-        able = {option: self.phrases for option in options if self.phrases and not is_none(option)} | dict(self.swaps)
-        able = {old: new for old, new in able.items() if self.stands(old, statement, options)}
+        candidates = {option: self.phrases for option in options if self.phrases and not is_none(option)} | dict(
+            self.swaps
+        )
+        candidates = {old: new for old, new in candidates.items() if self.occurs(old, statement, options)}
         if record.task == "hallucination" and record.answer is not None:
             named = [options[LETTERS.index(letter)] for letter in record.answer]
             if not all(map(is_none, named)):
-                able = {old: new for old, new in able.items() if any(found(old, option) for option in named)}
-        for old in rng.sample(sorted(able), min(self.changes, len(able))):
-            new = [one for one in able[old] if not found(one, statement) and not is_none(one) and one not in options]
-            if new and self.stands(old, statement, options):
-                one, longer = rng.choice(new), self.longer(old, options)
-                statement = replaced(old, one, statement, longer)
+                candidates = {
+                    old: new for old, new in candidates.items() if any(found(old, option) for option in named)
+                }
+        for old in rng.sample(sorted(candidates), min(self.changes, len(candidates))):
+            new = [
+                one for one in candidates[old] if not found(one, statement) and not is_none(one) and one not in options
+            ]
+            if new and self.occurs(old, statement, options):
+                one, containing = rng.choice(new), self.containing_phrases(old, options)
+                statement = replaced(old, one, statement, containing)
                 if record.task == "hallucination":
-                    options = [o if is_none(o) else replaced(old, one, o, longer) for o in options]
+                    options = [o if is_none(o) else replaced(old, one, o, containing) for o in options]
         if statement == record.statement or len({option.casefold() for option in options}) < len(options):
             return example
         return example | {"statement": statement, "options": options, "answer": None}
 
-    def longer(self, old, options):
+    def containing_phrases(self, old, options):
         """Phrases that hold another: "a cat" is not the cat of "a cat tree", if that may be replaced too."""
         others = [*self.swaps, *(options if old in options else ())]
         return [other for other in others if len(other) > len(old) and found(old, other)]
 
-    def stands(self, old, statement, options):
-        """Whether a phrase is in a statement, and not as a part of a longer one alone."""
-        return found(old, statement) and replaced(old, "_", statement, self.longer(old, options)) != statement
+    def occurs(self, old, statement, options):
+        """Whether a phrase is in a statement, and not only as a part of a longer one."""
+        return (
+            found(old, statement) and replaced(old, "_", statement, self.containing_phrases(old, options)) != statement
+        )
 
 
 @lru_cache(2**14)  # every example is searched for every phrase that may be swapped
@@ -308,7 +320,7 @@ def found(text, within):
     return whole(text).search(within) is not None
 
 
-def replaced(old, new, text, longer=()):
+def replaced(old, new, text, containing=()):
     """The text with a phrase in the place of another, capital where the other had one; but not within longer ones."""
 
     def put(hit):
@@ -316,4 +328,4 @@ def replaced(old, new, text, longer=()):
             return hit[0]
         return new[0].upper() + new[1:] if hit[0][0].isupper() else new
 
-    return whole(*sorted(longer, key=len, reverse=True), old).sub(put, text)
+    return whole(*sorted(containing, key=len, reverse=True), old).sub(put, text)

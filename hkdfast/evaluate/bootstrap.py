@@ -74,14 +74,14 @@ def paired(ours, theirs, metric="f1", *, level=0.95, resamples=10_000, seed=0):
 def table(ours, theirs):
     """((images, pairs, 2, 4) counts of the confusion per image, sizes of the strata that the image rows fall into)."""
     if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"{len(ours)} marked sets against {len(theirs)}, expected as many on both sides, at least one")
+        raise ValueError(f"{len(ours)} graded sets against {len(theirs)}, expected as many on both sides, at least one")
     for number, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
         if mine.images != yours.images or not torch.equal(mine.label, yours.label):
             raise ValueError(f"pair {number} is not on the same questions: images or labels differ")
     # pairs whose images touch belong to one stratum; each holds a whole group of image names
     strata = []
-    for marks in ours:
-        names = dict.fromkeys(marks.images)
+    for graded in ours:
+        names = dict.fromkeys(graded.images)
         apart = []
         for other in strata:
             if names.keys().isdisjoint(other):
@@ -93,8 +93,8 @@ def table(ours, theirs):
     counts = torch.zeros(len(row), len(ours), 2, 4, dtype=torch.float64)
     for pair, sides in enumerate(zip(ours, theirs, strict=True)):
         rows = torch.tensor([row[name] for name in sides[0].images])
-        for side, marks in enumerate(sides):
-            counts[:, pair, side].index_add_(0, rows, confusion(marks))
+        for side, graded in enumerate(sides):
+            counts[:, pair, side].index_add_(0, rows, confusion(graded))
     return counts, [len(names) for names in strata]
 
 

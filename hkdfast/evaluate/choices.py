@@ -17,13 +17,13 @@ from ..data.tasks import NONE, TASKS, ChoiceInference, Record, choice, example, 
 from . import pope
 
 __all__ = [
-    "NONE",
-    "TASKS",
     "ChoiceInference",
+    "NONE",
     "Record",
+    "TASKS",
     "choice",
     "example",
-    "marks",
+    "grade",
     "question",
     "score",
 ]
@@ -84,7 +84,7 @@ def class_of(record, letters):
     return NONE if all(map(is_none, texts)) else "hallucination"
 
 
-def marks(records, answers, source=""):
+def grade(records, answers, source=""):
     """The answers as `bootstrap.paired` takes them; its metrics "f1", "precision" and "recall" are those of `score`.
 
     Every question becomes two rows: one that asks for its right answer, and one where an answer that is wrong is a

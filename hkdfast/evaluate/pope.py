@@ -157,9 +157,9 @@ def grade(questions, answers, rule="vcd", source=""):
     )
 
 
-def confusion(marks):
+def confusion(graded):
     """(N, 4) float64, one 1 a row: true positive, false positive, true negative, false negative. Yes is positive."""
-    label, right = marks.label, marks.right
+    label, right = graded.label, graded.right
     return torch.stack([label & right, ~label & ~right, ~label & right, label & ~right], -1).double()
 
 
@@ -186,13 +186,13 @@ def ratio(part, whole):
     return torch.where(whole > 0, part / whole.where(whole > 0, 1), 0)
 
 
-def score(marks):
+def score(graded):
     """{metric: float} over one question set, fractions of 1, and "questions", their number.
 
     yes_rate is that of the script: an answer is counted as "yes" where it is right under yes or wrong under no.
     """
-    return {name: value.item() for name, value in metrics(confusion(marks).sum(0)).items()} | {
-        "questions": len(marks.images)
+    return {name: value.item() for name, value in metrics(confusion(graded).sum(0)).items()} | {
+        "questions": len(graded.images)
     }
 
 

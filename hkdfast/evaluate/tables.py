@@ -14,12 +14,12 @@ def compare(asked, paths, ours, theirs, rate, compared, resamples):
     """
     sets, pairs = {}, ([], [])
     for (name, questions), path in zip(asked.items(), paths, strict=True):
-        marks, rated = zip(*(rate(questions, answers) for answers in ours[name]), strict=True)
+        graded, rated = zip(*(rate(questions, answers) for answers in ours[name]), strict=True)
         sets[name] = {"questions": str(path), **mean_of(rated)}
         if theirs:
             others, against = zip(*(rate(questions, answers) for answers in theirs[name]), strict=True)
-            sets[name] |= {"against": mean_of(against), "difference": differences(marks, others, compared, resamples)}
-            pairs[0].extend(marks)
+            sets[name] |= {"against": mean_of(against), "difference": differences(graded, others, compared, resamples)}
+            pairs[0].extend(graded)
             pairs[1].extend(others)
     return {"sets": sets} | ({"difference": differences(*pairs, compared, resamples)} if theirs and sets else {})
 

@@ -26,14 +26,14 @@ class CoupledModels(torch.nn.Module):
 
     Args:
         models: {role: model}, in the order of the loss's models.
-        learns: {role: whether the model is trained}. The others are run in eval mode, their weights not trainable.
+        is_trained: {role: whether the model is trained}. The others are run in eval mode, their weights not trainable.
         loss: function from (functions of a batch, batch, num_items) to (scalar, dict of per-row metrics).
     """
 
-    def __init__(self, models, learns, loss):
+    def __init__(self, models, is_trained, loss):
         super().__init__()
         self.models: Any = torch.nn.ModuleDict(models)
-        self.learning = [role for role in models if learns[role]]
+        self.learning = [role for role in models if is_trained[role]]
         self.loss = loss
         self.heads = [LanguageHead(model) for model in models.values()]
         self.functions = [head_fn(model, head=head) for model, head in zip(models.values(), self.heads, strict=True)]
@@ -76,8 +76,8 @@ class CoupledTrainer(RowMeanTrainer):
         loss: as CoupledModels takes it.
         rates: {role: learning rate}.
         title: of the progress bar.
-        marks: dict that every entry of the log gets.
-        about: what decides the result, for `run_state.start_or_resume`; None: output_dir is entered without a look.
+        log_extra: dict that is added to every entry of the log.
+        manifest: what decides the result, for `run_state.start_or_resume`; None: output_dir is not checked.
         data_collator: default: QuestionCollator(processing_class, answers=True), if that is a processor.
         others: as in Trainer.
 
@@ -96,8 +96,8 @@ class CoupledTrainer(RowMeanTrainer):
         rates,
         *,
         title=None,
-        marks=None,
-        about=None,
+        log_extra=None,
+        manifest=None,
         data_collator=None,
         processing_class=None,
         **others,
@@ -110,7 +110,7 @@ class CoupledTrainer(RowMeanTrainer):
         if data_collator is None and hasattr(processing_class, "tokenizer"):
             data_collator = QuestionCollator(processing_class, answers=True)
         check_heads(models, processing_class)
-        self.rates, self.marks, self.about, self.norms = rates, marks or {}, about, {}
+        self.rates, self.log_extra, self.manifest, self.grad_norms = rates, log_extra or {}, manifest, {}
         module = CoupledModels(models, args.roles(), loss)
         super().__init__(module, args, data_collator=data_collator, processing_class=processing_class, **others)
         if title and self.pop_callback(ProgressCallback):
@@ -127,8 +127,8 @@ class CoupledTrainer(RowMeanTrainer):
                 check_adapter(self.model.models[role], shared=False)  # what is trained may be another since
         checkpoint = run_state.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
         self.check_room()
-        if self.about is not None:
-            run_state.start_or_resume(self.args.output_dir, self.about, checkpoint, self.args.should_save)
+        if self.manifest is not None:
+            run_state.start_or_resume(self.args.output_dir, self.manifest, checkpoint, self.args.should_save)
         if checkpoint and self.restore_if_finished(checkpoint):
             return None
         set_seed(self.args.seed)
@@ -153,8 +153,8 @@ class CoupledTrainer(RowMeanTrainer):
 
     def log(self, logs, *rest):
         if "grad_norm" in logs:
-            logs |= {f"{role}_grad_norm": norm.item() for role, norm in self.norms.items()}
-        logs |= self.marks
+            logs |= {f"{role}_grad_norm": norm.item() for role, norm in self.grad_norms.items()}
+        logs |= self.log_extra
         super().log(logs, *rest)
 
     # each model its own optimization
@@ -182,8 +182,8 @@ class CoupledTrainer(RowMeanTrainer):
         self.accelerator.unscale_gradients()
         for role in self.model.learning:
             norm = torch.nn.utils.clip_grad_norm_(self.model.models[role].parameters(), largest)
-            self.norms[role] = norm.to(self.args.device)  # without gradients it stands on the CPU
-        return torch.stack(list(self.norms.values())).norm()
+            self.grad_norms[role] = norm.to(self.args.device)  # without gradients it is on the CPU
+        return torch.stack(list(self.grad_norms.values())).norm()
 
     # each model its own folder. Trainer has no public hook for what a checkpoint holds: these stand in its way.
 
@@ -208,7 +208,7 @@ class CoupledTrainer(RowMeanTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.save_models(self.args.output_dir)
-            run_state.mark_done(self.args.output_dir, self.marks | {"history": self.state.log_history})
+            run_state.mark_done(self.args.output_dir, self.log_extra | {"history": self.state.log_history})
             for checkpoint in () if self.args.keep_checkpoints else run_state.checkpoints(self.args.output_dir):
                 shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()

@@ -172,8 +172,8 @@ def check_apart(models, roles=None):
     for name, model in models.items():
         for part, parameter in () if isinstance(model, (str, Path)) else model.named_parameters():
             other = seen.setdefault(id(parameter), name)
-            learns = roles is None or roles[name] or roles[other]
-            if learns and other != name and models[other] is not model:
+            is_trained = roles is None or roles[name] or roles[other]
+            if is_trained and other != name and models[other] is not model:
                 raise ValueError(
                     f"{other} and {name} share the weight {part}: training one moves the other, load each by itself"
                 )

@@ -186,7 +186,7 @@ def load_config(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
-def kind_of(path, config):
+def auto_class(path, config):
     """The class that loads a model with a language-model head.
 
     Raises:
@@ -216,7 +216,7 @@ def check_visual(path):
             "--adapter"
         )
     config = load_config(path)
-    if kind_of(path, config) is not AutoModelForImageTextToText:
+    if auto_class(path, config) is not AutoModelForImageTextToText:
         raise ValueError(
             f"model {str(path)!r} is a {config.model_type}, a model of text alone: expected one that answers in text "
             "about images"
@@ -229,14 +229,14 @@ def load_weights(path, dtype="auto", kind=None, **how):
     Args:
         path: folder or Hub name.
         dtype: "auto" (as the weights are saved) or a dtype or its name.
-        kind: the class that loads it; None: as `kind_of`.
+        kind: the class that loads it; None: as `auto_class`.
         how: for its from_pretrained.
 
     Raises:
         OSError: no model under that name.
         ValueError: damaged files, weights that are missing or of another shape; names one.
     """
-    kind = kind or kind_of(path, load_config(path))
+    kind = kind or auto_class(path, load_config(path))
     folder = folder_of(path)
     generation = folder and folder / "generation_config.json"
     if generation and generation.is_file() and (wrong := json_fault(generation)):
@@ -266,7 +266,9 @@ def load_weights(path, dtype="auto", kind=None, **how):
             f"model {str(path)!r} lacks {len(missing)} weights of {name}, e.g. {missing[0]}{fits}: they would be random"
         )
     if left:
-        notes.tell(f"model {str(path)!r}: {len(left)} weights fit nothing in {name} and are left out, e.g. {left[0]}")
+        notes.note_once(
+            f"model {str(path)!r}: {len(left)} weights fit nothing in {name} and are left out, e.g. {left[0]}"
+        )
     return model
 
 
@@ -276,7 +278,7 @@ def outline(path):
     if getattr(config, "quantization_config", None) is None:
         return load_weights(path, device_map="meta")
     with torch.device("meta"), reading("model", path):  # quantized weights are made on their device
-        return kind_of(path, config).from_config(config)
+        return auto_class(path, config).from_config(config)
 
 
 # adapters
@@ -326,7 +328,7 @@ def adapter_config(path, model=None):
         raise ValueError(f"adapter {str(path)!r} is of task {config.task_type}, expected one of a model that answers")
     trained = config.base_model_name_or_path
     if model is not None and trained and not same_place(trained, model):
-        notes.tell(f"adapter {str(path)!r} was trained on {trained!r} and is put on {str(model)!r}")
+        notes.note_once(f"adapter {str(path)!r} was trained on {trained!r} and is put on {str(model)!r}")
     return config
 
 

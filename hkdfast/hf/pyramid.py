@@ -93,7 +93,7 @@ class PyramidTrainer:
             outline = meta_model(name) if name else model
             self.sizes.append(sum(parameter.numel() for parameter in outline.parameters()))
             check_heads({f"model {place + 1}": outline}, processing_class)
-            if self.learns(place, args) and (name or isinstance(model, PeftModel)):  # another would get its adapter
+            if self.is_trained(place, args) and (name or isinstance(model, PeftModel)):  # another would get its adapter
                 with flags_kept(outline):
                     prepare_for_training(outline, args, self.adapters[place])
         self.given, self.args, self.stages = list(models), args, len(models) - 1
@@ -124,8 +124,8 @@ class PyramidTrainer:
         """
         if self.model is not None:
             raise ValueError("the chain has been trained: make a new trainer for more")
-        done = self.standing(resume_from_checkpoint)
-        self.history = [entry for about in done for entry in about["history"]]
+        done = self.finished_stages(resume_from_checkpoint)
+        self.history = [entry for stage in done for entry in stage["history"]]
         teacher = self.load_stage_model(len(done), len(done))
         for stage in range(len(done) + 1, self.stages + 1):
             student = self.load_stage_model(stage, stage - 1)
@@ -144,7 +144,7 @@ class PyramidTrainer:
     def folder(self, stage: int) -> Path:
         return Path(str(self.args.output_dir)) / f"stage-{stage}"
 
-    def standing(self, resume: bool | None) -> list[dict[str, Any]]:
+    def finished_stages(self, resume: bool | None) -> list[dict[str, Any]]:
         """What `finish` wrote of the stages that are finished, in their order."""
         if resume not in (True, False, None):
             raise ValueError(f"resume_from_checkpoint must be True or False, got {resume!r}: output_dir says how far")
@@ -156,10 +156,10 @@ class PyramidTrainer:
             raise ValueError(f"nothing to resume: no folder {output_dir}")
         for stage in range(1, self.stages + 1):
             if run_state.has_training(self.folder(stage)):
-                run_state.check_manifest(self.folder(stage), self.about(stage))
+                run_state.check_manifest(self.folder(stage), self.manifest(stage))
         done: list[dict[str, Any]] = []
-        while len(done) < self.stages and (about := run_state.read_done(self.folder(len(done) + 1))) is not None:
-            done.append(about)
+        while len(done) < self.stages and (found := run_state.read_done(self.folder(len(done) + 1))) is not None:
+            done.append(found)
         late = [
             self.folder(stage)
             for stage in range(len(done) + 2, self.stages + 1)
@@ -170,14 +170,14 @@ class PyramidTrainer:
             raise ValueError(f"{late[0]} has been trained in, but {missing} is not finished: name another output_dir")
         return done
 
-    def about(self, stage: int) -> dict[str, Any]:
+    def manifest(self, stage: int) -> dict[str, Any]:
         """What decides the result of a stage, for `run_state.start_or_resume`."""
         adapters = [adapter and adapter.to_dict() for adapter in self.adapters]
         chain = {"stage": stage, "models": absolute_names(self.names), "peft_config": adapters}
         return chain | self.args.of_stage(stage).fingerprint()
 
     @staticmethod
-    def learns(place: int, args: PyramidConfig) -> bool:
+    def is_trained(place: int, args: PyramidConfig) -> bool:
         """Whether the model in this place of the chain, from 0, is trained in some stage."""
         return bool(place) or args.roles()["teacher"]
 
@@ -187,7 +187,7 @@ class PyramidTrainer:
             model = load_model(self.names[place], self.args.dtype)
         else:
             model, self.given[place] = self.given[place], None  # so that nothing here outlives its stages
-        if self.learns(place, self.args):
+        if self.is_trained(place, self.args):
             model = prepare_for_training(model, self.args, self.adapters[place])
         if place and place == done:
             restore(model, self.folder(done) / "student")
@@ -203,8 +203,8 @@ class PyramidTrainer:
             args.loss,
             {"teacher": args.rate_of(0), "student": args.rate_of(1)},
             title=f"pyramid, stage {stage} of {self.stages}",
-            marks={"stage": stage},
-            about=self.about(stage),
+            log_extra={"stage": stage},
+            manifest=self.manifest(stage),
             callbacks=[*self.callbacks],
             **self.data,
         )

@@ -16,17 +16,17 @@ DONE = "done.json"  # what a finished training logged, written last
 STATE = "trainer_state.json"  # of a checkpoint: Trainer's own, written last
 
 
-def write_manifest(folder, about):
+def write_manifest(folder, manifest):
     """Write into a folder, which is made if need be, what decides the result of the training that begins there.
 
     Args:
-        about: {name: what JSON can hold, or a dict of the same kind}; sets become sorted lists.
+        manifest: {name: what JSON can hold, or a dict of the same kind}; sets become sorted lists.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write(Path(folder) / RUN, about)
+    write(Path(folder) / RUN, manifest)
 
 
-def check_manifest(folder, about):
+def check_manifest(folder, manifest):
     """See that the training that was begun in a folder is this one.
 
     Raises:
@@ -35,16 +35,16 @@ def check_manifest(folder, about):
     stored = read(Path(folder) / RUN)
     if stored is None:
         raise ValueError(f"{folder} cannot be resumed: it has no {RUN} to say what was begun there")
-    for name, old, new in differences(stored, json.loads(as_json(about))):
+    for name, old, new in differences(stored, json.loads(as_json(manifest))):
         raise ValueError(f"{folder} is another run, {name} was {old!r} and is {new!r} now: begin in another folder")
 
 
-def start_or_resume(folder, about, checkpoint=None, save=True):
+def start_or_resume(folder, manifest, checkpoint=None, save=True):
     """Start a training in a folder, or check that the checkpoint to resume belongs to it.
 
     Args:
         folder: of this training.
-        about: as in `write_manifest`.
+        manifest: as in `write_manifest`.
         checkpoint: to resume from, in this folder or another; None for a fresh training.
         save: whether this process writes.
 
@@ -53,14 +53,14 @@ def start_or_resume(folder, about, checkpoint=None, save=True):
             for its own, checkpoints or a finished training.
     """
     if checkpoint is not None:
-        check_manifest(run_folder(checkpoint), about)
+        check_manifest(run_folder(checkpoint), manifest)
     if has_training(folder):
         if checkpoint is None:
             raise ValueError(f"{folder} has been trained in: resume it, or name another output_dir")
-        check_manifest(folder, about)
+        check_manifest(folder, manifest)
     if save:
         sweep(folder)
-        write_manifest(folder, about)
+        write_manifest(folder, manifest)
 
 
 def run_folder(checkpoint):
@@ -83,9 +83,9 @@ def differences(old, new, name=""):
         yield name, old, new
 
 
-def mark_done(folder, about):
+def mark_done(folder, results):
     """Write that the training in a folder is finished."""
-    write(Path(folder) / DONE, about)
+    write(Path(folder) / DONE, results)
 
 
 def read_done(folder):
@@ -167,8 +167,8 @@ def is_at_end(checkpoint):
     return state["global_step"] >= state["max_steps"]
 
 
-def as_json(about):
-    return json.dumps(about, default=lambda x: sorted(x) if isinstance(x, (set, frozenset)) else str(x))
+def as_json(content):
+    return json.dumps(content, default=lambda x: sorted(x) if isinstance(x, (set, frozenset)) else str(x))
 
 
 @contextmanager
@@ -193,10 +193,10 @@ def move(draft, folder):
     shutil.rmtree(draft)
 
 
-def write(file, about):
+def write(file, content):
     """As a whole or not at all."""
     part = file.with_name(f"{file.name}.partial")
-    part.write_text(as_json(about))
+    part.write_text(as_json(content))
     os.replace(part, file)
 
 

@@ -27,7 +27,7 @@ def prompts(processor, texts):
     keeper = keeper_of(processor)
     if keeper is None:
         kind = type(processor).__name__
-        notes.tell(f"{kind} and its tokenizer have no chat template: the model is asked without one")
+        notes.note_once(f"{kind} and its tokenizer have no chat template: the model is asked without one")
         return [marked(processor, text) for text in texts]
     content = content_of(processor, keeper)
     turns = [[{"role": "user", "content": content(text)}] for text in texts]

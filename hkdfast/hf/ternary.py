@@ -68,21 +68,21 @@ class TernaryTrainer(CoupledTrainer):
         check_apart(dict(zip(roles, models, strict=True)), roles)
         adapters, names = adapters_of(peft_config, len(roles)), model_names(models)
         processing_class = check_family([name for name in names if name], processing_class)
-        about = {
+        manifest = {
             "models": absolute_names(names),
             "peft_config": [adapter and adapter.to_dict() for adapter in adapters],
         }
         made = {}
-        for (role, learns), model, name, adapter in zip(roles.items(), models, names, adapters, strict=True):
+        for (role, is_trained), model, name, adapter in zip(roles.items(), models, names, adapters, strict=True):
             model = load_model(name, args.dtype) if name else model
-            made[role] = prepare_for_training(model, args, adapter) if learns else model
+            made[role] = prepare_for_training(model, args, adapter) if is_trained else model
         super().__init__(
             made,
             args,
             args.loss,
             {role: args.rate_of(place) for place, role in enumerate(roles)},
             title="ternary refinement",
-            about=about | args.fingerprint(),
+            manifest=manifest | args.fingerprint(),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

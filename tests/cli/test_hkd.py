@@ -164,7 +164,7 @@ def test_a_killed_run_resumes_without_losing_a_stage(home, whole, tmp_path, monk
 
             def save(trainer, *args):
                 saving(trainer, *args)
-                if trainer.marks.get("stage") == (2 if where == "stage 2" else None):
+                if trainer.log_extra.get("stage") == (2 if where == "stage 2" else None):
                     raise Killed
 
             patch.setattr(CoupledTrainer, "_save_checkpoint", save)
@@ -208,9 +208,9 @@ def test_another_run_is_not_resumed(home, whole, tmp_path, capsys):
 def test_other_swaps_are_another_run(home, whole, tmp_path, capsys):
     (whole, options), part = whole, tmp_path / "part"
     shutil.copytree(whole, part)
-    about = json.loads((part / "run.json").read_text())
-    assert about["swaps"] is None
-    (part / "run.json").write_text(json.dumps(about | {"swaps": "sha256 0"}))
+    manifest = json.loads((part / "run.json").read_text())
+    assert manifest["swaps"] is None
+    (part / "run.json").write_text(json.dumps(manifest | {"swaps": "sha256 0"}))
     assert hkd(home, part, *options, "--resume") == 2
     assert "swaps was 'sha256 0' and is None now" in capsys.readouterr().err
 
@@ -334,7 +334,7 @@ def test_a_stopped_chain_says_what_it_kept(home, tmp_path, monkeypatch, capfd):
 
     def save(trainer, *args):
         saving(trainer, *args)
-        if trainer.marks.get("stage") == 2:
+        if trainer.log_extra.get("stage") == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:

@@ -267,15 +267,15 @@ def test_marks_score_as_score_does():
         [right if keep else other for right, keep, other in zip(truth, kept, drawn(200, 5), strict=True)]
         for kept in (torch.rand(200, generator=generator) < 0.7, torch.rand(200, generator=generator) < 0.4)
     )
-    found = bootstrap.paired([choices.marks(records, ours)], [choices.marks(records, theirs)], "f1", resamples=200)
+    found = bootstrap.paired([choices.grade(records, ours)], [choices.grade(records, theirs)], "f1", resamples=200)
     gap = score(records, ours)["micro_f1"] - score(records, theirs)["micro_f1"]
     assert found.difference == pytest.approx(gap, abs=1e-12) and found.low < gap < found.high
     assert (found.images, found.pairs) == (50, 1)
     # a drawn image counts with all its questions: two images, the first drawn twice
     two = records[:4] + records[4:8]
     weights = [[2.0, 0.0], [1.0, 1.0]]
-    marks = choices.marks(two, ours[:8])
-    counts, _ = bootstrap.table([marks], [marks])
+    graded = choices.grade(two, ours[:8])
+    counts, _ = bootstrap.table([graded], [graded])
     for times in weights:
         total = (torch.tensor(times, dtype=torch.float64) @ counts.flatten(1)).view(2, 4)[0]
         repeated = [pair for pair, image in zip(zip(two, ours[:8], strict=True), [0] * 4 + [1] * 4, strict=True)

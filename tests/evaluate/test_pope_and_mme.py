@@ -358,7 +358,7 @@ def test_resamples_come_in_blocks(monkeypatch):
 def test_paired_refuses():
     one, other = marks([1, 0]), marks([1, 0], images=["x", "y"])
     for arguments, options, message in [
-        (([one], [one, one]), {}, "1 marked sets against 2"),
+        (([one], [one, one]), {}, "1 graded sets against 2"),
         (([], []), {}, "at least one"),
         (([one], [other]), {}, "pair 0 is not on the same questions"),
         (([one, one], [one, marks([1, 0], [1, 0])]), {}, "pair 1 is not on the same questions"),

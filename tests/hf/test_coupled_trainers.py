@@ -263,7 +263,7 @@ def test_norms_of_models_without_gradients_stand_beside_the_others(tmp_path, mon
     trainer = stage(tmp_path, chain(2), batch(size=4))
     monkeypatch.setattr(hf.TrainingArguments, "device", torch.device("meta"))  # where no batch has put a gradient yet
     assert trainer.clip(1.0).device.type == "meta"
-    assert [norm.device.type for norm in trainer.norms.values()] == ["meta", "meta"]
+    assert [norm.device.type for norm in trainer.grad_norms.values()] == ["meta", "meta"]
 
 
 def test_each_model_has_its_own_learning_rate_and_decay(tmp_path):

@@ -44,7 +44,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def untold():
-    notes.told.clear()
+    notes.noted.clear()
 
 
 def adapter_on(folder, **options):
