@@ -12,15 +12,17 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
+from torch.distributed.tensor import DTensor
 
 from ..batch import answer_rows
+from ..engine.arguments import without_autocast
 from ..heads import Head
 from .frozen import flags_kept
+from .probe import measure, numbers, points
 
 # never shown to the model: it would make logits for them, or does not know them
 LABELS = ("labels", "shift_labels", "num_items_in_batch", "distill_only")
-PROBE = 60.0  # the probe's logits run from -60 to 60: a softcap shows there
-WORDS = 1024  # of the vocabulary that the probe compares: all of them in float64 would be a second head
+WORDS = 1024  # of the vocabulary that verify compares: all of them in float64 would be a second head
 
 
 def unwrap_peft(model):
@@ -92,8 +94,7 @@ class LanguageHead:
 
     def __init__(self, model):
         inner = unwrap_peft(model)
-        find = getattr(inner, "get_output_embeddings", None)
-        self.module = find() if find is not None else None
+        self.module = find_head(inner)
         if self.module is None:
             raise ValueError(
                 f"{type(inner).__name__} has no language-model head (get_output_embeddings): load the model with one, "
@@ -103,6 +104,7 @@ class LanguageHead:
         self.config = inner.config
         self.scale, self.softcap = 1.0, None
         self.verified = False
+        self.inside = False  # whether a loss_in_head runs
         self.matrices(adapted=True)
 
     def base(self):
@@ -146,7 +148,8 @@ class LanguageHead:
 
         Raises:
             ValueError: before `verify`, for scale and softcap are not known; on an adapter that is merged, or no plain
-                LoRA; else as `hkdfast.Head`.
+                LoRA; on a sharded weight that wants a gradient, outside `loss_in_head`; on an offloaded head; else as
+                `hkdfast.Head`.
         """
         if not self.verified:
             raise ValueError(
@@ -159,52 +162,58 @@ class LanguageHead:
         # LoRA's path is r more columns, so that its dropout acts as in the layer itself and A and B get their
         # gradients through autograd.
         weight, bias, low_rank = self.matrices(adapted)
+        weight, bias = self.whole(weight), self.whole(bias)
+        hidden = hidden.to(weight.device)  # where a device_map places the head elsewhere than the last layer
         for a, b, scaling, dropout in low_rank:
-            down = scaling * a(dropout(hidden.to(a.weight.dtype)))
-            hidden = torch.cat([hidden, down.to(hidden.dtype)], -1)
-            weight = torch.cat([weight, b.weight.to(weight.dtype)], -1)
+            down = scaling * torch.nn.functional.linear(dropout(hidden.to(a.weight.dtype)), self.whole(a.weight))
+            with without_autocast(hidden.device):  # autocast's own cat does not take float16 under bfloat16
+                hidden = torch.cat([hidden, down.to(hidden.dtype)], -1)
+                weight = torch.cat([weight, self.whole(b.weight).to(weight.dtype)], -1)
         return Head(hidden, weight, bias, self.scale, self.softcap)
 
-    def candidates(self, config):
-        """The (scale, softcap) that the configurations of a model may mean; a wrapper often does not apply its text
-        model's."""
-        found = {(1.0, None): None}
-        for part in (config.get_text_config(), config):
-            scale = next((getattr(part, name) for name in SCALES if getattr(part, name, None)), None)
-            if scale is None and getattr(part, "logits_scaling", None):
-                scale = 1 / part.logits_scaling
-            cap = getattr(part, "final_logit_softcapping", None)
-            for pair in ((scale or 1.0, cap), (scale or 1.0, None), (1.0, cap)):
-                found[pair] = None
-        return list(found)
+    def whole(self, x):
+        """A weight of the head in one piece, on its device."""
+        if x is None:
+            return None
+        if x.device.type == "meta":
+            raise ValueError(f"the head of {self.name} is offloaded or not loaded (device meta): place it on a device")
+        if not isinstance(x, DTensor):
+            return x
+        # FSDP shards a weight outside the forward only, and there a gradient would not be reduced over its ranks
+        if x.requires_grad and torch.is_grad_enabled() and not self.inside:
+            raise ValueError(
+                f"the head of {self.name} is sharded here, outside the model's forward: compute the loss by "
+                "loss_in_head, or under torch.no_grad() make a teacher of it"
+            )
+        return x.full_tensor()
 
     @torch.no_grad()
     def verify(self, model, batch):
-        """Find scale and softcap by what the model makes of one token, and see that the head is what it seems.
+        """Measure scale and softcap by what the model makes of one token, and see that the head is what it seems.
 
-        The model runs once on the batch. Its head returns a ramp of known logits instead, which shows what becomes of
-        logits behind the head, whatever the configuration says.
+        The model runs once on the batch. Its head returns known logits instead, which shows what becomes of logits
+        behind the head, whatever the configuration says.
 
         Args:
             model: the model, or what wraps it (PEFT, DDP, ...).
             batch: dict of the model's inputs.
 
         Raises:
-            ValueError: if no candidate of the configuration explains it, or the head computes something else than
-                hidden @ weight.T + bias.
+            ValueError: if the head computes something else than hidden @ weight.T + bias, or the model changes its
+                logits behind it by something else than a scale and a softcap; if the head is not run exactly once.
         """
         seen = []
 
         def probe(forward, hidden):
-            row = hidden[:1, -1:]
+            row = hidden[:1, [longest(hidden[0])]]
             logits = forward(row)
             exact = self.multiplied(row)
             vocab = len(exact.weight)
-            words = torch.arange(0, vocab, -(-vocab // WORDS), device=row.device)
+            words = torch.arange(0, vocab, -(-vocab // WORDS), device=exact.weight.device)
             ours = torch.nn.functional.linear(exact.hidden.double(), exact.weight[words].double())
             ours = ours if exact.bias is None else ours + exact.bias[words].double()
-            ramp = torch.linspace(-PROBE, PROBE, logits.shape[-1], device=row.device).to(logits.dtype)
-            seen.append((logits[..., words], ours, ramp))
+            ramp = points(logits.shape[-1], logits.device)
+            seen.append((logits[..., words.to(logits.device)], ours.to(logits.device), ramp))
             return ramp.expand_as(logits)
 
         with evaluating(model), forward_replaced(self.module, probe):
@@ -213,26 +222,38 @@ class LanguageHead:
         torch.clear_autocast_cache()
         logits, ours, ramp = only(seen, self)
         off, slack = (logits - ours).abs().max().item(), tolerance(logits.dtype) * ours.abs().max().item()
-        if off > slack:
+        if not off <= slack:
             raise ValueError(
                 f"the head of {self.name} does not compute hidden @ weight.T + bias: its logits differ by {off:.2g}, "
                 f"more than {slack:.2g}"
             )
-        made = output.logits.flatten().double()
-        pairs = self.candidates(self.config)
-        gaps = [(made - apply_transform(ramp.double(), *pair)).abs().max().item() for pair in pairs]
-        best = min(range(len(pairs)), key=gaps.__getitem__)
-        if gaps[best] > tolerance(ramp.dtype) * PROBE * max(1, abs(pairs[best][0])):
-            tried = [f"scale {a:g} softcap {b} (off by {gap:.2g})" for (a, b), gap in zip(pairs, gaps, strict=True)]
+        made = getattr(output, "logits", None)
+        if made is None or made.numel() != ramp.numel():
+            shape = "no logits" if made is None else f"logits {tuple(made.shape)}"
+            raise ValueError(f"{self.name} makes {shape} of the {ramp.numel()} logits that its head makes of a token")
+        try:
+            self.scale, self.softcap = measure(ramp, made.flatten(), logits.dtype, numbers(self.config))
+        except ValueError as error:
             raise ValueError(
-                f"{self.name} changes the logits behind its head as its configuration does not tell; tried "
-                f"{', '.join(tried)}"
-            )
-        self.scale, self.softcap = pairs[best]
+                f"{self.name} ({self.config.model_type}) changes the logits behind its head, and not by one scale > 0 "
+                f"and one softcap, softcap * tanh(scale * logits / softcap): {error}. Give the loss this model's "
+                "logits instead of a Head"
+            ) from None
         self.verified = True
 
 
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+def find_head(model):
+    """The head that a model names, else the only one that a model inside it names; None without one."""
+    own = output_embeddings(model)
+    if own is not None:
+        return own
+    inside = {id(head): head for part in model.modules() if (head := output_embeddings(part)) is not None}
+    return next(iter(inside.values())) if len(inside) == 1 else None
+
+
+def output_embeddings(module):
+    find = getattr(module, "get_output_embeddings", None)
+    return None if find is None else find()
 
 
 def tolerance(dtype):
@@ -240,9 +261,9 @@ def tolerance(dtype):
     return max(8 * torch.finfo(dtype).eps, 1e-4)
 
 
-def apply_transform(x, scale, softcap):
-    x = x * scale
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
+def longest(hidden):
+    """The longest of some hidden states (T, H): behind padding one may be 0, of which every head makes the same."""
+    return hidden.float().norm(dim=-1).argmax().item()
 
 
 def low_rank_of(module, name):
@@ -317,7 +338,11 @@ def loss_in_head(model, inner, head, batch, rows, loss):
     verified(head, model, batch)
 
     def at_head(_, hidden):
-        value, metrics = loss(select_rows(hidden, rows))
+        head.inside = True
+        try:
+            value, metrics = loss(select_rows(hidden, rows))
+        finally:
+            head.inside = False
         results.append((value.reshape(1, 1, 1), metrics))
         return results[-1][0]  # the very tensor: a sharding wrapper of the head hangs its hooks on it
 
