@@ -13,6 +13,8 @@ from .ops.reference import DIVERGENCES
 
 if TYPE_CHECKING:
     from .hf import (  # noqa: F401
+        DistillConfig,
+        DistillTrainer,
         LanguageHead,
         PyramidConfig,
         PyramidTrainer,
@@ -40,6 +42,8 @@ __all__ = [
 ]
 # Names of hkdfast.hf, imported at first use: `import hkdfast` needs torch alone.
 FROM_HF = (
+    "DistillConfig",
+    "DistillTrainer",
     "LanguageHead",
     "PyramidConfig",
     "PyramidTrainer",

@@ -31,6 +31,10 @@ def add_options(parser):
     add("--against", nargs="+", metavar="FILE", help="answers of another system to compare with, listed like --answers")
     add("--device", help="torch device; without it a GPU if there is one")
     add("--dtype", default="auto", choices=DTYPES, help="auto: as the model is saved")
+    add(
+        "--attn-implementation",
+        help="e.g. sdpa, eager, flash_attention_2 (of the extra flash); default: transformers' choice",
+    )
     add("--resume", action="store_true", help="continue a stopped run with the same options")
     add("--resamples", type=int, default=10_000, help="draws of the bootstrap")
     add("--output", metavar="FILE", help="JSON file for the scores; needed with --model, whose answers go beside it")
@@ -141,7 +145,13 @@ def ask(args, asked, answer_set, texts):
 
     for questions in asked.values():
         generate.check_images(questions, args.images)
-    model, processor = generate.load(args.model, args.adapter, device=args.device, dtype=args.dtype)
+    model, processor = generate.load(
+        args.model,
+        args.adapter,
+        device=args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+    )
     for questions in asked.values():
         generate.check_texts(processor, list(texts(questions)))
 

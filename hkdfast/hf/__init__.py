@@ -13,12 +13,19 @@ from .adapter import language_linear_names, seed_lora_config
 from .apply import apply
 from .collator import QuestionCollator
 from .configs import PyramidConfig, SeedConfig, TernaryConfig
+from .distill import DistillMixin, DistillTrainer
+from .distill_config import DistillArguments, DistillConfig
 from .head import LanguageHead, as_teacher, head_fn, hidden_states, loss_in_head
 from .pyramid import PyramidTrainer
 from .seed import SeedTrainer
 from .ternary import TernaryTrainer
+from .text_collator import TextCollator
 
 __all__ = [
+    "DistillArguments",
+    "DistillConfig",
+    "DistillMixin",
+    "DistillTrainer",
     "LanguageHead",
     "PyramidConfig",
     "PyramidTrainer",
@@ -27,6 +34,7 @@ __all__ = [
     "SeedTrainer",
     "TernaryConfig",
     "TernaryTrainer",
+    "TextCollator",
     "apply",
     "as_teacher",
     "head_fn",

@@ -62,7 +62,8 @@ FINGERPRINT = (
     "fp16",
     "load_best_model_at_end",
 )
-NOT_IN_FINGERPRINT = ("tile_memory", "backend", "keep_checkpoints", "yes_rate")  # our own options that do not
+# our own options that do not
+NOT_IN_FINGERPRINT = ("tile_memory", "backend", "keep_checkpoints", "yes_rate", "attn_implementation")
 NO_LOGITS = "no logits exist, and the logged metrics are means over answer positions"
 CASTS = "it casts the model's weights in place, a teacher's too: load the model in that dtype"
 # options of TrainingArguments that would be ignored or would not work: refused unless they have their default value
@@ -91,7 +92,7 @@ def arg(default: Any, text: str, choices: Iterable[str] | None = None) -> Any:
 
 
 @dataclass
-class DistillationArguments:
+class SharedArguments:
     """Options that mean the same to every trainer, and its own defaults of TrainingArguments."""
 
     beta: float = arg(0.5, "Weight of the teacher in the mixture of jensen_shannon, skew_kl and skew_reverse_kl.")
@@ -109,6 +110,11 @@ class DistillationArguments:
     precision: str = arg("float32", "Precision of the logits of a tile.", PRECISIONS)
     tile_memory: int | None = arg(None, "Memory budget for tiles, in bytes; by default as in distill_loss.")
     backend: str | None = arg(None, "Implementation of the loss; by default the fastest one available.", MODULES)
+    attn_implementation: str | None = arg(
+        None,
+        "Attention of all models, e.g. sdpa, eager or flash_attention_2 (of the extra flash); by default the one that "
+        "transformers chooses.",
+    )
     learning_rate: float = arg(2e-4, "The largest learning rate.")
     num_train_epochs: float = arg(1.0, "Passes over the data in each round or stage; max_steps overrides it.")
     logging_steps: float = arg(10, "Log every this many steps.")
@@ -126,12 +132,16 @@ class DistillationArguments:
         Raises:
             ValueError: naming the option, with the reason.
         """
-        for name, reason in UNREAD.items():
+        for name, reason in self.unread().items():
             if getattr(self, name, None) not in (type(self).__dataclass_fields__[name].default, None, []):
                 raise ValueError(f"{name} cannot be used here: {reason}")
         label_names = getattr(self, "label_names", None)
         if not set(label_names or ()) <= set(LABELS):
             raise ValueError(f"label_names must be among {', '.join(LABELS)}, got {label_names}")
+
+    def unread(self) -> dict[str, str]:
+        """{name: reason} of the options of TrainingArguments that `check_unread` refuses."""
+        return UNREAD
 
     def fingerprint(self) -> dict[str, Any]:
         """{name: value} of the options that change the result, for `run_state.start_or_resume`."""
@@ -140,7 +150,7 @@ class DistillationArguments:
 
 @refuses(CONFIG)
 @dataclass
-class SeedConfig(DistillationArguments, TrainingArguments):
+class SeedConfig(SharedArguments, TrainingArguments):
     """Options of SeedTrainer; those of TrainingArguments hold for each round."""
 
     divergence: str = arg(
@@ -212,7 +222,33 @@ class SeedConfig(DistillationArguments, TrainingArguments):
 
 
 @dataclass
-class CoupledConfig(DistillationArguments, TrainingArguments):
+class StudentArguments(SharedArguments):
+    """Options of trainers whose teachers are models of their own."""
+
+    t_squared: bool = arg(False, "Multiply divergences by temperature ** 2.")
+    vocab: str | None = arg(
+        "common", "Vocabulary to compare if heads are padded to different sizes; None requires one size.", ["common"]
+    )
+    lora_r: int | None = arg(  # type: ignore[assignment]  # SEED has no other way than an adapter
+        None, "Train adapters of this rank; by default all weights are trained."
+    )
+    freeze: list[str] | None = arg(
+        None,
+        "Do not train parameters whose name contains one of these texts, e.g. vision_tower; they get no adapter.",
+    )
+    dtype: str = arg("auto", "Data type of the loaded models; auto: as saved.", DTYPES)
+    learning_rate: float = arg(2e-5, "The largest learning rate; with lora_r, ten times as much is usual.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_unread()
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
+        check_backend(self.backend)
+
+
+@dataclass
+class CoupledConfig(StudentArguments, TrainingArguments):
     """Options that PyramidTrainer and TernaryTrainer share."""
 
     divergence: str = arg("forward_kl", "Divergence of a model from the models it learns from.", DIVERGENCES)
@@ -225,29 +261,15 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
         True, "Detach the teacher, so that only the student receives the gradient; with --no-detach both do."
     )
     unlabeled_weight: float = arg(1.0, "Weight of answers without a label, which are only distilled.")
-    t_squared: bool = arg(False, "Multiply divergences by temperature ** 2.")
-    vocab: str | None = arg(
-        "common", "Vocabulary to compare if heads are padded to different sizes; None requires one size.", ["common"]
-    )
     learning_rates: list[float] | None = arg(
         None, "Largest learning rate of each model (the last is repeated); by default learning_rate for all."
     )
-    lora_r: int | None = arg(  # type: ignore[assignment]  # SEED has no other way than an adapter
-        None, "Train adapters of this rank; by default all weights are trained."
-    )
-    freeze: list[str] | None = arg(
-        None,
-        "Do not train parameters whose name contains one of these texts, e.g. vision_tower; they get no adapter.",
-    )
-    dtype: str = arg("auto", "Data type of the loaded models; auto: as saved.", DTYPES)
     keep_checkpoints: bool = arg(
         False, "Keep the checkpoints of a finished training; by default they are deleted once its models are saved."
     )
-    learning_rate: float = arg(2e-5, "The largest learning rate; with lora_r, ten times as much is usual.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_unread()
         for name in LIST_FIELDS:
             value = getattr(self, name, None)
             if isinstance(value, (int, float)):
@@ -255,8 +277,6 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
                 setattr(self, name, value)
             if value is not None and (not value or not all(0 <= number < math.inf for number in value)):
                 raise ValueError(f"{name} must be numbers that are not negative, at least one, got {value}")
-        if self.lora_r is not None and self.lora_r < 1:
-            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
         if self.push_to_hub:
             raise ValueError(
                 "push_to_hub would not upload the models, which have a folder each: upload the saved folders"
@@ -266,7 +286,6 @@ class CoupledConfig(DistillationArguments, TrainingArguments):
                 f"optim {OptimizerNames(self.optim).value!r} steps in the backward pass: it allows no learning rate or "
                 "gradient norm per model"
             )
-        check_backend(self.backend)
 
     def roles(self) -> dict[str, bool]:
         """{role: whether it is trained}, in the order of the models."""

@@ -12,7 +12,7 @@ from ..shell import absolute
 from . import loading
 from .adapter import adapted, check_adapter, seed_lora_config
 from .head import LanguageHead, unwrap_peft
-from .loading import base_of, is_adapter, reading
+from .loading import base_of, is_adapter, reading, reason
 
 # of an image processor: what it is called says nothing about the pixels it makes
 KINDS = ("image_processor_type", "processor_class", "auto_map")
@@ -50,6 +50,31 @@ def load_model(name, dtype="auto"):
     return loaded(name, lambda base: loading.load_weights(base, dtype))
 
 
+def set_attention(model, name):
+    """Change the attention of a model; None leaves it as it is.
+
+    Args:
+        model: a Hugging Face model, or a PEFT model.
+        name: as `attn_implementation` of from_pretrained.
+
+    Raises:
+        ImportError: an attention that is not installed.
+        ValueError: one that the model does not have, or that transformers does not know.
+    """
+    if name is None:
+        return
+    inner = unwrap_peft(model)
+    before = inner.config._attn_implementation
+    try:
+        inner.set_attn_implementation(name)
+    except ImportError as error:
+        raise ImportError(f"attn_implementation {name!r}: {reason(error)}", name="flash_attn") from error
+    except ValueError as error:
+        raise ValueError(f"attn_implementation {name!r} of {type(inner).__name__}: {reason(error)}") from error
+    if name != before == inner.config._attn_implementation:  # of which transformers warns only
+        raise ValueError(f"attn_implementation {name!r}: {type(inner).__name__} has {before!r} alone")
+
+
 def meta_model(name):
     """The model under a name, or the adapter on its model, without its weights: in no memory.
 
@@ -71,13 +96,14 @@ def loaded(name, load):
     return model
 
 
-def prepare_for_training(model, args, peft_config=None):
+def prepare_for_training(model, args, peft_config=None, shared=False):
     """The model as it is trained: its frozen weights frozen, with a LoRA adapter if one is asked for.
 
     Args:
         model: a Hugging Face model, or a PEFT model, whose own adapter is trained.
-        args: CoupledConfig.
+        args: StudentArguments.
         peft_config: an adapter of the caller's own making instead of LoRA of rank args.lora_r.
+        shared: whether the model without its adapter is a teacher.
 
     Raises:
         ValueError: if there is no head, nothing to train, an adapter on an adapter, weights outside an adapter that
@@ -93,14 +119,14 @@ def prepare_for_training(model, args, peft_config=None):
         lora = {"alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
         # PEFT writes the model's name into the configuration, which may be that of other models too
         config = copy.deepcopy(peft_config) or seed_lora_config(model, r=args.lora_r, **lora)
-        model = adapted(model, config, shared=False)
+        model = adapted(model, config, shared=shared)
     elif isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError("the model has an adapter already: pass either the bare model or no peft_config")
     for name, parameter in model.named_parameters():  # those of an adapter too
         if any(text in name for text in args.freeze or ()):
             parameter.requires_grad_(False)
     if isinstance(model, PeftModel):
-        check_adapter(model, shared=False)
+        check_adapter(model, shared=shared)
     elif not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"no weight of {type(model).__name__} is trainable")
     return model

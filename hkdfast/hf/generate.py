@@ -18,6 +18,7 @@ from ..data.generation import GenerationOptions, with_instruction
 from ..data.images import read_image
 from ..evaluate.pope import Question
 from . import loading
+from .family import set_attention
 from .templates import image_marks, prompts
 
 GREEDY = GenerationOptions()
@@ -29,6 +30,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str = "auto",
+    attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """(model in eval mode, processor) from a folder or a Hub name, with a PEFT adapter on it if one is given.
 
@@ -37,9 +39,11 @@ def load(
         adapter: folder with adapter_config.json, or None.
         device: torch device; None takes a GPU if there is one.
         dtype: "auto" (as the weights are saved), "float32", "bfloat16" or "float16".
+        attn_implementation: as in from_pretrained; None: the one that transformers chooses.
 
     Raises:
         OSError: no model or processor under that name.
+        ImportError: an attention that is not installed.
         FileNotFoundError: no adapter in that folder.
         ValueError: no such device; a model that answers nothing about images, or whose processor reads none; damaged
             files, weights that are missing or fit nothing, of the model or its adapter; an adapter made of virtual
@@ -54,6 +58,7 @@ def load(
     loading.check_visual(path)
     processor = loading.load_processor(path)
     model = loading.load_weights(path, dtype)
+    set_attention(model, attn_implementation)
     loading.check_words(path, processor, model)
     if adapter is not None:
         model = loading.put_adapter(model, adapter, config)

@@ -20,6 +20,7 @@ from .family import (
     meta_model,
     model_names,
     prepare_for_training,
+    set_attention,
 )
 from .frozen import flags_kept
 from .trainer import check_parts
@@ -91,6 +92,7 @@ class PyramidTrainer:
         self.sizes = []  # weights of each model
         for place, (model, name) in enumerate(zip(models, self.names, strict=True)):
             outline = meta_model(name) if name else model
+            set_attention(outline, args.attn_implementation)
             self.sizes.append(sum(parameter.numel() for parameter in outline.parameters()))
             check_heads({f"model {place + 1}": outline}, processing_class)
             if self.is_trained(place, args) and (name or isinstance(model, PeftModel)):  # another would get its adapter
@@ -187,6 +189,7 @@ class PyramidTrainer:
             model = load_model(self.names[place], self.args.dtype)
         else:
             model, self.given[place] = self.given[place], None  # so that nothing here outlives its stages
+        set_attention(model, self.args.attn_implementation)
         if self.is_trained(place, self.args):
             model = prepare_for_training(model, self.args, self.adapters[place])
         if place and place == done:

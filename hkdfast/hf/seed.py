@@ -15,6 +15,7 @@ from ..seed import isolate
 from .adapter import adapted, check_adapter, seed_lora_config
 from .collator import QuestionCollator
 from .configs import LOSS, SeedConfig
+from .family import set_attention
 from .frozen import settle
 from .head import LanguageHead, as_teacher, hidden_states, loss_in_head, unwrap_peft
 from .rounds import RoundsTrainer
@@ -82,6 +83,7 @@ class SeedTrainer(RoundsTrainer):
         if args.rounds > 1 and others.get("optimizers", (None, None)) != (None, None):
             raise ValueError("each round has its own optimizer: pass optimizer_cls_and_kwargs instead of optimizers")
         LanguageHead(model)
+        set_attention(model, args.attn_implementation)
         if not isinstance(model, PeftModel):
             set_seed(args.seed)
             model = adapted(model, peft_config or default_adapter(model, args), args.rounds)

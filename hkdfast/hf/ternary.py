@@ -13,6 +13,7 @@ from .family import (
     load_model,
     model_names,
     prepare_for_training,
+    set_attention,
 )
 from .trainer import check_parts
 
@@ -75,6 +76,7 @@ class TernaryTrainer(CoupledTrainer):
         made = {}
         for (role, is_trained), model, name, adapter in zip(roles.items(), models, names, adapters, strict=True):
             model = load_model(name, args.dtype) if name else model
+            set_attention(model, args.attn_implementation)
             made[role] = prepare_for_training(model, args, adapter) if is_trained else model
         super().__init__(
             made,

@@ -28,41 +28,47 @@ UNREAD = {
 }
 
 
-def check_parts(args, others):
+def check_parts(args, others, kind=Trainer, unread=UNREAD):
     """Refuse what a trainer cannot be given, before any work.
 
     Args:
         args: its config.
         others: {name: value} of its arguments that go to Trainer.
+        kind: the class of the trainer.
+        unread: {argument: reason} of those that are refused.
 
     Raises:
         ValueError: naming the option or argument, with the reason.
-        TypeError: an argument that Trainer does not have.
+        TypeError: an argument that no class of the trainer has.
     """
     if args.n_gpu > 1:
         raise ValueError(f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch")
-    if args.torch_compile:
-        raise ValueError("torch_compile would trace the loss away that runs inside the head: compile layers instead")
     args.check_unread()
+    known = {name for base in kind.__mro__ if "__init__" in vars(base) for name in parameters(base.__init__)}
     for name in others:
-        if name not in inspect.signature(Trainer.__init__).parameters:
-            raise TypeError(f"Trainer has no argument {name!r}")
-        if name in UNREAD and others[name] is not None:
-            raise ValueError(f"{name} is not read by this trainer: {UNREAD[name]}")
+        if name not in known:
+            raise TypeError(f"{kind.__name__} has no argument {name!r}")
+        if name in unread and others[name] is not None:
+            raise ValueError(f"{name} is not read by this trainer: {unread[name]}")
 
 
-class RowMeanTrainer(Trainer):
-    """Trainer whose loss is a mean over the answer rows of a step's batches, over all its processes.
+def parameters(function):
+    return inspect.signature(function).parameters
+
+
+class RowMeanMixin:
+    """For a subclass of Trainer: its loss is a mean over the answer rows of a step's batches, over all its processes.
 
     A subclass computes it, divided by num_items_in_batch where that is given, and hands per-row metrics to `log_rows`,
     whose means are logged beside the loss. No logits are made: `predict` gives metrics, and None for predictions.
     """
 
+    unread = UNREAD  # arguments of Trainer that are refused
     loss_is_scaled_for_ga = False  # set anew by every compute_loss
     watching = True  # until a training step has shown that no buffer changes which is not saved
 
     def __init__(self, model, args, **others):
-        check_parts(args, others)
+        check_parts(args, others, type(self), self.unread)
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False  # without a device there is nothing to pin for, and torch warns of it
         super().__init__(model, args, **others)
@@ -194,3 +200,7 @@ class RowMeanTrainer(Trainer):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
         return True
+
+
+class RowMeanTrainer(RowMeanMixin, Trainer):
+    """Trainer of a loss that is a mean over answer rows."""
