@@ -15,7 +15,7 @@ from .collator import QuestionCollator
 from .distill_config import DistillArguments, DistillConfig
 from .family import check_family, check_heads, load_model, model_names, prepare_for_training, set_attention
 from .frozen import settle
-from .head import LABELS, LanguageHead, loss_in_head, model_inputs, unwrap_peft
+from .head import LABELS, LanguageHead, loss_in_head, model_inputs
 from .loading import fill_adapter
 from .text_collator import TextCollator
 from .trainer import UNREAD, RowMeanMixin
@@ -74,7 +74,7 @@ class DistillMixin(RowMeanMixin):
         if self.model.training:
             settle(self.model)
         if not self.head.verified:
-            self.head.verify(model, inputs, unwrap_peft(self.model).config)
+            self.head.verify(model, inputs)
         answers, labels = answer_rows(inputs)
         if labels is None:
             raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from .family import check_apart, load_model, set_attention
-from .head import LanguageHead, as_teacher, hidden_states, unwrap_peft
+from .head import LanguageHead, as_teacher, hidden_states
 
 SELF = "self"  # the trained model without its adapter
 TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")  # one row for each example of a batch
@@ -27,7 +27,7 @@ class Teacher:
     def states(self, student, batch, rows):
         """Hidden states (N, H) that enter the head at these rows."""
         if not self.head.verified:
-            self.head.verify(self.model, batch, unwrap_peft(self.model).config)
+            self.head.verify(self.model, batch)
         with torch.no_grad():
             return hidden_states(self.model, self.head, batch, rows)
 
