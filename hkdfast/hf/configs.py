@@ -239,8 +239,8 @@ class StudentArguments(SharedArguments):
     dtype: str = arg("auto", "Data type of the loaded models; auto: as saved.", DTYPES)
     learning_rate: float = arg(2e-5, "The largest learning rate; with lora_r, ten times as much is usual.")
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # of TrainingArguments, into which this is mixed
         self.check_unread()
         if self.lora_r is not None and self.lora_r < 1:
             raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")

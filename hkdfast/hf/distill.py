@@ -1,6 +1,7 @@
 """Distillation from one teacher or several as a Trainer, and as a mixin for a Trainer of one's own."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -45,7 +46,7 @@ class DistillMixin(RowMeanMixin):
 
     unread = {name: UNREAD[name] for name in ("model_init", "compute_loss_func")}
 
-    def __init__(self, model, args, *, teacher, **others):
+    def __init__(self, model: Any, args: Any, *, teacher: Any, **others: Any) -> None:
         if not isinstance(args, DistillArguments):
             raise TypeError(
                 f"args must have the options of DistillArguments, as DistillConfig, got {type(args).__name__}"
@@ -218,16 +219,16 @@ class DistillTrainer(DistillMixin, Trainer):
 
     def __init__(
         self,
-        model,
-        teacher,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        peft_config=None,
-        **others,
-    ):
+        model: Any,
+        teacher: Any,
+        args: DistillConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        **others: Any,
+    ) -> None:
         args = DistillConfig("distill") if args is None else args
         named = dict(teacher) if isinstance(teacher, dict) else {None: teacher}
         names = [name for name in model_names([model, *named.values()]) if name and name != teachers.SELF]
@@ -252,7 +253,7 @@ class DistillTrainer(DistillMixin, Trainer):
         heads = {"teacher" if name is None else f"teacher {name!r}": one.model for name, one in self.teachers.items()}
         check_heads({"the model": self.model} | heads, processing_class)
 
-    def train(self, resume_from_checkpoint=None, **others):
+    def train(self, resume_from_checkpoint: Any = None, **others: Any) -> Any:
         """Trainer.train. True for resume_from_checkpoint takes the last checkpoint that is whole; one at the end of its
         training is loaded, and nothing trained: then None is returned."""
         if isinstance(self.model, PeftModel):

@@ -1,6 +1,7 @@
 """The options of DistillTrainer as a Trainer's arguments."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -29,7 +30,7 @@ class DistillArguments(StudentArguments):
         None, "Cut sequences after so many tokens; None: never. Read by the default collator of text."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
@@ -37,10 +38,10 @@ class DistillArguments(StudentArguments):
         head = Head(torch.zeros(1, 1), torch.zeros(2, 1))
         distill_loss(head, head, labels=torch.tensor([0]), **options)
 
-    def unread(self):
+    def unread(self) -> dict[str, str]:
         return {name: reason for name, reason in UNREAD.items() if name not in READ}
 
-    def loss_options(self):
+    def loss_options(self) -> dict[str, Any]:
         """The options of `hkdfast.distill_loss`."""
         return self.select((*LOSS, "divergence_weight", "t_squared", "vocab"))
 

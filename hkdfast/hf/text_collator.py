@@ -1,9 +1,9 @@
 """Text, prompts with completions, and conversations as batches of a language model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
 import torch
@@ -12,6 +12,7 @@ from .. import notes
 from ..batch import IGNORE_INDEX
 from ..data.jsonl import shown
 
+Encoded: TypeAlias = dict[str, list[Any]]
 FORMS = ("input_ids", "messages", "prompt", "text")  # an example has one of these columns
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -43,20 +44,20 @@ class TextCollator:
     tokenizer: Any
     max_length: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tokenizer.pad_token_id is None and self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has neither pad nor eos token: set tokenizer.pad_token")
 
-    def __call__(self, examples):
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         return self.pad([self.encode(each, f"example {place} of the batch") for place, each in enumerate(examples)])
 
-    def pad(self, encoded):
+    def pad(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """A batch of what `encode` gives."""
         longest = max(len(each["input_ids"]) for each in encoded)
         end = self.tokenizer.pad_token_id
         end = self.tokenizer.eos_token_id if end is None else end
 
-        def padded(values, filler):
+        def padded(values: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
             return torch.tensor([[*each, *[filler] * (longest - len(each))] for each in values])
 
         ids = [each["input_ids"] for each in encoded]
@@ -70,7 +71,7 @@ class TextCollator:
             batch["distill_only"] = padded(marks, False)
         return batch
 
-    def encode(self, example, where="the example"):
+    def encode(self, example: Mapping[str, Any], where: str = "the example") -> Encoded:
         """{"input_ids", "labels"} of an example as lists, "distill_only" where its completion is None.
 
         Args:
@@ -90,18 +91,18 @@ class TextCollator:
             raise ValueError(f"{where}: {cut}its {found[0]} leave nothing to be learned")
         return encoded
 
-    def encode_input_ids(self, example, where):
+    def encode_input_ids(self, example: Mapping[str, Any], where: str) -> Encoded:
         ids = list(map(int, example["input_ids"]))
         labels = ids if example.get("labels") is None else list(map(int, example["labels"]))
         if len(labels) != len(ids):
             raise ValueError(f"{where} has {len(ids)} input_ids and {len(labels)} labels, expected one for each")
         return {"input_ids": ids, "labels": list(labels)}
 
-    def encode_text(self, example, where):
+    def encode_text(self, example: Mapping[str, Any], where: str) -> Encoded:
         ids = self.tokens(checked(example, "text", where) + self.end, special=True)
         return {"input_ids": ids, "labels": list(ids)}
 
-    def encode_prompt(self, example, where):
+    def encode_prompt(self, example: Mapping[str, Any], where: str) -> Encoded:
         if "completion" not in example:
             raise ValueError(
                 f"{where} has a prompt without completion: give it one, or None if a teacher is to give it"
@@ -115,10 +116,10 @@ class TextCollator:
         text = example["prompt"] + checked(example, "completion", where)
         return after(prompt, self.tokens(text + self.end, special=True))
 
-    def encode_messages(self, example, where):
+    def encode_messages(self, example: Mapping[str, Any], where: str) -> Encoded:
         return self.encode_turns(list(example["messages"]), where, example)
 
-    def encode_turns(self, turns, where, example, first=0):
+    def encode_turns(self, turns: list[Any], where: str, example: Mapping[str, Any], first: int = 0) -> Encoded:
         """A conversation, of which the assistant's turns from number `first` on are learned.
 
         A turn is found by what the template adds with it. Some templates change earlier turns, they drop their thoughts
@@ -127,7 +128,7 @@ class TextCollator:
         """
         check_turns(turns, where)
 
-        def render(part, **how):
+        def render(part: list[Any], **how: Any) -> list[int]:
             try:
                 text = self.tokenizer.apply_chat_template(part, tools=example.get("tools"), tokenize=False, **how)
             except (jinja2.TemplateError, TypeError, KeyError) as error:
@@ -152,39 +153,39 @@ class TextCollator:
             else:
                 changed += 1
         if changed:
-            notes.tell(
+            notes.note_once(
                 f"{where}: {changed} of {len(own)} turns of the assistant are not learned: the chat template changes "
                 "them once other turns follow. Examples that end after each turn would learn all"
             )
         return {"input_ids": ids, "labels": labels}
 
-    def tokens(self, text, special):
+    def tokens(self, text: str, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     @property
-    def end(self):
+    def end(self) -> str:
         return self.tokenizer.eos_token or ""
 
 
-def after(prompt, whole):
+def after(prompt: list[int], whole: list[int]) -> Encoded:
     """What a prompt's tokens are followed by is learned; a token across the border belongs to it."""
     start = len(os.path.commonprefix([prompt, whole]))
     return {"input_ids": whole, "labels": [IGNORE_INDEX] * start + whole[start:]}
 
 
-def unanswered(prompt):
+def unanswered(prompt: list[int]) -> Encoded:
     marks = [False] * (len(prompt) - 1) + [True]
     return {"input_ids": prompt, "labels": [IGNORE_INDEX] * len(prompt), "distill_only": marks}
 
 
-def checked(example, name, where):
+def checked(example: Mapping[str, Any], name: str, where: str) -> str:
     """A column that holds a text."""
     if not isinstance(example[name], str):
         raise ValueError(f"{where}: {name} is {shown(example[name])}, expected a text")
     return example[name]
 
 
-def check_turns(turns, where):
+def check_turns(turns: list[Any], where: str) -> None:
     """Refuse what is no conversation."""
     for n, turn in enumerate(turns):
         role = turn.get("role") if isinstance(turn, Mapping) else None
