@@ -13,6 +13,7 @@ import gc
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -157,6 +158,35 @@ def timed(benchmark, request):
 
 
 @pytest.fixture
+def interleaved(benchmark, request):
+    """Times a call, and another one before each of its rounds, so that both meet the same machine:
+    interleaved(call, other, who=..., what=..., shape=...) returns the seconds of the other's rounds. At most seven."""
+
+    def run(call, other, rounds=7, **info):
+        benchmark.extra_info |= info
+        seconds = []
+
+        def first():
+            start = time.perf_counter()
+            other()
+            seconds.append(time.perf_counter() - start)
+
+        if share in request.node.stash:
+            try:
+                rounds = rounds_within(request.node.stash[share], lambda: (first(), call()), rounds, 1, False)
+            except TooSlow as error:
+                FAILURES.append({**info, "why": f"TooSlow: {error}"})
+                pytest.skip(str(error))
+        benchmark.pedantic(call, setup=first, warmup_rounds=1, rounds=rounds, iterations=1)
+        if benchmark.stats:
+            TIMES.append({**info, "seconds": benchmark.stats.stats.median})
+            TIMES.append({**info, "who": "unpatched", "seconds": statistics.median(seconds[-rounds:])})
+        return seconds[-rounds:]
+
+    return run
+
+
+@pytest.fixture
 def step(timed):
     """Times loss and gradients of a function of tensors; returns (loss, gradients) of its last call."""
 
@@ -216,6 +246,7 @@ def driver():
 def pytest_benchmark_update_machine_info(config, machine_info):
     gpu = torch.cuda.is_available()
     machine_info["torch_threads"] = torch.get_num_threads()
+    machine_info["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     machine_info["gpu"] = torch.cuda.get_device_name() if gpu else None
     machine_info["gpu_memory"] = torch.cuda.get_device_properties(0).total_memory if gpu else None
     machine_info["driver"] = driver() if gpu else None

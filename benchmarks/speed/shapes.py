@@ -47,6 +47,16 @@ COUPLED = {
     },
 }[SIZE]
 
+# (vocabulary, hidden size of the student, of the teacher, sequences, tokens of a prompt, of an answer) of trainers
+TRAINERS = {
+    "tiny": {"tiny": (300, 32, 32, 2, 5, 4)},
+    "cpu": {
+        "4 x 64 answer tokens, 512 x 32000": (32_000, 512, 768, 4, 64, 64),
+        "2 x 64 answer tokens, 512 x 128256": (128_256, 512, 768, 2, 64, 64),
+    },
+    "cuda": {"8 x 512 answer tokens, 2048 x 128256": (128_256, 2048, 4096, 8, 512, 512)},
+}[SIZE]
+
 # sweeps for the figures: the same number of words in rows of every length, and shape A with fewer and more rows
 VOCABULARIES = {
     "tiny": [(4, 100)],

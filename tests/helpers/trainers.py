@@ -12,6 +12,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.trainer_callback import PrinterCallback
 
+from hkdfast.batch import answer_rows
+from hkdfast.hf.head import model_inputs
+
 RATE, STEPS = 1e-3, 3
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} "
@@ -24,9 +27,9 @@ PROMPTS = ("is there a cat", "a dog in the image ?", "is the cow", "yes no one w
 def language_model(seed, width=32, vocab=61, kind=hf.LlamaConfig, **others):
     """A model whose distribution is not flat."""
     torch.manual_seed(seed)
-    layers = zoo.GROUPED | dict(hidden_size=width) | others
+    layers = zoo.GROUPED | dict(hidden_size=width, max_position_embeddings=128) | others
     model = hf.AutoModelForCausalLM.from_config(
-        kind(**layers, vocab_size=vocab, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=128)
+        kind(**layers, vocab_size=vocab, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,6 +112,24 @@ def options(folder, **others):
         )
         | others
     )
+
+
+class Eager(hf.Trainer):
+    """transformers.Trainer with a teacher: forward KL and cross entropy from the logits of both models."""
+
+    loss_is_scaled_for_ga = True
+    hard_weight = 0.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rows, labels = answer_rows(inputs)
+        outputs = model(**model_inputs(inputs))
+        with torch.no_grad():
+            p = self.teacher(**model_inputs(inputs)).logits[rows].log_softmax(-1)
+        q = outputs.logits[rows].log_softmax(-1)
+        loss = (p.exp() * (p - q)).sum(-1) - self.hard_weight * q.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        loss = loss.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
 
 def distillation(folder, student=None, teacher=None, kind=None, dataset=None, processor=None, peft=None, **others):

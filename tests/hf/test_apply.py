@@ -7,30 +7,11 @@ import torch
 import trainers
 import transformers as hf
 import zoo
+from trainers import Eager
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from zoo import one_thread, two_processes  # noqa: F401
 
-from hkdfast.batch import answer_rows
 from hkdfast.hf import LanguageHead, apply
-from hkdfast.hf.head import model_inputs
-
-
-class Eager(Trainer):
-    """Forward KL from the logits of both models."""
-
-    loss_is_scaled_for_ga = True
-    hard_weight = 0.0
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rows, labels = answer_rows(inputs)
-        outputs = model(**model_inputs(inputs))
-        with torch.no_grad():
-            p = self.teacher(**model_inputs(inputs)).logits[rows].log_softmax(-1)
-        q = outputs.logits[rows].log_softmax(-1)
-        loss = (p.exp() * (p - q)).sum(-1) - self.hard_weight * q.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
-        self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        loss = loss.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
 
 
 def examples(size=24, length=12, vocab=61):
