@@ -205,6 +205,10 @@ class LanguageHead:
         seen = []
 
         def probe(forward, hidden):
+            if hidden.dim() != 3:
+                raise ValueError(
+                    f"the head of {self.name} sees hidden states {tuple(hidden.shape)}, expected (batch, positions, H)"
+                )
             row = hidden[:1, [longest(hidden[0])]]
             logits = forward(row)
             exact = self.multiplied(row)
