@@ -160,16 +160,17 @@ def timed(benchmark, request):
 @pytest.fixture
 def interleaved(benchmark, request):
     """Times a call, and another one before each of its rounds, so that both meet the same machine:
-    interleaved(call, other, who=..., what=..., shape=...) returns the seconds of the other's rounds. At most seven."""
+    interleaved(call, other, clock, who=..., what=..., shape=...) returns the seconds of the other's rounds, by the
+    clock that the benchmark is marked with. At most seven rounds."""
 
-    def run(call, other, rounds=7, **info):
+    def run(call, other, clock, rounds=7, **info):
         benchmark.extra_info |= info
         seconds = []
 
         def first():
-            start = time.perf_counter()
+            start = clock()
             other()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
 
         if share in request.node.stash:
             try:
