@@ -144,6 +144,30 @@ def tile_reused(place, terms):
     return as_student > 1 or any(place in (term.teacher, term.noisy) for term in terms)
 
 
+def request_grads(sources, terms, wants):
+    """Tell the sources which gradients are required of them; return the indices of those that have one."""
+    trained = [place for place in range(len(sources)) if any(wants[place])]
+    for place in trained:
+        sources[place].request_grads(*wants[place], separate_grad=tile_reused(place, terms))
+    return trained
+
+
+def memory_needed(spec, tensors, wants, return_metrics):
+    """Bytes that `run` allocates for these arguments at most at once, gradients and results included."""
+    sources, memory = make_tile_sources(spec, tensors, any(weight for _, weight, _ in wants))
+    trained, rows = request_grads(sources, spec.terms, wants), len(tensors[0][0])
+    step = rows_per_block(sources, rows, memory)
+    tiles = max(source.fixed_bytes for source in sources) + step * sum(source.bytes_per_row for source in sources)
+    grads = sum(
+        x.numel() * torch.promote_types(sources[place].dtype, torch.float32).itemsize
+        for place in trained
+        for x, wanted in zip(tensors[spec.inputs[place].branches[0]], wants[place], strict=True)
+        if wanted
+    )
+    columns = len(spec.terms) * (1 + (len(METRICS) if return_metrics else 0))
+    return tiles + grads + columns * rows * widest(sources).itemsize
+
+
 def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
     """Losses and metrics of the rows, and the gradients of sum_i row_weight_i loss_i over all terms.
 
@@ -187,11 +211,9 @@ def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
     dtype = widest(students)
     loss = torch.empty(len(terms), rows, dtype=dtype, device=device)
     table = torch.empty(len(terms), len(METRICS), rows, dtype=dtype, device=device) if return_metrics else None
-    trained = [place for place in range(len(sources)) if any(wants[place])]
-    for place in trained:
-        sources[place].request_grads(*wants[place], separate_grad=tile_reused(place, terms))
-        if counted is not None:
-            sources[place].leave_out(counted)
+    trained = request_grads(sources, terms, wants)
+    for place in trained if counted is not None else ():
+        sources[place].leave_out(counted)
     step = rows_per_block(sources, rows, memory)
     if deferred:
         for place in trained:
