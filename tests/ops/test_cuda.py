@@ -460,9 +460,7 @@ def rows_on_gpu(operations, vocab):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_fall_to_the_next_backend_is_told_once(cuda):
     rows_on_gpu(cuda, 500)
-    with pytest.warns(
-        UserWarning, match=r"its \w+ backend.*rows of 501 tokens do not fit.*bfloat16.* have 500"
-    ):
+    with pytest.warns(UserWarning, match=r"its \w+ backend.*rows of 501 tokens do not fit.*bfloat16.* have 500"):
         loss = rows_on_gpu(cuda, 501)
     expected, _, _ = run_tiles(reference, "reverse_kl", *tiles(2, 501))
     torch.testing.assert_close(torch.Tensor(loss), expected)
@@ -478,9 +476,7 @@ def test_asked_for_by_name_it_refuses_what_does_not_fit(cuda):
     by_name, any_backend = find(device, torch.bfloat16, "cuda"), find(device, torch.bfloat16)
     assert any_backend is cuda
     rows_on_gpu(by_name, 500)
-    with pytest.raises(
-        ValueError, match="rows of 501 tokens do not fit on chip, the longest of such .* have 500"
-    ):
+    with pytest.raises(ValueError, match="rows of 501 tokens do not fit on chip, the longest of such .* have 500"):
         rows_on_gpu(by_name, 501)
     clean, noisy = (t.as_subclass(OnGpu) for t in tiles(2, 600))
     with pytest.raises(ValueError, match="rows of 600 words do not fit"):
