@@ -479,7 +479,7 @@ def test_asked_for_by_name_it_refuses_what_does_not_fit(cuda):
     with pytest.raises(ValueError, match="rows of 501 tokens do not fit on chip, the longest of such .* have 500"):
         rows_on_gpu(by_name, 501)
     clean, noisy = (t.as_subclass(OnGpu) for t in tiles(2, 600))
-    with pytest.raises(ValueError, match="rows of 600 words do not fit"):
+    with pytest.raises(ValueError, match="rows of 600 tokens do not fit"):
         by_name.contrast(Objective(**law()), clean, noisy, None, None, torch.empty(2, 600))
     cuda._cuda.missing = lambda index: "compute capability 8.0 has no thread-block clusters"
     cuda.missing.cache_clear()
