@@ -407,11 +407,11 @@ def test_a_row_that_does_not_fit_runs_on_the_next_backend():
     student, teacher = (t.cuda() for t in tiles(2, 1_200_000))
     loss, grad = torch.empty(2, device="cuda"), torch.empty_like(student)
     arguments = (Objective("reverse_kl"), student, teacher, None, None, None, None, loss, grad, None)
-    with pytest.warns(UserWarning, match="triton.*1,200,000 words do not fit"):
+    with pytest.warns(UserWarning, match="triton.*1,200,000 tokens do not fit"):
         load("cuda").rows(*arguments)
     expected, _, _ = run_tiles(reference, "reverse_kl", student.cpu(), teacher.cpu())
     torch.testing.assert_close(loss.cpu(), expected)
-    with pytest.raises(ValueError, match="1,200,000 words do not fit"):
+    with pytest.raises(ValueError, match="1,200,000 tokens do not fit"):
         find(student.device, student.dtype, "cuda").rows(*arguments)
 
 
