@@ -13,6 +13,7 @@ from . import bench, demo, doctor, evaluate, extras, user_modules
 from .help import HelpFormatter, add_example
 
 COMMANDS = {
+    "distill": "distill a teacher, or several, into a language model or vision-language model",
     "seed": "distill a vision-language model's hallucinations out of it (SEED)",
     "hkd": "distill a chain of vision-language models into its smallest (HKD4VLM)",
     "evaluate": "score a model, or answers that exist, on POPE, MME or multiple choice",
@@ -21,7 +22,7 @@ COMMANDS = {
     "bench": "run the speed benchmarks of a checkout",
 }
 PATHS = ("PATH", "DIR", "FILE")  # metavars
-TRAINING = {"seed": ".seed", "hkd": ".hkd"}  # modules that need transformers
+TRAINING = {"distill": ".distill", "seed": ".seed", "hkd": ".hkd"}  # modules that need transformers
 
 
 def main(argv=None):

@@ -3,6 +3,7 @@
 import argparse
 
 EXAMPLES = {
+    "distill": "hkdfast distill --model STUDENT --teacher TEACHER --data text.jsonl --output student",
     "seed": "hkdfast seed --model MODEL --images images --questions questions.jsonl --output adapter",
     "hkd": "hkdfast hkd --models large medium small --task hallucination --data questions.json --images images "
     "--output students",

@@ -1,7 +1,6 @@
 """hkdfast hkd: pyramid, ternary refinement and mapping-shift evaluation of a chain of models on one's own questions."""
 
 import argparse
-import hashlib
 from pathlib import Path
 
 from torch.utils.data import ConcatDataset
@@ -192,7 +191,7 @@ def fingerprint(args, pyramid, ternary):
     manifest = options(args, "task", "augment", "rewrites", "template") | {"models": absolute_names(args.models)}
     for name in ("data", "unlabeled", "swaps"):
         file = getattr(args, name)
-        manifest[name] = file and "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+        manifest[name] = file and run_state.digest(file)
     stages = range(1, len(args.models))
     manifest |= {f"stage {stage}": pyramid.of_stage(stage).fingerprint() for stage in stages}
     return manifest | {"ternary": ternary.fingerprint()}

@@ -62,7 +62,7 @@ def run(args):
             callbacks=[progress],
         )
         trainer.train(resume_from_checkpoint=checkpoint)
-        save(trainer, output)
+        run_state.save_whole(trainer, output, "the adapter")
     if trainer.is_world_process_zero():
         print(f"The adapter is in {output}.", scoring(args, output), sep="\n")
 
@@ -71,16 +71,6 @@ def parts(config):
     """The rounds, for Progress."""
     folders = rounds.folders(config.output_dir, config.rounds)
     return {folder: (f"round {number} of {config.rounds}", 1) for number, folder in enumerate(folders, 1)}
-
-
-def save(trainer, output):
-    """The adapter and the processor, each file as a whole: what is there stays as it is until another is written."""
-    draft = output / "saving"
-    with run_state.writing(f"the adapter in {output}"):
-        trainer.save_model(str(draft))
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            run_state.move(draft, output)
 
 
 def scoring(args, output):

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from ..batch import answer_rows
+from ..engine.loss_memory import loss_memory
 from ..losses import distill_loss
 from ..ops.objective import UNLABELED
 from . import run_state, teachers
@@ -18,10 +19,10 @@ from .family import check_family, check_heads, load_model, model_names, prepare_
 from .frozen import settle
 from .head import LABELS, LanguageHead, loss_in_head, model_inputs
 from .loading import fill_adapter
+from .teachers import TEACHER_ID
 from .text_collator import TextCollator
 from .trainer import UNREAD, RowMeanMixin
 
-TEACHER_ID = "teacher_id"  # of an example, and of a batch
 COLUMNS = ("shift_labels", "distill_only", "attention_mask", "position_ids", TEACHER_ID)
 
 
@@ -109,6 +110,23 @@ class DistillMixin(RowMeanMixin):
         self.log_rows(metrics)
         value = self.scale_for_processes(value, num_items_in_batch)
         return (value, {"loss": value}) if return_outputs else value
+
+    def loss_memory(self, rows, positions):
+        """What the loss of a batch takes beside the models, in bytes, as `engine.loss_memory.LossMemory`.
+
+        Args:
+            rows: answer positions of the batch.
+            positions: all of its positions, for which a loss from whole logits makes logits.
+        """
+        student, *others = (
+            head.multiplied(torch.zeros(1, head.base().weight.shape[1], dtype=head.base().weight.dtype, device=place))
+            for head, place in ((one.head, self.args.device) for one in (self, *self.teachers.values()))
+        )
+        student = replace(student, hidden=student.hidden.requires_grad_())
+        options = self.args.loss_options() | {"return_metrics": True}
+        with self.compute_loss_context_manager():
+            found = [loss_memory(student, teacher, rows, positions, **options) for teacher in others]
+        return max(found, key=lambda one: one.fused)
 
     def teach(self, model, inputs, rows, chosen):
         """What the teachers of a batch see at these rows.

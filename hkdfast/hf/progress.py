@@ -63,7 +63,7 @@ class Progress(TrainerCallback):
         title, self.work = self.parts.setdefault(key, ("training", 1))
         keys = list(self.parts)
         self.before = sum(self.parts[each][1] for each in keys[: keys.index(key)])
-        self.part = title
+        self.part, self.key, self.asked = title, key, 0
         if self.bar is None:
             logging.disable_progress_bar()  # it would be drawn over ours
             self.total = sum(work for _, work in self.parts.values())
@@ -99,11 +99,16 @@ class Progress(TrainerCallback):
         self.begun, self.steps = time.monotonic(), state.global_step
         self.begin(args.output_dir, state.global_step / state.max_steps)
         if self.bar.disable:
-            self.say(f"{self.part}: {state.max_steps} steps")
+            self.say(f"{self.part}: {counted(state.max_steps)}")
 
     def on_step_end(self, args, state, control, **others):
         if state.is_world_process_zero:
             self.at(state.global_step / state.max_steps, f", step {state.global_step} of {state.max_steps}")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **others):
+        if state.is_world_process_zero and self.part and self.key != args.output_dir:  # an evaluation that is a part
+            self.asked += 1
+            self.at(min(1.0, self.asked / len(eval_dataloader)))
 
     def on_log(self, args, state, control, logs=None, **others):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
@@ -113,7 +118,11 @@ class Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **others):
         if state.is_world_process_zero:
             took = tqdm.format_interval(time.monotonic() - self.begun)
-            self.say(f"{self.part} is done: {state.global_step - self.steps} steps in {took}")
+            self.say(f"{self.part} is done: {counted(state.global_step - self.steps)} in {took}")
+
+
+def counted(steps):
+    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def shape():

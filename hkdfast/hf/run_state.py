@@ -1,5 +1,6 @@
 """The folder of a training: what was begun in it, and how far it came."""
 
+import hashlib
 import json
 import os
 import re
@@ -181,6 +182,26 @@ def writing(what):
             raise
         reason = str(error).splitlines()[0]
         raise OSError(f"{what} cannot be written: {reason}; what was saved before it is whole") from error
+
+
+def digest(file):
+    """What a manifest holds of a file: its content's digest, wherever it lies."""
+    return "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+
+
+def save_whole(trainer, folder, what):
+    """Save the model and the processor of a trainer into a folder, each file as a whole: what is there stays as it is
+    until another is written.
+
+    Args:
+        what: what an error calls it.
+    """
+    draft = Path(folder) / "saving"
+    with writing(f"{what} in {folder}"):
+        trainer.save_model(str(draft))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            move(draft, folder)
 
 
 def move(draft, folder):

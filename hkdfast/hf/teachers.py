@@ -9,6 +9,7 @@ from peft import PeftModel
 from .family import check_apart, load_model, set_attention
 from .head import LanguageHead, as_teacher, hidden_states
 
+TEACHER_ID = "teacher_id"  # the column that names an example's teacher, and of a batch
 SELF = "self"  # the trained model without its adapter
 TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")  # one row for each example of a batch
 

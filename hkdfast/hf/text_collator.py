@@ -27,7 +27,8 @@ class TextCollator:
             knows it: then the prompt's end is distilled without a label;
         "messages", a list of {"role", "content"} (and "tools", if there are some): the turns of the assistant are
             learned;
-        "input_ids", and "labels" where not all of them are learned.
+        "input_ids", and "labels" where not all of them are learned; "distill_only", True where the next token is
+            distilled without a label.
     Other columns are ignored. A batch holds "input_ids", "attention_mask" and "labels" (B, T), padded on the right,
     -100 where nothing is learned; and "distill_only" (B, T) bool if a completion is None.
 
@@ -96,7 +97,13 @@ class TextCollator:
         labels = ids if example.get("labels") is None else list(map(int, example["labels"]))
         if len(labels) != len(ids):
             raise ValueError(f"{where} has {len(ids)} input_ids and {len(labels)} labels, expected one for each")
-        return {"input_ids": ids, "labels": list(labels)}
+        encoded = {"input_ids": ids, "labels": list(labels)}
+        if example.get("distill_only") is not None:
+            encoded["distill_only"] = list(map(bool, example["distill_only"]))
+            if len(encoded["distill_only"]) != len(ids):
+                found = len(encoded["distill_only"])
+                raise ValueError(f"{where} has {len(ids)} input_ids and {found} distill_only, expected one for each")
+        return encoded
 
     def encode_text(self, example: Mapping[str, Any], where: str) -> Encoded:
         ids = self.tokens(checked(example, "text", where) + self.end, special=True)

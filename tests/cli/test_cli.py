@@ -374,7 +374,17 @@ def test_bench_runs_what_lies_beside_the_package_or_says_where_it_is(command, mo
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["evaluate"], ["evaluate", "pope"], ["evaluate", "mme"], ["doctor"], ["demo"], ["bench"], ["seed"]],
+    [
+        [],
+        ["evaluate"],
+        ["evaluate", "pope"],
+        ["evaluate", "mme"],
+        ["doctor"],
+        ["demo"],
+        ["bench"],
+        ["seed"],
+        ["distill"],
+    ],
     ids=" ".join,
 )
 def test_help_explains_every_option(command, words):

@@ -85,6 +85,7 @@ def home(tmp_path_factory):
     """The folder of a reader: the models, images and files that the pages speak of."""
     zoo = pytest.importorskip("zoo", reason="the pages with models need transformers")
     from test_coupled_trainers import sized
+    from trainers import CHAT, language_model
 
     home = tmp_path_factory.mktemp("reader")
     with pytest.MonkeyPatch.context() as patch:
@@ -94,6 +95,11 @@ def home(tmp_path_factory):
         for place, name in enumerate(("large", "medium", "small")):
             sized(place).save_pretrained(home / name)
             zoo.processor().save_pretrained(home / name)
+        words = zoo.tokenizer()
+        words.chat_template = CHAT
+        for seed, name in enumerate(("my-student", "my-teacher", "my-other-teacher")):
+            language_model(seed, vocab=len(words)).save_pretrained(home / name)
+            words.save_pretrained(home / name)
     (home / "images").mkdir()
     for number, name in enumerate(("street", "kitchen")):
         zoo.picture(number).save(home / f"images/{name}.png")
@@ -114,6 +120,7 @@ def readers(name):
     from hkdfast.cli import hkd
     from hkdfast.data import challenge
     from hkdfast.evaluate import mme, pope
+    from hkdfast.hf import examples
 
     captions = partial(challenge.read, "captions.json", "hallucination")
     return {
@@ -126,6 +133,9 @@ def readers(name):
         "claims.json": lambda path: challenge.read(path, "factcheck", "images"),
         "letters.json": lambda path: challenge.read_answers(path, captions()),
         "swaps.json": hkd.read_swaps,
+        "text.jsonl": examples.read,
+        "named.jsonl": examples.read,
+        "visual.jsonl": examples.read,
     }[name]
 
 
@@ -158,7 +168,7 @@ def test_a_page_works_from_top_to_bottom(page, home, monkeypatch, capsys):
     for words in asked:
         args = cli.make_parser(words).parse_args(words)
         assert isinstance(args, argparse.Namespace)
-        small = ["--use-cpu"] if words[0] in ("seed", "hkd") else ["--repeats", "1"] if words[0] == "demo" else []
+        small = ["--use-cpu"] if words[0] in cli.TRAINING else ["--repeats", "1"] if words[0] == "demo" else []
         small += ["--device", "cpu"] if "--model" in words and words[0] == "evaluate" else []
         assert cli.main([*words, *small]) == 0, capsys.readouterr().err
         if words[0] == "evaluate" and "--output" in words:

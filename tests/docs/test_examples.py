@@ -51,6 +51,12 @@ def test_a_student_gives_the_answers_of_its_teacher(example, tmp_path):
     assert again[0] < 0.1 * losses[0] and right == 1
 
 
+@pytest.mark.parametrize("example", ["distill_trainer"], indirect=True)
+def test_a_trainer_distills(example):
+    found = example.main([])
+    assert len(found) == 3 and found[-1] < 0.3 * found[0]
+
+
 @pytest.mark.parametrize("example", ["seed_on_a_folder"], indirect=True)
 def test_seed_trains_on_a_folder(example):
     log = [entry for entry in example.main([]) if "divergence" in entry]
