@@ -10,6 +10,7 @@ from .noise import diffuse
 from .ops.dispatch import backends
 from .ops.objective import UNLABELED
 from .ops.reference import DIVERGENCES
+from .split import Split
 
 if TYPE_CHECKING:
     from .hf import (  # noqa: F401
@@ -32,6 +33,7 @@ __all__ = [
     "DistillLoss",
     "Edge",
     "Head",
+    "Split",
     "UNLABELED",
     "backends",
     "contrast",

@@ -15,13 +15,17 @@ from .engine.checks import (
     check_target,
     check_vocab,
     check_weights,
+    sizes_of,
 )
+from .engine.cut import cut
 from .engine.options import LossOptions
 from .engine.renamed import CONTRAST, PURIFY, refuses
+from .engine.split_call import Part
 from .engine.terms import add_input, per_row
 from .heads import Head, Purified, device_of
 from .ops.dispatch import is_traced
 from .ops.objective import ContrastSpec, Objective
+from .split import Split
 
 WORDS = {
     "schedule": ("constant", "linear", "gate"),
@@ -113,6 +117,7 @@ def contrast(
     precision: str = "float32",
     tile_memory: float | None = None,
     backend: str | None = None,
+    split: Split | None = None,
 ) -> torch.Tensor:
     """Log-probabilities of a purified distribution, for decoding.
 
@@ -122,10 +127,12 @@ def contrast(
         purified: what `purify` returned.
         temperature: positive and finite, divides the contrasted log-probabilities.
         labels: (...) int64, needed if the teacher's confidence is "target"; else only checked.
-        vocab, precision, tile_memory, backend: as in `distill_loss`.
+        vocab, precision, tile_memory, backend, split: as in `distill_loss`. Under a Split the clean branch is this
+            process's part.
 
     Returns:
-        (..., V) float32 log-probabilities that sum to one (float64 from float64 logits). No gradient.
+        (..., V) float32 log-probabilities that sum to one (float64 from float64 logits), under a Split those of this
+        process's tokens. No gradient.
 
     Raises:
         ValueError: on numbers out of range, vocabularies that differ, labels outside them, or a confidence "target"
@@ -138,22 +145,25 @@ def contrast(
         raise ValueError(f"contrast takes what purify returns, got {shown(purified)}")
     options = LossOptions(
         temperature=temperature, labels=labels, vocab=vocab, precision=precision, tile_memory=tile_memory,
-        backend=backend,
+        backend=backend, split=split,
     )  # fmt: skip
     if precision == "difference":
         raise ValueError('precision="difference" needs a student; contrast takes "float32" or "bfloat16"')
-    size = check_vocab((purified.clean, *purified.noisy), vocab)
+    (purified,), part = cut(("clean",), (purified,), purified.clean, split, vocab)
+    size = check_vocab(sizes_of((purified.clean, *purified.noisy)), vocab) if part is None else part.local
     lead, device = purified.shape[:-1], device_of(purified.clean)
     check_labels(labels, lead, device)
     check_target(purified.law, labels)
     n = math.prod(lead)
-    spec, tensors = contrast_spec(purified, n, size, options)
+    spec, tensors = contrast_spec(purified, n, size, options, part)
     with torch.no_grad(), without_autocast(device):
         out = (operators if is_traced(tensors[0][0]) else loop).contrast(spec, tensors)
     return out.reshape(*lead, size)
 
 
-def contrast_spec(purified: Purified, n: int, size: int, options: LossOptions) -> tuple[loop.LoopSpec, list]:
+def contrast_spec(
+    purified: Purified, n: int, size: int, options: LossOptions, part: Part | None
+) -> tuple[loop.LoopSpec, list]:
     """The LoopSpec of a contrast over n rows and `size` tokens, and its tensors."""
     tensors: list = []
     inputs: list = []
@@ -176,5 +186,6 @@ def contrast_spec(purified: Purified, n: int, size: int, options: LossOptions) -
         precision=options.precision,
         tile_memory=options.memory_bytes,
         backend=options.backend,
+        part=part,
     )
     return spec, tensors

@@ -9,6 +9,7 @@ import torch
 
 from .engine.arguments import autocast_dtype, check_floats, check_number, settled, shown
 from .ops.objective import ContrastSpec, Transform
+from .split import Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class Head:
         bias: (V,) or None, weight's dtype unless autocast is on. Gets a gradient as the student's.
         scale: factor of the logits (Granite and Cohere call it logit scale), positive and finite.
         softcap: if given, logits become softcap * tanh(logits / softcap), as in Gemma 2. Positive.
+        split: Split if weight and bias are this process's part of a head that several processes hold.
 
     Raises:
         ValueError: on shapes, dtypes or devices that differ, on tensors that are not dense (sparse, nested,
@@ -32,6 +34,7 @@ class Head:
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         hidden, weight, bias = self.hidden, self.weight, self.bias

@@ -10,10 +10,11 @@ from .engine.arguments import check_flag, shown
 from .engine.checks import check_source
 from .engine.options import LossOptions
 from .engine.renamed import LOSS, refuses
-from .engine.terms import check_divergence, check_weight, coupled_rows_loss, loss_term, resolve
+from .engine.terms import check_divergence, check_weight, coupled_rows_loss, loss_term, prepared
 from .engine.tile_loop import LossTerm
 from .heads import Head, Purified
 from .ops.reference import SWAPPED
+from .split import Split
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,6 +70,7 @@ def distill_loss(
     tile_memory: float | None = None,
     return_metrics: bool = False,
     backend: str | None = None,
+    split: Split | None = None,
 ) -> Tensor | tuple[Tensor, Metrics]:
     """Divergence between the next-token distributions of a teacher p and a student q over a whole vocabulary.
 
@@ -116,6 +118,9 @@ def distill_loss(
         return_metrics: also return a dict of (...) tensors, no gradient: divergence, cross_entropy, student_entropy,
             teacher_entropy, confidence, contrast_weight, agreement (see hkdfast.ops.objective.METRICS).
         backend: "cpu", "cuda", "triton" or "reference"; None: the fastest that is built for the device.
+        split: `Split` if student, and teacher or not, are this process's part of a vocabulary that several processes
+            hold; None: that of the student's Head, if it has one. A teacher that is whole is cut. All processes get the
+            loss of the whole vocabulary.
 
     Returns:
         Scalar loss, or (...) with reduction "none", in nats: float32 (float64 for float64 inputs); (loss, dict) with
@@ -142,7 +147,7 @@ def distill_loss(
     term = loss_term(0, 1, divergence, beta, divergence_weight, hard_weight)
     options = LossOptions(
         temperature, t_squared, labels, row_weight, reduction, num_items, ignore_index, vocab, teacher_floor,
-        precision, tile_memory, return_metrics, backend,
+        precision, tile_memory, return_metrics, backend, split,
     )  # fmt: skip
     names, sources = ("student", "teacher"), (student, teacher)
     if divergence_weight == 0:  # a divergence that is infinite must not count either
@@ -155,9 +160,10 @@ def labels_only_loss(
     names: Sequence[str], sources: Sequence[Tensor | Head | Purified], terms: list[LossTerm], options: LossOptions
 ) -> Any:
     """The loss of a student whose divergence has weight 0; with metrics, those of the teacher all the same."""
-    found = resolve(names, sources, terms, options)
+    _, options, found = prepared(names, sources, terms, options)
+    words = found.vocab if found.part is None else found.part.words
     hard = loss_term(0, 0, "forward_kl", 0.5, 0.0, terms[0].objective.hard_weight)
-    loss = coupled_rows_loss(names[:1], sources[:1], [hard], replace(options, vocab=found.vocab, return_metrics=False))
+    loss = coupled_rows_loss(names[:1], sources[:1], [hard], replace(options, vocab=words, return_metrics=False))
     if not options.return_metrics:
         return loss
     with no_grad():
@@ -174,7 +180,7 @@ class DistillLoss(nn.Module):
     Args:
         divergence: as in `distill_loss`.
         options: beta, temperature, t_squared, divergence_weight, hard_weight, reduction, ignore_index, vocab,
-            teacher_floor, precision, tile_memory, return_metrics, backend, as in `distill_loss`.
+            teacher_floor, precision, tile_memory, return_metrics, backend, split, as in `distill_loss`.
 
     Raises:
         ValueError: on an unknown word or a number out of range, here; the rest of what `distill_loss` raises, from the
@@ -296,6 +302,7 @@ def coupled_loss(
     tile_memory: float | None = None,
     return_metrics: bool = False,
     backend: str | None = None,
+    split: Split | None = None,
 ) -> Tensor | tuple[Tensor, dict[tuple[int, int], Metrics]]:
     """Loss of K models that teach each other over one batch, in one loop. The loss of a row is
 
@@ -317,7 +324,7 @@ def coupled_loss(
         return_metrics: also return {(i, j): dict}, one for each edge: the metrics of `distill_loss` for student i and
             teacher j; (i, i) for a model that learns from labels alone.
         temperature, t_squared, row_weight, reduction, num_items, ignore_index, vocab, teacher_floor, precision,
-            tile_memory, backend: as in `distill_loss`; precision "difference" takes one model that learns.
+            tile_memory, backend, split: as in `distill_loss`; precision "difference" takes one model that learns.
 
     Returns:
         As `distill_loss`: scalar loss, or (...) with reduction "none"; (loss, dict of dicts) with
@@ -355,7 +362,7 @@ def coupled_loss(
         raise ValueError(f"heads[{min(idle)}] neither learns nor teaches: no edge leads to it or from it")
     options = LossOptions(
         temperature, t_squared, labels, row_weight, reduction, num_items, ignore_index, vocab, teacher_floor,
-        precision, tile_memory, return_metrics, backend,
+        precision, tile_memory, return_metrics, backend, split,
     )  # fmt: skip
     return coupled_rows_loss([f"heads[{i}]" for i in range(len(heads))], heads, terms, options)
 

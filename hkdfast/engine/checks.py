@@ -32,9 +32,13 @@ def check_pair(name: str, source: torch.Tensor | Head, other_name: str, other: t
         raise ValueError(f"{name} is on {device_of(source)} but {other_name} is on {device_of(other)}")
 
 
-def check_vocab(sources: Sequence[torch.Tensor | Head], vocab: int | str | None) -> int:
+def sizes_of(sources: Sequence[torch.Tensor | Head]) -> list[int]:
+    """Tokens of each source."""
+    return [int(source.shape[-1]) for source in sources]
+
+
+def check_vocab(sizes: Sequence[int], vocab: int | str | None) -> int:
     """The number of tokens to compare, from the option `vocab` and the sizes of the sources' vocabularies."""
-    sizes = [int(source.shape[-1]) for source in sources]
     if not min(sizes):
         raise ValueError(f"vocabularies of {' and '.join(map(str, sizes))} tokens: one is empty")
     if vocab is None:

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from ..ops.dispatch import host_readable
 from ..ops.dispatch import validate as check_backend
+from ..split import Split
 from .arguments import check_constant, check_flag, check_number, check_whole, check_word, shown
 
 PRECISIONS = ("float32", "bfloat16", "difference")
@@ -26,6 +27,7 @@ class BatchKeywords(TypedDict, total=False):
     precision: str
     tile_memory: float | None
     backend: str | None
+    split: Split | None
 
 
 class RowKeywords(BatchKeywords, total=False):
@@ -62,6 +64,7 @@ class LossOptions:
     tile_memory: float | None = None
     return_metrics: bool = False
     backend: str | None = None
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         check_word("reduction", self.reduction, REDUCTIONS)
@@ -78,6 +81,7 @@ class LossOptions:
             check_number("teacher_floor", self.teacher_floor, what, lambda x: -math.inf < x <= 0)
         if self.num_items is not None:
             check_num_items(self.num_items, self.reduction)
+        check_split(self.split, self.reduction, self.backend)
         number = isinstance(self.vocab, int) and not isinstance(self.vocab, bool) and self.vocab >= 1
         if not (self.vocab is None or number or isinstance(self.vocab, str) and self.vocab == "common"):
             what = 'None, "common" or a whole number of tokens, at least 1'
@@ -86,6 +90,17 @@ class LossOptions:
     @property
     def memory_bytes(self) -> int | None:
         return None if self.tile_memory is None else int(self.tile_memory)
+
+
+def check_split(split: Any, reduction: str, backend: str | None) -> None:
+    if split is None:
+        return
+    if not isinstance(split, Split):
+        raise ValueError(f"split must be a hkdfast.Split or None, got {shown(split)}")
+    if reduction == "none":
+        raise ValueError('reduction="none" is not possible under a Split: its gradients would be exchanged in backward')
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend {backend!r} takes no Split: leave it out, or backend='reference'")
 
 
 def check_num_items(num_items: float | torch.Tensor, reduction: str) -> None:

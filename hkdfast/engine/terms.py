@@ -10,7 +10,18 @@ from ..ops.objective import METRICS, ContrastSpec, Objective, Transform
 from ..ops.reference import BETA_RANGES, DIVERGENCES, LIMITS
 from .arguments import autocast_dtype, check_number, check_word, settled
 from .autograd import ReducedLoss, UnreducedLoss
-from .checks import check_labels, check_pair, check_shared, check_source, check_target, check_vocab, check_weights
+from .checks import (
+    check_labels,
+    check_pair,
+    check_shared,
+    check_source,
+    check_target,
+    check_vocab,
+    check_weights,
+    sizes_of,
+)
+from .cut import cut
+from .split_call import Part
 from .tile_loop import Input, LoopSpec, LossTerm
 
 
@@ -90,21 +101,26 @@ class Resolved:
     firsts: list  # for each source, the index of the first that is the same object
     students: list  # indices of the distinct sources that learn
     dtype: torch.dtype  # of losses and weights: float32, or float64
+    part: Part | None  # under a Split; vocab is then this process's
 
     @property
     def rows(self):
         return math.prod(self.lead)
 
 
-def resolve(names, sources, terms, options):
-    """Check the sources against each other and the options; find shapes, device, vocabulary and dtype."""
+def resolve(names, sources, terms, options, part=None):
+    """Check the sources against each other and the options; find shapes, device, vocabulary and dtype.
+
+    Args:
+        part: under a Split, as `cut` returns it.
+    """
     check_terms(terms, sources, options)
     flat = [(name, branch) for name, source in zip(names, sources, strict=True) for branch in branches_of(source)]
     first_name, first = flat[0]
     for name, branch in flat:
         check_source(name, branch)
         check_pair(first_name, first, name, branch)
-    vocab = check_vocab([branch for _, branch in flat], options.vocab)
+    vocab = check_vocab(sizes_of([branch for _, branch in flat]), options.vocab) if part is None else part.local
     lead, device = tuple(first.shape[:-1]), device_of(first)
     check_labels(options.labels, lead, device)
     check_weights("row_weight", options.row_weight, lead, device)
@@ -120,7 +136,7 @@ def resolve(names, sources, terms, options):
             f'precision={options.precision!r} makes 16-bit tiles: for float64 heads use "float32", which keeps float64'
         )
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return Resolved(lead, device, vocab, firsts, students, dtype)
+    return Resolved(lead, device, vocab, firsts, students, dtype, part)
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,7 @@ def build(sources, terms, options, found):
         precision=options.precision,
         tile_memory=options.memory_bytes,
         backend=options.backend,
+        part=found.part,
     )
     wants = [[False] * 3 for _ in inputs]
     for i in found.students if torch.is_grad_enabled() else []:
@@ -238,6 +255,17 @@ def reduce(spec, tensors, wants, options, found, heads):
     return loss, table
 
 
+def prepared(names, sources, terms, options):
+    """(sources of this process's tokens, options with their Split, Resolved)."""
+    for name, source in zip(names, sources, strict=True):
+        if not isinstance(source, Purified):
+            check_source(name, source)
+    sources, part = cut(names, sources, sources[terms[0].student], options.split, options.vocab)
+    if part is not None:
+        options = replace(options, split=part.split)  # which may be a head's own
+    return sources, options, resolve(names, sources, terms, options, part)
+
+
 def coupled_rows_loss(names, sources, terms, options):
     """The loss of several sources that learn from each other.
 
@@ -251,7 +279,7 @@ def coupled_rows_loss(names, sources, terms, options):
     Returns:
         the loss, or with metrics (loss, {(student, teacher): {metric: (...)}}).
     """
-    found = resolve(names, sources, terms, options)
+    sources, options, found = prepared(names, sources, terms, options)
     spec, tensors, wants = build(sources, terms, options, found)
     heads = any(isinstance(sources[i], Head) for i in found.students)
     loss, table = reduce(spec, tensors, wants, options, found, heads)

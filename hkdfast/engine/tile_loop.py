@@ -8,13 +8,16 @@ between them. A student and its teacher: 3S + T, 2S + T, S + T.
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..heads import same
+from ..ops import stages
 from ..ops.dispatch import find, host_readable
 from ..ops.objective import METRICS, UNLABELED, Objective, Transform
 from .memory import capturing
+from .split_call import Part, SplitCall, exchanges
 from .tile_sources import AveragedTiles, LogitTiles, ProjectedTiles
 
 logger = logging.getLogger("hkdfast")
@@ -98,7 +101,8 @@ def active_rows(labels, ignore_index, sources):
 
 def check_labels(spec):
     """Refuse a label outside the vocabulary: a ValueError on the CPU, a device assertion on CUDA."""
-    labels, vocab, ignore_index = spec.labels, spec.vocab, spec.terms[0].objective.ignore_index
+    labels, ignore_index = spec.labels, spec.terms[0].objective.ignore_index
+    vocab = spec.vocab if spec.part is None else spec.part.words
     if labels is None or not labels.numel():
         return
     laws = [term.objective.law for term in spec.terms]
@@ -128,6 +132,7 @@ class LoopSpec:
     precision: str
     tile_memory: int | None
     backend: str | None
+    part: Part | None = None  # of the vocabulary, under a Split; vocab is then this process's
 
 
 def make_tile_sources(spec, tensors, trained):
@@ -185,74 +190,20 @@ def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
         required, or deferred). Gradients of hidden states and weights are float32, those of logits have the logits'
         dtype (fp16: float32). float64 stays float64.
     """
-    terms, labels, alphas = spec.terms, spec.labels, spec.alphas
-    check_labels(spec)
-    n, device = len(tensors[0][0]), tensors[0][0].device
-    sources, memory = make_tile_sources(spec, tensors, any(weight for _, weight, _ in wants))
-    if terms[0].objective.difference:
-        main = sources[terms[0].student]
-        for other in sources:
-            if other is not main:
-                other.as_difference_to(main)
-    index = active_rows(labels, terms[0].objective.ignore_index, sources)
-    if index is not None:
-        for one in sources:
-            one.select(index)
-        labels, row_weight, *alphas = (t if t is None else t[index] for t in (labels, row_weight, *alphas))
-    captured = capturing(device)
-    counted = row_weight
-    if captured and labels is not None:  # ignored rows are still there
-        live = labels != terms[0].objective.ignore_index
-        counted = live if row_weight is None else live * row_weight
-    rows = n if index is None else len(index)
-    students = [sources[term.student] for term in terms]
-    wide = next((source.dtype for source in sources if source.dtype == torch.float64), students[0].dtype)
-    module = find(device, wide, spec.backend)
-    dtype = widest(students)
-    loss = torch.empty(len(terms), rows, dtype=dtype, device=device)
-    table = torch.empty(len(terms), len(METRICS), rows, dtype=dtype, device=device) if return_metrics else None
-    trained = request_grads(sources, terms, wants)
-    for place in trained if counted is not None else ():
-        sources[place].leave_out(counted)
-    step = rows_per_block(sources, rows, memory)
-    if deferred:
-        for place in trained:
-            sources[place].request_grads(False, False, False)
-        trained, step = [], rows_per_block(sources, rows, memory)
 
-    def block(start, stop):
-        rows_of = slice(start, stop)
-        made = [source.tile(start, stop) for source in sources]
-        grads = {place: sources[place].grad_buffer(start, stop, made[place]) for place in trained}
-        for i, term in enumerate(terms):
-            alpha = None if term.alpha is None else alphas[term.alpha]
-            module.rows(
-                term.objective,
-                made[term.student],
-                made[term.teacher],
-                None if term.noisy is None else made[term.noisy],
-                *(None if t is None else t[rows_of] for t in (alpha, labels, row_weight)),
-                loss[i, rows_of],
-                grads.get(term.student),
-                None if table is None else table[i, :, rows_of],
-            )
-        for place, grad in grads.items():
-            sources[place].backward(grad, start, stop)
+    def make():
+        return Loop(spec, tensors, row_weight, wants, return_metrics, deferred)
 
-    def sweep(step):
-        for place in trained:
-            sources[place].reset()
-        for one in sources:
-            one.allocate(min(step, rows))
-        for start in range(0, rows, step):
-            block(start, min(start + step, rows))
-
+    if spec.part is not None:
+        return run_split(spec, make, tensors[0][0].device)
+    loop = make()
+    step = loop.step
     try:
-        sweep(step)
+        loop.sweep(step)
         again = False
     except torch.OutOfMemoryError as error:
-        if captured:  # a second try would record the first one too, to run at every replay
-            limit = "" if memory is None else f", with a smaller tile_memory than {memory} bytes"
+        if loop.captured:  # a second try would record the first one too, to run at every replay
+            limit = "" if loop.memory is None else f", with a smaller tile_memory than {loop.memory} bytes"
             raise torch.OutOfMemoryError(
                 f"out of memory with blocks of {step} rows while a CUDA graph is captured: capture anew{limit}"
             ) from error
@@ -260,15 +211,137 @@ def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
             raise
         again = True
     if again:  # outside the except block no traceback keeps the first try's tiles alive
-        for one in sources:
+        for one in loop.sources:
             one.release()
         warnings.warn(f"out of memory with blocks of {step} rows: trying once more with half", stacklevel=2)
-        sweep(-(-step // 2))
-    if index is not None:
-        loss = loss.new_zeros(len(terms), n).index_copy_(1, index, loss)
-        table = table if table is None else table.new_zeros(*table.shape[:2], n).index_copy_(2, index, table)
-    grads = [sources[place].grads() if place in trained else (None, None, None) for place in range(len(sources))]
-    return loss, table, grads
+        loop.sweep(-(-step // 2))
+    return loop.results()
+
+
+def run_split(spec, make, device):
+    """`run` of a vocabulary that is split over processes.
+
+    Args:
+        make: makes the Loop of this process.
+    """
+    call, loop = sweep_split(spec, make, device, stages.rows)
+    for place in loop.trained:
+        if loop.sources[place].d_hidden is not None:
+            call.reduce(loop.sources[place].d_hidden)
+    return loop.results()
+
+
+def sweep_split(spec, make, device, operation):
+    """(SplitCall, the loop that make() makes, with all its blocks made); all processes make the same exchanges.
+
+    Args:
+        operation: the row operation in stages.
+    """
+    call = SplitCall(spec.part, device)
+    loop = call.agree(make, spec)
+    loop.operation = partial(operation, part=call)
+    call.attempt(lambda: loop.begin(loop.step))
+    for start, stop in loop.blocks(loop.step):
+        call.attempt(
+            partial(loop.block, start, stop), exchanges(spec.terms, stop - start, operation is stages.contrast)
+        )
+    call.close()
+    return call, loop
+
+
+class Blocks:
+    """What the loops share. A subclass has the attributes sources, trained, rows and step, and the method block."""
+
+    @property
+    def hidden_size(self):
+        """Mean absolute value of the hidden states of the first head, None without one."""
+        hidden = next((source.hiddens[0] for source in self.sources if isinstance(source, ProjectedTiles)), None)
+        return None if hidden is None or not hidden.numel() else hidden.abs().mean(dtype=torch.float64).item()
+
+    def blocks(self, step):
+        return [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+
+    def begin(self, step):
+        """Zero the gradients, and allocate the tiles of a block."""
+        for place in self.trained:
+            self.sources[place].reset()
+        for one in self.sources:
+            one.allocate(min(step, self.rows))
+
+    def sweep(self, step):
+        self.begin(step)
+        for start, stop in self.blocks(step):
+            self.block(start, stop)
+
+
+class Loop(Blocks):
+    """One `run`, prepared: `sweep` makes all blocks, `results` returns what `run` does. Arguments as there."""
+
+    def __init__(self, spec, tensors, row_weight, wants, return_metrics, deferred):
+        check_labels(spec)
+        self.terms, labels, alphas = spec.terms, spec.labels, spec.alphas
+        self.n, device = len(tensors[0][0]), tensors[0][0].device
+        self.sources, self.memory = make_tile_sources(spec, tensors, any(weight for _, weight, _ in wants))
+        if self.terms[0].objective.difference:
+            main = self.sources[self.terms[0].student]
+            for other in self.sources:
+                if other is not main:
+                    other.as_difference_to(main)
+        self.index = index = active_rows(labels, self.terms[0].objective.ignore_index, self.sources)
+        if index is not None:
+            for one in self.sources:
+                one.select(index)
+            labels, row_weight, *alphas = (t if t is None else t[index] for t in (labels, row_weight, *alphas))
+        self.captured = capturing(device)
+        counted = row_weight
+        if self.captured and labels is not None:  # ignored rows are still there
+            live = labels != self.terms[0].objective.ignore_index
+            counted = live if row_weight is None else live * row_weight
+        self.labels, self.row_weight, self.alphas = labels, row_weight, alphas
+        self.rows = rows = self.n if index is None else len(index)
+        students = [self.sources[term.student] for term in self.terms]
+        wide = next((source.dtype for source in self.sources if source.dtype == torch.float64), students[0].dtype)
+        self.operation = find(device, wide, spec.backend).rows
+        dtype = widest(students)
+        self.loss = torch.empty(len(self.terms), rows, dtype=dtype, device=device)
+        shape = (len(self.terms), len(METRICS), rows)
+        self.table = torch.empty(shape, dtype=dtype, device=device) if return_metrics else None
+        self.trained = request_grads(self.sources, self.terms, wants)
+        for place in self.trained if counted is not None else ():
+            self.sources[place].leave_out(counted)
+        self.step = rows_per_block(self.sources, rows, self.memory)
+        if deferred:
+            for place in self.trained:
+                self.sources[place].request_grads(False, False, False)
+            self.trained, self.step = [], rows_per_block(self.sources, rows, self.memory)
+
+    def block(self, start, stop):
+        rows_of = slice(start, stop)
+        made = [source.tile(start, stop) for source in self.sources]
+        grads = {place: self.sources[place].grad_buffer(start, stop, made[place]) for place in self.trained}
+        for i, term in enumerate(self.terms):
+            alpha = None if term.alpha is None else self.alphas[term.alpha]
+            self.operation(
+                term.objective,
+                made[term.student],
+                made[term.teacher],
+                None if term.noisy is None else made[term.noisy],
+                *(None if t is None else t[rows_of] for t in (alpha, self.labels, self.row_weight)),
+                self.loss[i, rows_of],
+                grads.get(term.student),
+                None if self.table is None else self.table[i, :, rows_of],
+            )
+        for place, grad in grads.items():
+            self.sources[place].backward(grad, start, stop)
+
+    def results(self):
+        loss, table, index = self.loss, self.table, self.index
+        if index is not None:
+            loss = loss.new_zeros(len(self.terms), self.n).index_copy_(1, index, loss)
+            table = table if table is None else table.new_zeros(*table.shape[:2], self.n).index_copy_(2, index, table)
+        places = range(len(self.sources))
+        grads = [self.sources[place].grads() if place in self.trained else (None, None, None) for place in places]
+        return loss, table, grads
 
 
 def widest(sources):
@@ -278,25 +351,34 @@ def widest(sources):
 
 def contrast(spec, tensors):
     """Purified log-probabilities (N, vocab) of the single term's teacher, float32 or float64."""
-    (term,), labels, alphas = spec.terms, spec.labels, spec.alphas
-    check_labels(spec)
-    n, device = len(tensors[0][0]), tensors[0][0].device
-    sources, memory = make_tile_sources(spec, tensors, False)
-    clean, noisy = sources[term.teacher], sources[term.noisy]
-    dtype = widest(sources)
-    alpha = None if term.alpha is None else alphas[term.alpha].to(dtype)
-    out = torch.empty(n, spec.vocab, dtype=dtype, device=device)
-    module = find(device, dtype, spec.backend)
-    step = rows_per_block(sources, n, memory)
-    for one in sources:
-        one.allocate(min(step, n))
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        module.contrast(
-            term.objective,
-            clean.tile(start, stop),
-            noisy.tile(start, stop),
-            *(None if t is None else t[start:stop] for t in (alpha, labels)),
-            out[start:stop],
+    if spec.part is not None:
+        return sweep_split(spec, lambda: ContrastLoop(spec, tensors), tensors[0][0].device, stages.contrast)[1].out
+    loop = ContrastLoop(spec, tensors)
+    loop.sweep(loop.step)
+    return loop.out
+
+
+class ContrastLoop(Blocks):
+    """One run of `contrast`, prepared: `sweep` fills `out`."""
+
+    trained = ()
+
+    def __init__(self, spec, tensors):
+        (self.term,), self.labels, alphas = spec.terms, spec.labels, spec.alphas
+        check_labels(spec)
+        self.rows, device = len(tensors[0][0]), tensors[0][0].device
+        self.sources, memory = make_tile_sources(spec, tensors, False)
+        dtype = widest(self.sources)
+        self.alpha = None if self.term.alpha is None else alphas[self.term.alpha].to(dtype)
+        self.out = torch.empty(self.rows, spec.vocab, dtype=dtype, device=device)
+        self.operation = find(device, dtype, spec.backend).contrast
+        self.step = rows_per_block(self.sources, self.rows, memory)
+
+    def block(self, start, stop):
+        self.operation(
+            self.term.objective,
+            self.sources[self.term.teacher].tile(start, stop),
+            self.sources[self.term.noisy].tile(start, stop),
+            *(None if t is None else t[start:stop] for t in (self.alpha, self.labels)),
+            self.out[start:stop],
         )
-    return out

@@ -15,6 +15,8 @@ WIDE_SUM = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
 class LogitTiles:
     """Logits in memory. A tile is a slice."""
 
+    d_hidden = None
+
     def __init__(self, x, vocab):
         self.full = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
         self.x, self.vocab, self.index = self.full[:, :vocab], vocab, None

@@ -273,6 +273,12 @@ os._exit(0)
 
 def two_processes(folder, body):
     """Run Python code, which knows torch, zoo and FOLDER, in two processes that form a group."""
+    codes, errors = processes(folder, body, 2)
+    assert codes == [0, 0], "\n".join(error[-2000:] for error in errors)
+
+
+def processes(folder, body, count, timeout=300):
+    """(exit codes, texts on stderr) of so many processes that run the code as `two_processes` does."""
     helpers = Path(__file__).parent
     script = folder / "worker.py"
     script.write_text(
@@ -285,12 +291,18 @@ def two_processes(folder, body):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     workers = [
         subprocess.Popen(
-            [sys.executable, script], env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
+            [sys.executable, script],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
         )
-        for rank in "01"
+        for rank in range(count)
     ]
-    errors = [worker.communicate(timeout=300)[1].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(error[-2000:] for error in errors)
+    try:
+        errors = [worker.communicate(timeout=timeout)[1].decode() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [worker.returncode for worker in workers], errors
