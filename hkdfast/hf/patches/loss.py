@@ -67,7 +67,7 @@ class HeadLoss:
                 f"the head of the student is on {weights[0].device}, that of the teacher on {weights[1].device}: move "
                 f"the teacher, e.g. teacher.to({str(weights[0].device)!r})"
             )
-        check_vocab([weight.T for weight in weights], request.options.get("vocab"))
+        check_vocab([len(weight) for weight in weights], request.options.get("vocab"))
 
     def arguments(self):
         own = self.configured()
