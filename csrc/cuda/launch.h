@@ -46,7 +46,7 @@ int resident(Kernel kernel, const cudaLaunchConfig_t& config, int device, int bl
   return known[key] = clusters;
 }
 
-// False, and nothing is done, if the row does not fit on chip.
+// False, and nothing is done, if the row does not fit on chip or the device cannot run a cluster that holds it.
 template <class Divergence, Kind KIND, bool PURIFIED>
 bool launch(Task task, Divergence divergence, int device, cudaStream_t stream) {
   const auto kernel = rows_kernel<Divergence, KIND, PURIFIED>;

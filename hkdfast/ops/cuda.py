@@ -59,9 +59,13 @@ def unfit(tiles, device):
     tiles = [tile for tile in tiles if tile is not None]
     most = _cuda.longest([native.tile(native.unit_stride(tile)) for tile in tiles], device.index)
     dtypes = ", ".join(str(tile.dtype).removeprefix("torch.") for tile in tiles)
-    return (
-        f"rows of {tiles[0].shape[1]:,} tokens do not fit on chip, the longest of such tiles ({dtypes}) have {most:,}"
-    )
+    vocab = tiles[0].shape[1]
+    if vocab <= most:
+        return (
+            f"device {device.index} cannot run a cluster of thread blocks that holds a row of {vocab:,} tokens ({dtypes}): "
+            "too few of its multiprocessors are together, as in a part of a GPU (MIG)"
+        )
+    return f"rows of {vocab:,} tokens do not fit on chip, the longest of such tiles ({dtypes}) have {most:,}"
 
 
 def launch(operation, count, required, objective, x, *tensors):

@@ -16,7 +16,7 @@ def home(module):
     return DEVICE if getattr(module, "__name__", None) in on_gpu else "cpu"
 
 
-COMMON_OFFSETS = [1e3, 5e3, 2e4, 1e5]  # beyond 2**12 a float32 has no room for parts of 2**-12
+COMMON_OFFSETS = [1e3, 5e3, 1e5, -2e4]  # beyond 2**12 a float32 has no room for parts of 2**-12
 
 
 @dataclass(frozen=True)

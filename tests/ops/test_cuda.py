@@ -185,7 +185,7 @@ def test_fast_kinds_near_convergence(backend, kind, divergence, apart):
 @pytest.mark.parametrize("kind", [*FAST, "any"])
 def test_a_large_common_offset_changes_nothing(backend, kind, divergence, count, common):
     options = law(alpha=0.7) if count == 3 else {}
-    spread = max(3.0, common / 128) if kind == "narrow" else 3.0  # else bfloat16 makes all logits equal
+    spread = max(3.0, abs(common) / 128) if kind == "narrow" else 3.0  # else bfloat16 makes all logits equal
     dtype = FAST.get(kind, torch.float32)
     case = Case((8, 1032), dtype, spread=spread, apart=spread / 3, common=common, options=options)
     ours, kept = inputs(case)[:count], None if kind == "any" else torch.bfloat16
@@ -197,12 +197,13 @@ def test_a_large_common_offset_changes_nothing(backend, kind, divergence, count,
     assert_as_close_as_torch(grad, plain_grad, exact_grad)
 
 
+@pytest.mark.parametrize("common", [0.0, 2e4, -1e5])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(
     "options", [{"temperature": 2.0}, law(schedule="linear", plausibility=0.1)], ids=["plain", "law"]
 )
-def test_wide_tiles_with_labels_and_metrics(backend, divergence, options):
-    ours = tiles(5, 2048 + 8, torch.float32, 3 if "law" in options else 2)
+def test_wide_tiles_with_labels_and_metrics(backend, divergence, options, common):
+    ours = [t + common for t in tiles(5, 2048 + 8, torch.float32, 3 if "law" in options else 2)]
     labels, weight = torch.tensor([3, 2055, -100, 7, 0]), torch.linspace(0.5, 2, 5)
     objective = Objective(divergence=divergence, beta=0.3, hard_weight=0.7, **options)
     results = []
@@ -324,9 +325,9 @@ def test_ignored_rows_are_never_loaded(cluster):
 
 @pytest.mark.parametrize("outside", ["clean", "drop"])
 @pytest.mark.parametrize("plausibility", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_contrast_matches_the_definition(backend, dtype, plausibility, outside):
-    case = Case((3, 1031), dtype, options=law(plausibility=plausibility, outside=outside))
+@pytest.mark.parametrize(("dtype", "common"), [(torch.bfloat16, 0.0), (torch.float32, 0.0), (torch.float32, -2e4)])
+def test_contrast_matches_the_definition(backend, dtype, common, plausibility, outside):
+    case = Case((3, 1031), dtype, common=common, options=law(plausibility=plausibility, outside=outside))
     _, clean, noisy, *_ = inputs(case)
     objective = Objective(temperature=0.7, **case.options)
     out, plain = torch.empty(clean.shape), torch.empty(clean.shape)
@@ -478,6 +479,9 @@ def test_asked_for_by_name_it_refuses_what_does_not_fit(cuda):
     rows_on_gpu(by_name, 500)
     with pytest.raises(ValueError, match="rows of 501 tokens do not fit on chip, the longest of such .* have 500"):
         rows_on_gpu(by_name, 501)
+    cuda._cuda.rows = lambda *given: False  # the row fits in a cluster, for which the device has no room
+    with pytest.raises(ValueError, match=r"device 0 cannot run a cluster .* a row of 499 tokens \(bfloat16.*MIG"):
+        rows_on_gpu(by_name, 499)
     clean, noisy = (t.as_subclass(OnGpu) for t in tiles(2, 600))
     with pytest.raises(ValueError, match="rows of 600 tokens do not fit"):
         by_name.contrast(Objective(**law()), clean, noisy, None, None, torch.empty(2, 600))

@@ -28,15 +28,33 @@ def test_matches_the_definition(backend, divergence, case):
 
 @pytest.mark.parametrize("common", COMMON_OFFSETS)
 @pytest.mark.parametrize("options", [{}, law(alpha=0.7)], ids=["plain", "law"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", COMPILED)
-def test_a_large_common_offset_changes_nothing(backend, divergence, options, common):
-    case = Case((8, 1032), spread=3.0, apart=1.0, common=common, options=options)
-    exact = run_rows(reference, case, divergence, exact=True)
-    plain = run_rows(reference, case, divergence)
-    got = run_rows(load(backend), case, divergence)
+def test_a_large_common_offset_changes_nothing(backend, divergence, dtype, options, common):
+    unit = {torch.float32: 0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]  # else all logits would be equal
+    common = min(common, 3e4) if dtype == torch.float16 else common  # which ends at 65504
+    spread = max(3.0, abs(common) * unit)
+    case = Case((8, 1032), dtype, spread=spread, apart=spread / 3, common=common, labels=True, options=options)
+    exact = run_rows(reference, case, divergence, exact=True, hard_weight=0.5)
+    plain = run_rows(reference, case, divergence, hard_weight=0.5)
+    got = run_rows(load(backend), case, divergence, hard_weight=0.5)
     for name, truth, torch_, ours in zip(("loss", "gradient"), exact, plain, got, strict=False):
         assert_as_close_as_torch(ours, torch_, truth, name)
+
+
+@pytest.mark.parametrize("common", COMMON_OFFSETS)
+@pytest.mark.parametrize("mode", ["extrapolate", "subtract"])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_large_common_offset_changes_no_contrast(backend, mode, common):
+    case = Case((8, 1032), spread=3.0, apart=1.0, common=common, options=law(mode=mode))
+    module = load(backend)
+    clean, noisy = (t.to(home(module)) for t in inputs(case)[1:3])
+    out, plain, exact = (torch.empty_like(clean, dtype=d) for d in (torch.float32, torch.float32, torch.float64))
+    module.contrast(Objective(**case.options), clean, noisy, None, None, out)
+    reference.contrast(Objective(**case.options), clean, noisy, None, None, plain)
+    reference.contrast(Objective(**case.options), clean.double(), noisy.double(), None, None, exact)
+    assert_as_close_as_torch(out, plain, exact)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
