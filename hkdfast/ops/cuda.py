@@ -62,8 +62,8 @@ def unfit(tiles, device):
     vocab = tiles[0].shape[1]
     if vocab <= most:
         return (
-            f"device {device.index} cannot run a cluster of thread blocks that holds a row of {vocab:,} tokens ({dtypes}): "
-            "too few of its multiprocessors are together, as in a part of a GPU (MIG)"
+            f"device {device.index} cannot run a cluster of thread blocks that holds a row of {vocab:,} tokens "
+            f"({dtypes}): too few of its multiprocessors are together, as in a part of a GPU (MIG)"
         )
     return f"rows of {vocab:,} tokens do not fit on chip, the longest of such tiles ({dtypes}) have {most:,}"
 
