@@ -4,10 +4,10 @@
     dataset = dataset.map(augment, with_indices=True)       # of datasets, its "image" cast to datasets.Image; or
     dataset = Augmented(examples, augment, copies=2)        # of torch: made when asked for, anew in each epoch
 
-An example is a dict as `hkdfast.evaluate.choices.example` makes it; transforms of the image alone also take one with
-"image" and "text" only. A transform is a small dataclass that is called with (example, rng), changes nothing in place
-and returns the example with what it changed. The prompt is written last, from the fields, so that transforms combine
-in any order. `synthetic.py` has those that make new statements.
+An example is a dict that `hkdfast.evaluate.choices.example` returned. Transforms of the image alone also accept a dict
+with "image" and "text" only. A transform is a small dataclass. It is called with (example, rng) and returns a changed
+copy of the example. The prompt is written last, from the fields, so transforms can be combined in any order. Transforms
+that write new statements are in `synthetic.py`.
 """
 
 import random
@@ -25,22 +25,22 @@ from .images import image_of
 from .tasks import TASKS, question, record_of, template_of
 
 SIDES = {"left": "right", "right": "left"}
-# "leftmost", "left-hand" and "rightwards" tell of a side, "bright", "leftover" and "rights" do not
+# "leftmost", "left-hand" and "rightwards" name a side; "bright", "leftover" and "rights" do not
 SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed)?\b)", re.IGNORECASE)
-SPOKEN = ("statement", "context", "question")  # fields that are texts about the image; options are the fourth
+TEXT_FIELDS = ("statement", "context", "question")  # texts about the image; "options" is a list of more
 
 
 @dataclass(frozen=True)
 class Augment:
     """Transforms one after the other, as a function of (example, index) for `datasets.Dataset.map`.
 
-    What it does to an example depends on (seed, epoch, index) alone: not on the order of the examples, on processes, or
-    on the global random state.
+    What it does to an example depends on (seed, epoch, index) alone, not on the order of the examples, the number of
+    processes or the global random state.
 
     Args:
         transforms: functions of (example, random.Random) to an example.
         seed: of all random choices.
-        epoch: another epoch, other choices; `at(epoch)` gives the same augmentation of another epoch.
+        epoch: each epoch makes other choices. `at(epoch)` returns the same augmentation for another epoch.
     """
 
     transforms: Sequence[Any]
@@ -59,22 +59,23 @@ class Augment:
 
 
 def asked(example):
-    """The example with the prompt that its fields make."""
+    """The example with its prompt, written from its fields."""
     if "options" not in example:
         return example
     return example | {"text": question(record_of(example), template=example.get("template", 0))}
 
 
 class Augmented:
-    """A map-style dataset of augmented examples, made when they are asked for.
+    """A map-style dataset that augments each example when it is read.
 
     Args:
         examples: sequence of examples.
         augment: Augment.
-        copies: how often each example occurs, each time augmented otherwise; index i is of example i % len(examples).
+        copies: how many augmented versions of each example there are. Index i is a version of example
+            i % len(examples).
 
-    `set_epoch`, which Trainer and accelerate call, makes other choices in each epoch, unless the data loader keeps its
-    workers (`dataloader_persistent_workers`), which have copies of their own.
+    `set_epoch`, which Trainer and accelerate call, changes the random choices in each epoch. With persistent workers
+    (`dataloader_persistent_workers`) it has no effect, because each worker has its own copy of the dataset.
     """
 
     def __init__(self, examples, augment, copies=1):
@@ -96,7 +97,7 @@ class Augmented:
 
 @dataclass(frozen=True)
 class RandomApply:
-    """A transform with a probability, else the example as it is.
+    """Apply a transform with a probability; otherwise return the example unchanged.
 
     Raises:
         ValueError: a probability outside 0 to 1.
@@ -115,7 +116,7 @@ class RandomApply:
 
 @dataclass(frozen=True)
 class ShuffleOptions:
-    """Options in a random order, the answer's letters moved along: the training twin of the mapping shift.
+    """Shuffle the options and adapt the letters of the answer: the counterpart of the mapping shift for training.
 
     Args:
         fixed: texts of options that keep their place; None: those of the example's task.
@@ -136,14 +137,14 @@ class ShuffleOptions:
 
 @dataclass(frozen=True)
 class Paraphrase:
-    """The same question in other words: one of several templates.
+    """Ask the question by another template, drawn at random.
 
     Args:
         templates: numbers of the task's templates, or texts as `hkdfast.evaluate.choices.choice` takes them; None: all
             templates of the example's task.
 
     Raises:
-        ValueError: if there is none; when called, for a template that the task does not have.
+        ValueError: if the list is empty; when called, for a template that the task does not have.
     """
 
     templates: Sequence[int | str] | None = None
@@ -163,25 +164,25 @@ class Paraphrase:
 
 @dataclass(frozen=True)
 class Flip:
-    """The image mirrored, left to right, where the texts allow it.
+    """Mirror the image, left to right, if the texts allow it.
 
     Args:
-        words: "refuse": an example whose statement, context, question or options speak of left or right stays as it is.
-            "swap": these words change sides with the image, whatever they mean ("has left", "is right"). Writing in an
-            image is mirrored with it: leave Flip out where it matters.
+        text: "refuse": an example whose statement, context, question or options mention left or right is returned
+            unchanged. "swap": left and right are exchanged in the texts, whatever they mean ("has left", "is right").
+            Writing in an image is mirrored too: do not use Flip where it matters.
 
     Raises:
-        ValueError: other words.
+        ValueError: another value of `text`.
     """
 
     text: str = "refuse"
 
     def __post_init__(self):
         if self.text not in ("refuse", "swap"):
-            raise ValueError(f"unknown words {self.text!r}, expected refuse or swap")
+            raise ValueError(f"unknown text {self.text!r}, expected refuse or swap")
 
     def __call__(self, example, rng):
-        names = [name for name in SPOKEN if name in example] if "options" in example else ["text"]
+        names = [name for name in TEXT_FIELDS if name in example] if "options" in example else ["text"]
         options = example.get("options", [])
         if any(SIDE.search(text) for text in (*(example[name] for name in names), *options)):
             if self.text == "refuse":
@@ -193,7 +194,7 @@ class Flip:
 
 
 def mirrored(text):
-    """The text with left and right exchanged, in the case they are written in."""
+    """The text with left and right exchanged; upper and lower case stay."""
 
     def other(found):
         word = found[1]
@@ -205,11 +206,11 @@ def mirrored(text):
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of the image, of its own proportions, scaled to its size.
+    """Cut out a part of the image with the same proportions and resize it to the image's size.
 
     Args:
-        least: smallest side of the part, as a fraction of the image's. What is cut off may have been what a question is
-            about: keep it near 1.
+        min_scale: smallest side of the part, as a fraction of the image's. A question may be about what is cut off:
+            keep it near 1.
 
     Raises:
         ValueError: a fraction outside 0 to 1.
@@ -219,7 +220,7 @@ class Crop:
 
     def __post_init__(self):
         if not 0 < self.min_scale <= 1:
-            raise ValueError(f"least must be above 0 and at most 1, got {self.min_scale}")
+            raise ValueError(f"min_scale must be above 0 and at most 1, got {self.min_scale}")
 
     def __call__(self, example, rng):
         image = image_of(example)
@@ -232,7 +233,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Color:
-    """Brightness, contrast and saturation changed by random factors; the hue stays, for questions ask for colors.
+    """Change brightness, contrast and saturation by random factors. The hue stays, because questions ask for colors.
 
     Args:
         brightness, contrast, saturation: each factor is drawn from 1 - x to 1 + x.
@@ -260,10 +261,10 @@ class Color:
 
 @dataclass(frozen=True)
 class Noise:
-    """Gaussian noise on every pixel, as of a photo in poor light; how much is drawn for each image.
+    """Add Gaussian noise to every pixel, as in a photo taken in poor light. Its strength is drawn for each image.
 
     Args:
-        most: its largest standard deviation, as a fraction of the range of a pixel.
+        max_std: largest standard deviation of the noise, as a fraction of the range of a pixel.
 
     Raises:
         ValueError: a fraction outside 0 to 1.
@@ -273,7 +274,7 @@ class Noise:
 
     def __post_init__(self):
         if not 0 <= self.max_std <= 1:
-            raise ValueError(f"most must be between 0 and 1, got {self.max_std}")
+            raise ValueError(f"max_std must be between 0 and 1, got {self.max_std}")
 
     def __call__(self, example, rng):
         pixels = np.asarray(image_of(example), np.float32)

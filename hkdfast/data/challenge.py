@@ -7,8 +7,8 @@ one object a line, with the fields of the challenge's page; each object may be w
     hallucination  image_id, system1_question, system1_answer, system2_question, choices, correct_choice
     factcheck      image_id, claim, context, question, choices, correct_choice
 
-"image", "question" and "answer" are understood for image_id, system2_question and correct_choice. One mark <image>,
-first or last in a text, is taken off.
+"image", "question" and "answer" are accepted for image_id, system2_question and correct_choice. One <image> at the
+beginning or end of a text is removed.
 """
 
 import json
@@ -23,7 +23,7 @@ from .tasks import TASKS, Record, template_of
 
 
 def entries(path):
-    """The objects of a file as [(line number, or "entry 3" of a list, dict), ...], "metadata" wrappers taken off.
+    """The objects of a file, without "metadata" wrappers: [(line number, or "entry 3" of a list, dict), ...].
 
     Raises:
         FileNotFoundError: no such file.
@@ -49,13 +49,14 @@ def read(path, task, images=None, labels=True):
     Args:
         path: the file (see the module docstring for its format).
         task: a key of TASKS.
-        images: folder in which every image must exist, or None for no look.
-        labels: whether every question must have its answer. None reads those that are there and not empty, False none.
+        images: folder in which every image must exist; None: not checked.
+        labels: True: every question must have an answer. None: answers that exist and are not empty are read. False: no
+            answer is read.
 
     Raises:
         FileNotFoundError: no such file, folder or image.
-        ValueError: an unknown task, a file without questions, an entry that does not parse, a missing or wrong field,
-            a question_id twice; the message names file, line or entry, field and value.
+        ValueError: an unknown task, a file without questions, an entry that cannot be parsed, a missing or wrong field,
+            a repeated question_id; the message names file, line or entry, field and value.
     """
     template_of(task)
     path = Path(path).expanduser()
@@ -92,7 +93,7 @@ def parse(path, number, entry, task, index, labels):
     }
     marks = {name: text.count(MARK) for name, text in texts.items()}
     if sum(marks.values()) > 1:
-        raise ValueError(f"{path}:{number}: {MARK} is there {sum(marks.values())} times, expected one image")
+        raise ValueError(f"{path}:{number}: {MARK} occurs {sum(marks.values())} times, expected one image")
     texts |= {name: without_mark(f"{path}:{number}: {name}", texts[name]) for name, count in marks.items() if count}
     options = parse_options(path, number, entry, known.options)
     answer, name = None, "correct_choice"
@@ -134,27 +135,27 @@ def parse_options(path, number, entry, default):
         if not isinstance(one, str) or not one.strip():
             raise ValueError(f"{where}: option {letter} is {jsonl.shown(one)}, expected a text")
         if MARK in one:
-            raise ValueError(f"{where}: option {letter} holds {MARK}: {jsonl.shown(one)}")
+            raise ValueError(f"{where}: option {letter} contains {MARK}: {jsonl.shown(one)}")
         texts.append(one)
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{where}: {len(choices)} options, expected 2 to {len(LETTERS)}")
     if len(set(texts)) < len(texts):
-        raise ValueError(f"{where}: an option stands twice in {jsonl.shown(texts)}")
+        raise ValueError(f"{where}: an option occurs twice in {jsonl.shown(texts)}")
     return tuple(texts)
 
 
 def parse_letters(where, value, options):
-    """Letters in order, "AC", of "C", "c.", "A, C", "AC" or ["A", "C"]; None for an empty value.
+    """The letters of an answer, sorted: "AC" for "A, C", "AC" or ["C", "A"], "C" for "c."; None for an empty value.
 
-    Letters that nothing parts are capitals: "ad" and "Bad" are words.
+    Letters without a separator must be capitals: "ad" and "Bad" are words.
 
     Args:
-        where: what an error begins with.
-        value: as a file has it.
+        where: prefix of an error message.
+        value: the value in the file.
         options: texts of the options.
 
     Raises:
-        ValueError: for anything else, a letter beyond the options, or the text of an option.
+        ValueError: for anything else, a letter that labels no option, or the text of an option.
     """
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, str) for part in parts):
@@ -166,7 +167,7 @@ def parse_letters(where, value, options):
         letters = list(words[0])
     texts = {option.strip().casefold(): letter for letter, option in zip(known, options, strict=True)}
     text = value.strip().casefold() if isinstance(value, str) else None
-    word = len(letters) > 1 and text in texts  # an option "BAD" is not the options B, A and D
+    word = len(letters) > 1 and text in texts  # an option "BAD" does not mean the letters B, A and D
     if word or len(set(letters)) < len(letters) or not set(letters) <= set(known):
         hint = f" ({value.strip()!r} is the text of {texts[text]})" if text in texts else ""
         raise ValueError(
@@ -176,7 +177,7 @@ def parse_letters(where, value, options):
 
 
 def write(path, records):
-    """Write records to a JSON file in the challenge's own format; `read` gives them back."""
+    """Write records to a JSON file in the challenge's own format, which `read` reads."""
     with outputs.replacing(path) as file:
         json.dump([official(record) for record in records], file, indent=1, ensure_ascii=False)
         file.write("\n")
@@ -205,16 +206,16 @@ def write_answers(path, records, answers):
 
 
 def read_answers(path, records):
-    """The answers of a file, letters or None where one is missing, in the order of the records.
+    """The answers of a file in the order of the records: letters, or None for a missing answer.
 
-    The file holds objects, in a JSON list or one a line, or a list of letters in the order of the records. An object's
-    letters are its "choice" or "answer". Objects with question_id may come in any order and be fewer than the records;
-    others are as many as the records and in their order, with image_id or nothing beside. No answer is null, "" or an
-    absent object with question_id.
+    The file holds objects, as a JSON list or one per line, or a JSON list of letters in the order of the records. The
+    letters of an object are its "choice" or "answer". Objects with question_id may have any order, and some may be
+    missing. Objects without it must be as many as the records and in their order; image_id is optional. null, "" and a
+    missing object mean no answer.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: what is no answer to these records; the message names file and line or entry.
+        ValueError: an entry that is not an answer to these records; the message names file and line or entry.
     """
     path = Path(path).expanduser()
     places = {record.question_id: place for place, record in enumerate(records)}
@@ -248,13 +249,13 @@ def read_answers(path, records):
         found[place] = value
     if not named and len(found) < len(records):
         raise ValueError(
-            f"{path}: {len(found)} answers for {len(records)} questions: without question_id there must be one for "
-            "each, null where there is none"
+            f"{path}: {len(found)} answers for {len(records)} questions: without question_id the file must have an "
+            "entry for each question, null for no answer"
         )
     return [found.get(place) for place in range(len(records))]
 
 
 def other_kind(name, known):
-    """What to add of a question_id that is known as a text instead of a number, or the other way round."""
+    """A hint for an error: the same question_id exists as a text instead of a number, or the other way round."""
     other = next((each for each in known if str(each) == str(name)), None)
     return "" if other is None else f", {other!r} is"

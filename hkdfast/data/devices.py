@@ -1,13 +1,13 @@
-"""The device that a command's user names."""
+"""The torch device of a command's option --device."""
 
 import torch
 
 
 def find(name=None):
-    """The torch device of that name, by default a GPU if there is one.
+    """The torch device of that name; by default a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: torch knows no such device, or finds none here; "meta", which holds no numbers.
+        ValueError: torch does not know the device or does not find it here; or "meta", which has no data.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -18,5 +18,5 @@ def find(name=None):
         why = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"no device {str(name)!r} here: {why}") from error
     if device.type == "meta":
-        raise ValueError("device 'meta' holds no numbers: expected one that computes, e.g. 'cpu' or 'cuda'")
+        raise ValueError("device 'meta' has no data: expected a device that computes, e.g. 'cpu' or 'cuda'")
     return device

@@ -1,19 +1,19 @@
-"""How an answer is taken from a model: every option of it, in one place."""
+"""Options of generating an answer."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Greedy or sampled decoding. Whatever else the model's own generation config says is left aside."""
+    """Greedy or sampled decoding. Of the model's own generation config only the special tokens are used."""
 
-    sample: bool = False  # from the whole vocabulary; otherwise the most probable word, greedily
+    sample: bool = False  # sample from the whole vocabulary; False: greedy decoding
     temperature: float = 1.0  # of the sampling
     seed: int = 0  # of the sampling
-    draw: int = 0  # another draw under the same seed
-    instruction: str = "Please answer this question with one word."  # follows every question, as in VCD; or empty
+    draw: int = 0  # number of the draw; draws under one seed differ
+    instruction: str = "Please answer this question with one word."  # appended to every question, as in VCD; may be ""
     max_new_tokens: int = 16
-    batch_size: int = 8  # also the unit of the sampling's random numbers: another size, another draw
+    batch_size: int = 8  # changes the sampled answers too: each batch has its own random numbers
 
     def __post_init__(self):
         if not 0 < self.temperature < float("inf"):
@@ -27,5 +27,5 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def with_instruction(text, instruction):
-    """A question's text and the instruction behind it."""
+    """A question's text, followed by the instruction."""
     return f"{text} {instruction}".strip()

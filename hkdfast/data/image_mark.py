@@ -1,4 +1,4 @@
-"""The mark that stands for the image in questions of LLaVA's format."""
+"""The placeholder of the image in questions of LLaVA's format."""
 
 from .jsonl import shown
 
@@ -6,14 +6,14 @@ MARK = "<image>"
 
 
 def without_mark(where, text):
-    """A question without the mark of its image, which may come first or last; the model's own is put there later.
+    """A question without the placeholder of its image at its beginning or end. The chat template adds the model's own.
 
     Args:
-        where: what an error begins with.
+        where: prefix of an error message.
         text: the question.
 
     Raises:
-        ValueError: a mark in the middle, more than one, or nothing beside it.
+        ValueError: a placeholder in the middle, more than one, or no other text.
     """
     count = text.count(MARK)
     found = text.strip()
@@ -22,7 +22,7 @@ def without_mark(where, text):
     if count:
         what = "more than one" if count > 1 else "in the middle"
         raise ValueError(
-            f"{where} has {MARK} {what}, expected a question about one image, with that mark first, last or not at "
+            f"{where} has {MARK} {what}, expected a question about one image, with {MARK} first, last or not at "
             f"all: {shown(text)}"
         )
     if not text.strip():

@@ -1,4 +1,4 @@
-"""Pictures as RGB, the way a viewer shows them, whatever file or mode they come in. The one reader of every command."""
+"""Read images as RGB, as an image viewer shows them, from any file format and mode. Every command reads by it."""
 
 import os
 from pathlib import Path
@@ -18,19 +18,19 @@ UPRIGHT = {
 }
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 BITS = 258  # TIFF's tag of the bits of a number
-ZERO_IS = 262  # TIFF's tag of what zero is: 0 for white
+ZERO_IS = 262  # TIFF's tag of the photometric interpretation: 0 if zero is white
 
 
 def read_image(path):
-    """The picture in a file as RGB: turned upright, on white where it is transparent, the first frame of an animation.
+    """The image in a file as RGB: turned upright, transparency on white, the first frame of an animation.
 
     Args:
         path: str or os.PathLike.
 
     Raises:
         OSError: no such file, or one that cannot be opened.
-        ValueError: a file that is empty, no picture, damaged or cut, larger than Pillow takes, or of a range of numbers
-            that is unknown; names the file.
+        ValueError: a file that is empty, not an image, damaged, truncated, larger than Pillow accepts, or whose range
+            of pixel values is unknown; names the file.
     """
     try:
         with Image.open(path) as image:
@@ -39,10 +39,10 @@ def read_image(path):
     except UnidentifiedImageError as error:
         start = beginning(path)
         what = f"it begins with {start!r}" if start else "the file is empty"
-        raise ValueError(f"image {str(path)!r} is no picture that Pillow reads: {what}") from error
+        raise ValueError(f"image {str(path)!r} has no format that Pillow reads: {what}") from error
     except MemoryError:
         raise
-    # Pillow's plug-ins raise whatever their format stumbles over: OSError, SyntaxError, struct.error, ValueError
+    # Pillow's plug-ins raise errors of many types: OSError, SyntaxError, struct.error, ValueError
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
@@ -55,13 +55,13 @@ def beginning(path):
 
 
 def rgb(image):
-    """A picture as RGB, as `read_image` gives it.
+    """An image as RGB, as `read_image` returns it.
 
     Args:
         image: PIL image, or the path of a file.
 
     Raises:
-        ValueError: something else, naming its type; a PIL image without pixels, or of a range of numbers that is
+        ValueError: another type, which is named; a PIL image without pixels, or whose range of pixel values is
             unknown; for a path as `read_image`.
         OSError: as `read_image`.
     """
@@ -81,19 +81,19 @@ def rgb(image):
 
 
 def image_of(example):
-    """The picture of an example, a dict with "image", as `rgb` gives it; ValueError if it has none."""
+    """The image of an example, a dict with "image", as `rgb` returns it; ValueError if it has none."""
     if "image" not in example:
         raise ValueError(f"the example has no 'image', only {', '.join(map(str, example))}")
     return rgb(example["image"])
 
 
 def upright(image):
-    """A PIL image as RGB: its EXIF orientation applied, on white where it is transparent.
+    """A PIL image as RGB: its EXIF orientation applied, transparency on white.
 
-    Numbers of 16 bits keep their upper 8, as Pillow does in colored pictures; floats are from 0 to 1.
+    Pixels of 16 bits keep their upper 8, as in Pillow's color images; floats must be between 0 and 1.
     """
     if 0 in image.size:
-        raise ValueError(f"a picture of {image.width} x {image.height} has no pixels")
+        raise ValueError(f"an image of {image.width} x {image.height} has no pixels")
     image.load()
     turn = UPRIGHT.get(orientation(image))
     image = narrow(image)
@@ -109,26 +109,26 @@ def upright(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    image.info = {}  # else the orientation would be applied again by whoever reads it next
+    image.info = {}  # else the next reader would apply the orientation again
     return image
 
 
 def orientation(image):
     try:
         return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF, which viewers pass over: the picture itself is whole
+    except Exception:  # damaged EXIF, which viewers ignore: the image itself is intact
         return None
 
 
 def narrow(image):
-    """An image of gray levels of more than 8 bits as one of 8; any other as it is."""
+    """An image with gray levels of more than 8 bits as one of 8 bits; any other image unchanged."""
     # Pillow reads the 16 bits of these formats into 32
     if image.mode in SIXTEEN_BITS or image.mode == "I" and image.format in ("PNG", "PPM"):
         return of_16_bits(image)
     if image.mode == "I":
         low, high = image.getextrema()
         raise ValueError(
-            f"gray levels of 32 bits, here {low} to {high}, have no known range: save it with 8 or 16 bits"
+            f"gray levels of 32 bits, here {low} to {high}, have no known range: save the image with 8 or 16 bits"
         )
     if image.mode == "F":
         low, high = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).aminmax()  # NaN if there is one

@@ -1,24 +1,24 @@
-"""JSON and JSON lines: one object per line, every complaint with its file and line."""
+"""Read JSON and JSON lines (one object per line). Every error names the file and the line."""
 
 import json
 from pathlib import Path
 
-WIDE = (b"\xff\xfe", b"\xfe\xff")  # what UTF-16, and one form of UTF-32, begin with
+WIDE = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16 and of little-endian UTF-32
 
 
 def read(path):
-    """The objects of a JSON-lines file, as [(line number from 1, dict), ...]; lines of white space only are skipped.
+    """The objects of a JSON-lines file, as [(line number from 1, dict), ...]. Blank lines are skipped.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be opened; the message names it.
-        ValueError: "file:line: ..." for a line that is not UTF-8, not JSON, or not an object; a file without a line, or
-            of one JSON value over several lines.
+        ValueError: "file:line: ..." for a line that is not UTF-8, not JSON, or not an object; for an empty file, or
+            one JSON value over several lines.
     """
     return objects(path, content(path))
 
 
 def objects(path, data):
-    """The objects of JSON lines, given their bytes as `content` gives them, as `read` does."""
+    """The same as `read`, from the bytes that `content` returned."""
     found = []
     for number, line in lines(data):
         if not line.strip():
@@ -39,7 +39,7 @@ def objects(path, data):
 
 
 def check_lines(path, data):
-    """Say of a file that is one JSON list, or one object over several lines, what it is."""
+    """Raise a better error for a file that is one JSON list, or one object over several lines."""
     try:
         value = json.loads(data)
     except ValueError:
@@ -50,11 +50,11 @@ def check_lines(path, data):
 
 
 def content(path):
-    """The bytes of a file without a byte order mark, which is legal in UTF-8 and invisible.
+    """The bytes of a file without the byte order mark that UTF-8 allows.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is UTF-16 or UTF-32; names it.
+        ValueError: the file is UTF-16 or UTF-32; the message names it.
     """
     data = Path(path).expanduser().read_bytes()
     if data.startswith(WIDE) or b"\0" in data[:4]:
@@ -63,12 +63,12 @@ def content(path):
 
 
 def lines(data):
-    """(line number from 1, bytes) of each line; only line feeds end one, for a text may hold other ends."""
+    """(line number from 1, bytes) of each line. Only a line feed ends a line: a text may contain other separators."""
     return enumerate(data.split(b"\n"), 1)
 
 
 def decoded(path, data, number=None):
-    """The text of bytes, those of line `number` of a file or of all of it; ValueError names file and line."""
+    """Decode the bytes of a file, or of its line `number`. A ValueError names file and line."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -77,10 +77,10 @@ def decoded(path, data, number=None):
 
 
 def parse(path, data, number=None):
-    """The value of JSON bytes, as `decoded` takes them.
+    """Parse JSON bytes of a file, or of its line `number`.
 
     Raises:
-        ValueError: not JSON, or an object with a field twice; names file and line.
+        ValueError: not JSON, or an object with a repeated field; names file and line.
     """
     try:
         return json.loads(decoded(path, data, number), object_pairs_hook=once)
@@ -95,11 +95,11 @@ def parse(path, data, number=None):
 
 
 class TwiceError(Exception):
-    """A field that an object of JSON has twice."""
+    """A JSON object has a field twice."""
 
 
 def once(pairs):
-    """The dict of the fields of an object, of which json would keep the last of two with one name."""
+    """The dict of an object's fields. json itself would keep the last of two fields with one name."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -108,7 +108,7 @@ def once(pairs):
 
 
 def field(path, number, record, name, kinds=(str,)):
-    """record[name], after a look that it is there, of one of these types, and text that can be written as UTF-8."""
+    """record[name], checked: it must exist, have one of these types, and be valid Unicode if it is a text."""
     if name not in record:
         raise ValueError(f"{path}:{number}: no field {name!r}; found {', '.join(map(repr, record)) or 'none'}")
     value = record[name]
@@ -119,12 +119,12 @@ def field(path, number, record, name, kinds=(str,)):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{path}:{number}: {name} holds half a character, {value[error.start]!r}") from None
+            raise ValueError(f"{path}:{number}: {name} contains half a character, {value[error.start]!r}") from None
     return value
 
 
 def shown(value, most=80):
-    """A value for a message: whole if it is short, else what it is and how it begins."""
+    """A value as an error message shows it: a long one by its type, length and beginning."""
     text = repr(value)
     if len(text) <= most:
         return text

@@ -1,4 +1,4 @@
-"""Files that a command writes: none of its inputs, whole or not at all, and known to be possible before the work."""
+"""Output files of commands: never one of the inputs, written completely or not at all, checked before the work."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ from .. import shell
 
 @contextmanager
 def replacing(path):
-    """A text file to write that takes the place of `path` only once the block has ended without an exception.
+    """A text file to write. It replaces `path` only if the block ends without an exception.
 
-    Where `path` is a link, the file that it leads to is replaced; a device or a pipe is written as it is.
+    If `path` is a link, its target is replaced. A device or a pipe is written directly.
     """
     path = Path(path).expanduser()
     if special(path):
@@ -23,7 +23,7 @@ def replacing(path):
         return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # beside its target, so that the rename stays within one file system
+    # in the folder of its target, so that the rename stays within one file system
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with draft.open("w", encoding="utf-8") as file:
@@ -36,7 +36,7 @@ def replacing(path):
 
 
 def special(path):
-    """Whether something stands under a path that cannot be replaced: a device, a pipe, or this process's own output."""
+    """Whether a path is something that cannot be replaced: a device, a pipe, or the output of this process."""
     try:
         found = os.stat(path)
     except OSError:
@@ -45,7 +45,7 @@ def special(path):
 
 
 def own_output(found):
-    """The stream of this process that goes into the file, by its `os.stat`, or None. /dev/stdout may be a file."""
+    """The stream of this process that writes to the file with this `os.stat`, or None. /dev/stdout may be a file."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if os.path.samestat(found, os.fstat(stream.fileno())):
@@ -56,7 +56,7 @@ def own_output(found):
 
 
 def opened(path):
-    """A device or a pipe to write to. One that is this process's own output goes on where that is."""
+    """A device or a pipe to write to. If it is this process's own output, writing continues at its position."""
     stream = own_output(os.stat(path))
     if stream is None:
         return path.open("w", encoding="utf-8")
@@ -65,15 +65,15 @@ def opened(path):
 
 
 def check(option, path, inputs=()):
-    """See that a file can be written, before the work that makes what it is to hold. Nothing is left there.
+    """Check before the work that a file can be written. The check leaves nothing behind.
 
     Args:
-        option: name of the option whose value the path is, for messages.
-        path: the file, which may not exist yet; None is fine.
+        option: name of the option with this value, for messages.
+        path: the file, which may not exist yet; None is accepted.
         inputs: files that the command reads.
 
     Raises:
-        ValueError: a folder, or one of the inputs, by whatever link or spelling.
+        ValueError: a folder, or one of the inputs, also under another name or through a link.
         OSError: it cannot be written; names option and path.
     """
     if path is None:
@@ -91,7 +91,7 @@ def check(option, path, inputs=()):
     if found is not None:
         if stat.S_ISREG(found.st_mode):
             check_apart(where, found, inputs)
-        # root may write what nobody may: the mode says what its owner meant
+        # root may write a file that is read-only for everybody: the mode says what its owner wants
         if not found.st_mode & 0o222 or not os.access(path, os.W_OK):
             raise OSError(f"{where} cannot be written: it is read-only")
     if not special(path):
@@ -99,11 +99,11 @@ def check(option, path, inputs=()):
 
 
 def check_apart(where, found, inputs):
-    """See that a file, by its `os.stat`, is none of the inputs."""
+    """Refuse a file, given by its `os.stat`, that is one of the inputs."""
     for name in inputs:
         try:
             same = os.path.samestat(found, os.stat(Path(name).expanduser()))
-        except OSError:  # not there, or not to be read: whoever reads it says so
+        except OSError:  # missing or unreadable: the code that reads it reports that
             continue
         if same:
             raise ValueError(f"{where} is also read, as {name}: name another file")

@@ -1,8 +1,8 @@
-"""New captions and claims about images: from annotations, with their answers, or without, for the teacher to answer.
+"""New captions and claims about images: with answers, made from annotations, or without, for the teacher to answer.
 
-An annotated example has "image" and "objects", a list of {"name": "cat", "attribute": "black", "count": 2}; attribute
-and count may be left out, "plural" says how an irregular name is written. Its facts become phrases ("two black cats"),
-some of them made wrong: another object, another attribute, another number.
+An annotated example has "image" and "objects", a list of {"name": "cat", "attribute": "black", "count": 2}. attribute
+and count are optional; "plural" gives an irregular plural. Each object becomes a phrase ("two black cats"). Some
+phrases are made wrong: another object, another attribute, another number.
 """
 
 import re
@@ -38,18 +38,18 @@ def plural(thing):
 
 
 def listed(phrases):
-    """Phrases in a row: "a, b and c"."""
+    """Phrases as an enumeration: "a, b and c"."""
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
 @dataclass(frozen=True)
 class Corruptions:
-    """How a fact is made wrong.
+    """How an annotated fact is made wrong.
 
     Args:
-        objects: names of objects to put in the place of one that is there: a list, or {name: alternatives}.
+        objects: names that may replace the name of an object: a list, or {name: alternatives}.
         attributes: {attribute: alternatives that exclude it}.
-        kinds: what may be made wrong, of "object", "attribute" and "count".
+        kinds: what may be changed: some of "object", "attribute" and "count".
 
     Raises:
         ValueError: an unknown kind, or none.
@@ -71,10 +71,13 @@ class Corruptions:
             raise ValueError(f"kinds are {list(self.kinds)}, expected some of {', '.join(KINDS)}")
 
     def wrong(self, thing, objects, rng):
-        """The thing changed so that the image, which shows `objects` and of their names no others, does not show it.
+        """A changed copy of an annotated object that the image does not show.
+
+        Args:
+            objects: everything that the image shows under these names.
 
         Returns:
-            a dict like `thing`, or None where nothing about it can be changed.
+            a dict like `thing`, or None if nothing about it can be changed.
         """
         kinds = list(self.kinds)
         rng.shuffle(kinds)
@@ -92,22 +95,22 @@ class Corruptions:
     def wrong_attribute(self, thing, objects):
         there = {other.get("attribute") for other in objects if other["name"] == thing["name"]}
         words = self.attributes.get(thing.get("attribute"), ())
-        # a cat whose color is not annotated may have any
+        # a cat whose color is not annotated may have any color
         return [{"attribute": word} for word in words if word not in there and None not in there]
 
     def wrong_count(self, thing, objects):
         if not thing.get("count") or sum(other["name"] == thing["name"] for other in objects) > 1:
             return []
         count = thing["count"]
-        # never one: where there are two cats, there is a cat
+        # never one: an image of two cats also shows a cat
         return [{"count": other} for other in range(max(2, count - 2), count + 3) if other != count]
 
 
 def objects_of(example):
-    """The annotated objects of an example, one of each phrase.
+    """The annotated objects of an example; of several with the same phrase, one.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if the example has none.
     """
     objects = example.get("objects")
     if not objects:
@@ -118,7 +121,7 @@ def objects_of(example):
 
 
 def check_object(thing):
-    """Refuse an annotated object whose fields are not what `phrase` makes words of."""
+    """Refuse an annotated object that `phrase` cannot express."""
     if not isinstance(thing, Mapping) or not isinstance(thing.get("name"), str) or not thing["name"].strip():
         raise ValueError(f"an annotated object is {shown(thing)}, expected a dict with a 'name'")
     for name in ("attribute", "plural"):
@@ -130,7 +133,7 @@ def check_object(thing):
 
 
 def fields_of(example, task, **changed):
-    """The fields of a question of a task about the example's image."""
+    """The fields of a question about the example's image, for one of TASKS."""
     known = TASKS[task]
     fields = {"question_id": 0, "context": ""} | example
     return fields | {"task": task, "question": known.asked, "template": 0} | changed
@@ -138,28 +141,28 @@ def fields_of(example, task, **changed):
 
 @dataclass(frozen=True)
 class SyntheticCaption:
-    """A caption of the annotated objects, one phrase of it made wrong, as a question of the task "hallucination".
+    """A question of the task "hallucination": a caption of the annotated objects, in which one phrase is made wrong.
 
-    The options are the caption's phrases in its order and "No hallucination": ShuffleOptions after it mixes them.
+    The options are the caption's phrases, in their order, and "No hallucination". Apply ShuffleOptions afterwards.
 
     Args:
-        facts: Facts.
-        phrases: most phrases of a caption.
+        corruptions: Corruptions, which makes a phrase wrong.
+        phrases: largest number of phrases in a caption.
         none: probability that nothing is made wrong.
-        caption: the caption, with the phrases in the place of {}.
+        caption: the caption, with {} for the phrases.
 
     Raises:
         ValueError: phrases outside 1 to 25, none outside 0 to 1, a caption without {}; when called, an example
             without "objects".
     """
 
-    facts: Corruptions
+    corruptions: Corruptions
     phrases: int = 3
     none: float = 0.25
     caption: str = "The image shows {}."
 
     def __post_init__(self):
-        most = len(LETTERS) - 1  # a letter is left for none
+        most = len(LETTERS) - 1  # one letter is for "No hallucination"
         if not 1 <= self.phrases <= most or not 0 <= self.none <= 1:
             raise ValueError(f"phrases is {self.phrases} and none is {self.none}, expected 1 to {most} and 0 to 1")
         if "{}" not in self.caption:
@@ -171,7 +174,7 @@ class SyntheticCaption:
         wrong = None
         if rng.random() >= self.none:
             for place in rng.sample(range(len(mentioned)), len(mentioned)):
-                made = self.facts.wrong(mentioned[place], objects, rng)
+                made = self.corruptions.wrong(mentioned[place], objects, rng)
                 if made is not None:
                     mentioned[place], wrong = made, place
                     break
@@ -183,23 +186,23 @@ class SyntheticCaption:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim about the annotated objects, as a question of the task "factcheck".
+    """A question of the task "factcheck": a claim about the annotated objects.
 
-    Its verdict is drawn evenly from those that the objects allow. "True": all its facts hold. "False": none does.
-    "Partially True": some do. "Not Verifiable": it says something that neither image nor context can tell.
+    Its verdict is drawn uniformly from those that the objects allow. "True": all facts of the claim hold. "False": none
+    holds. "Partially True": some hold. "Not Verifiable": neither image nor context can confirm the claim.
 
     Args:
-        facts: Facts.
-        parts: facts of a claim, at least 2, where there are so many.
+        corruptions: Corruptions, which makes a fact wrong.
+        parts: number of facts in a claim, at least 2; fewer if the example has fewer objects.
         unverifiable: sentences about an image that nobody can judge by looking at it.
-        claim: the claim, with the facts in the place of {}.
+        claim: the claim, with {} for the facts.
 
     Raises:
         ValueError: parts below 2, no unverifiable sentence, a claim without {}; when called, an example without
             "objects".
     """
 
-    facts: Corruptions
+    corruptions: Corruptions
     parts: int = 2
     unverifiable: Sequence[str] = (
         "The picture was taken on a Monday.",
@@ -219,8 +222,8 @@ class Claim:
         objects = objects_of(example)
         mentioned = rng.sample(objects, min(self.parts, len(objects)))
         made = []
-        for thing in mentioned:  # no two of them become the same
-            made.append(self.facts.wrong(thing, objects + [other for other in made if other], rng))
+        for thing in mentioned:  # two objects never become the same wrong one
+            made.append(self.corruptions.wrong(thing, objects + [other for other in made if other], rng))
         candidates = [place for place, thing in enumerate(made) if thing is not None]
         verdicts = TASKS["factcheck"].options
         can = {
@@ -242,19 +245,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class RewriteStatement:
-    """Another statement about the same image whose truth nobody knows: the answer is None, for the teacher to give.
+    """Change the statement. Whether the new one is true is unknown: the answer is None, and the teacher provides it.
 
-    Phrases of the statement are replaced, in the options too: of a caption those in the options that its answer says
-    are wrong, if it names any, so that no more become wrong than were. A phrase within a longer one that may be
-    replaced itself stays whole. An example in which there is nothing to replace stays as it is, with its answer.
+    Phrases are replaced in the statement and in the options. If the answer of a caption names wrong options, only
+    phrases in these are replaced, so the number of wrong phrases does not grow. A phrase inside a longer one that may
+    be replaced itself is not replaced. An example without a phrase to replace is returned unchanged, with its answer.
 
     Args:
-        phrases: what may stand in the place of an option that the statement contains: a list, for any of them.
+        phrases: list of texts, each of which may replace any option that the statement contains.
         swaps: {phrase: alternatives}, for phrases anywhere in the statement.
-        changes: most phrases that are replaced.
+        changes: largest number of phrases to replace.
 
     Raises:
-        ValueError: neither phrases nor swaps, one that is not a text or is empty, or changes below 1.
+        ValueError: if phrases and swaps are both empty, a phrase is empty or not a text, or changes is below 1.
     """
 
     phrases: Sequence[str] = ()
@@ -266,10 +269,10 @@ class RewriteStatement:
         for phrase, others in self.swaps.items():
             check_list(f"swaps[{phrase!r}]", others)
         if not self.phrases and not self.swaps:
-            raise ValueError("there is nothing to put into a statement: give phrases or swaps")
+            raise ValueError("RewriteStatement has nothing to replace phrases with: give phrases or swaps")
         for text in (*self.phrases, *self.swaps, *(one for others in self.swaps.values() for one in others)):
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"phrases are texts that are not empty, got {text!r}")
+                raise ValueError(f"every phrase must be a text that is not empty, got {text!r}")
         if self.changes < 1:
             raise ValueError(f"changes must be at least 1, got {self.changes}")
 
@@ -300,12 +303,12 @@ class RewriteStatement:
         return example | {"statement": statement, "options": options, "answer": None}
 
     def containing_phrases(self, old, options):
-        """Phrases that hold another: "a cat" is not the cat of "a cat tree", if that may be replaced too."""
+        """Longer phrases that contain this one and may be replaced themselves: "a cat tree" for "a cat"."""
         others = [*self.swaps, *(options if old in options else ())]
         return [other for other in others if len(other) > len(old) and found(old, other)]
 
     def occurs(self, old, statement, options):
-        """Whether a phrase is in a statement, and not only as a part of a longer one."""
+        """Whether a statement contains a phrase outside the longer ones of `containing_phrases`."""
         return (
             found(old, statement) and replaced(old, "_", statement, self.containing_phrases(old, options)) != statement
         )
@@ -321,7 +324,7 @@ def found(text, within):
 
 
 def replaced(old, new, text, containing=()):
-    """The text with a phrase in the place of another, capital where the other had one; but not within longer ones."""
+    """The text with one phrase replaced by another, except inside the longer phrases. A capital first letter stays."""
 
     def put(hit):
         if hit[0].casefold() != old.casefold():

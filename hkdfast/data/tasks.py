@@ -1,6 +1,6 @@
 """The two tasks of the Responsible-AI challenge, and how a question of theirs becomes a prompt.
 
-This is the one place for it: training, augmentation and evaluation all ask `question`.
+Training, augmentation and evaluation all write their prompts by `question`.
 """
 
 import math
@@ -11,19 +11,19 @@ from pathlib import Path
 from .. import choices
 from ..choices import CONTENT_FREE, LETTERS, OPTIONS_PLACEHOLDER, Choice
 
-NONE = "No hallucination"  # the option that stands for none of the others
+NONE = "No hallucination"  # the option to choose if no other one is right
 CLOSING = "Answer with the letter of one option."
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the two tasks differ in."""
+    """How the two tasks differ."""
 
-    statement: str  # field of the text that is judged
-    context: str  # field of the text that goes with it
-    question: str  # field of the question
-    asked: str  # the challenge's own question, where a file has none
-    options: tuple[str, ...] | None  # where a file has none; None if each question has its own
+    statement: str  # name of the field with the text to judge
+    context: str  # name of the field with the text that accompanies it
+    question: str  # name of the field with the question
+    asked: str  # the challenge's question, for entries without one
+    options: tuple[str, ...] | None  # for entries without options; None if each question has its own
     fixed: tuple[str, ...]  # options that keep their place under a shift, unless the user says otherwise
     templates: tuple[str, ...]  # the prompt, and paraphrases of it
 
@@ -68,17 +68,17 @@ PLACEHOLDERS = re.compile(r"\{(statement|context|question)\}")
 
 
 def is_none(option):
-    """Whether an option says that there is no hallucination, in upper or lower case."""
+    """Whether an option is "No hallucination", in upper or lower case."""
     return option.strip().casefold() == NONE.casefold()
 
 
 @dataclass(frozen=True)
 class Record:
-    """One question of either task, under one set of names."""
+    """One question of either task, with the same field names for both."""
 
     task: str  # a key of TASKS
     image: str  # file name within the image folder
-    statement: str  # what is judged: the caption or the claim
+    statement: str  # the text to judge: the caption or the claim
     context: str  # the question that the caption answers, or the claim's context; may be empty
     question: str
     options: tuple[str, ...]  # in the order of the letters
@@ -94,30 +94,30 @@ class ChoiceInference:
     shifts: str | int = "cyclic"
     aggregate: str = "mean"
     method: str = "letters"
-    # texts of options that keep their place, by default those of both tasks: a text that is no option fixes nothing
+    # texts of options that keep their place, by default those of both tasks; a text that is not an option has no effect
     fixed: tuple[str, ...] = tuple(text for task in TASKS.values() for text in task.fixed)
     scoring: str = "auto"
     template: int | str = 0  # as in `choice`
-    seed: int = 0  # of a number of shifts
-    batch_size: int = 8  # questions in one forward, with all their shifts
-    multi_answer: bool = False  # as in `named`
+    seed: int = 0  # of random shifts
+    batch_size: int = 8  # questions per forward pass, with all their shifts
+    multi_answer: bool = False  # as in `letters_of`
 
     def __post_init__(self):
         choices.check_options(self.aggregate, self.method, self.scoring, self.batch_size)
         if self.multi_answer and self.method != "per_option":
-            raise ValueError(f'several letters need each option asked alone: form is {self.method!r}, expected "each"')
+            raise ValueError(f'multi_answer asks about each option alone: method is {self.method!r}, not "per_option"')
 
     def check(self, records):
-        """Say what of it does not fit the records, before any model is loaded."""
+        """Refuse options that do not fit the records, before any model is loaded."""
         for record in records:
             choices.plan(choice(record, self.template), self.shifts, self.fixed, self.seed)
 
 
 def template_of(task, template=0):
-    """A template of a task by its number, or the text itself after a look that it asks what is to be asked.
+    """A template of a task by its number; a text is checked and returned.
 
     Raises:
-        ValueError: an unknown task, a number beyond its templates, a text without {statement} or {options}.
+        ValueError: an unknown task, a number that none of its templates has, a text without {statement} or {options}.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
@@ -126,7 +126,7 @@ def template_of(task, template=0):
         if not 0 <= template < len(known):
             raise ValueError(f"template {template} of {task} does not exist, expected 0 to {len(known) - 1} or a text")
         return known[template]
-    missing = [hole for hole in ("{statement}", OPTIONS_PLACEHOLDER) if hole not in template]
+    missing = [placeholder for placeholder in ("{statement}", OPTIONS_PLACEHOLDER) if placeholder not in template]
     if missing:
         raise ValueError(f"the template {template!r} has no {' and no '.join(missing)}")
     return template
@@ -137,8 +137,8 @@ def choice(record, template=0):
 
     Args:
         record: Record.
-        template: number of one of the task's templates, or a text with {statement} and {options} and, where wanted,
-            {context} and {question}. A line of it is left out if all the fields it names are empty.
+        template: number of one of the task's templates, or a text with {statement} and {options}; {context} and
+            {question} are optional. A line is left out if all the fields that it names are empty.
     """
 
     template = template_of(record.task, template)
@@ -147,27 +147,27 @@ def choice(record, template=0):
 
 
 def filled(template, record):
-    """The template with the record's texts in its holes, {options} left for the options."""
+    """The template with the record's texts in place of their placeholders. {options} stays."""
 
     def fill(line):
         named = PLACEHOLDERS.findall(line)
         if named and not any(getattr(record, name) for name in named):
             return None
-        return PLACEHOLDERS.sub(lambda hole: getattr(record, hole[1]), line)
+        return PLACEHOLDERS.sub(lambda match: getattr(record, match[1]), line)
 
     lines = (fill(line) for line in template.split("\n"))
     return "\n".join(line for line in lines if line is not None)
 
 
-def named(record, place, scores, multi_answer=False):
+def letters_of(record, place, scores, multi_answer=False):
     """The letters of an answer.
 
     Args:
         record: Record.
-        place: of the option chosen.
+        place: index of the chosen option.
         scores: log-probabilities of the options in their order.
-        several: instead of that option all that are more likely right than not, if any is, in the form "each" of
-            `hkdfast.choices.answer`. "No hallucination" stands alone, and gives way to others.
+        multi_answer: return all options with a probability above 1/2, if there are any; the scores must be those of
+            the method "per_option" of `hkdfast.choices.answer`. "No hallucination" is dropped if there are others.
     """
     if multi_answer:
         likely = [i for i, score in enumerate(scores) if score > math.log(0.5)]
@@ -177,13 +177,14 @@ def named(record, place, scores, multi_answer=False):
 
 
 def question(record, order=None, template=0):
-    """The prompt of a record, with option order[place] behind each letter; the options' own order without one."""
+    """The prompt of a record. The letter at index `place` labels option order[place]; order None: no shift."""
     return choice(record, template).prompt(order)
 
 
 def example(record, folder=None, template=0):
-    """The record as an example for training: a dict with "image" (a path), "text" (the prompt) and "answer" (the right
-    letters or None), and beside them the record's other fields and "template", from which augmentation asks anew.
+    """The record as a training example: a dict with "image" (a path), "text" (the prompt) and "answer" (the right
+    letters or None). The record's other fields and "template" are in it too, so that augmentation can rewrite the
+    prompt.
 
     Args:
         record: Record.
@@ -196,7 +197,7 @@ def example(record, folder=None, template=0):
 
 
 def own_fields():
-    """Names of the fields of a Record that belong to the question and not to its file."""
+    """Names of the fields of a Record that describe the question, not its place in a file."""
     return [each.name for each in fields(Record) if each.compare]
 
 
@@ -204,7 +205,7 @@ def record_of(example):
     """The Record of an example that `example` made.
 
     Raises:
-        ValueError: a field that is missing; names it.
+        ValueError: naming the fields that are missing.
     """
     names = own_fields()
     missing = [name for name in names if name not in example]

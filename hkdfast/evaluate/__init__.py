@@ -1,1 +1,1 @@
-"""Benchmarks for hallucination, read and scored exactly as their official scripts do. Needs torch only."""
+"""Benchmarks of hallucination, read and scored exactly as their official scripts do. Needs torch only."""

@@ -1,4 +1,4 @@
-"""How sure a difference between two systems is: paired bootstrap over images."""
+"""Confidence intervals for the difference between two systems: paired bootstrap over images."""
 
 from dataclasses import asdict, dataclass
 
@@ -6,19 +6,19 @@ import torch
 
 from .pope import METRICS, confusion, metrics
 
-BLOCK = 2**24  # numbers of one block of resamples: 128 MiB of float64
+BLOCK = 2**24  # values in one block of resamples: 128 MiB of float64
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of one metric, ours minus theirs, and the bootstrap's percentile interval around it."""
+    """A difference of one metric, ours minus theirs, with the bootstrap's percentile interval."""
 
     difference: float
     low: float
     high: float
     level: float
     resamples: int
-    images: int  # clusters drawn
+    images: int  # clusters
     pairs: int  # question sets x bases x seeds x draws
 
     def __str__(self):
@@ -30,22 +30,23 @@ class Interval:
 def paired(ours, theirs, metric="f1", *, level=0.95, resamples=10_000, seed=0):
     """Interval of the mean difference in a metric between two systems that answered the same questions.
 
-    Images are drawn with replacement, and every question on an image goes with it: its questions are not
-    independent, and both systems, every seed and every draw are judged on the same drawn images. The metric is taken
-    in each pair, then averaged over the pairs with equal weight, as a table's mean over seeds is. What is not drawn
-    does not enter the interval: it holds for these bases and these seeds, on other images of the same kind.
+    Images are drawn with replacement, each with all its questions, because questions on one image are not independent.
+    Both systems, all seeds and all draws are evaluated on the same drawn images. The metric is computed for each pair,
+    then averaged over the pairs with equal weight, as in a table of means over seeds. Only images are resampled: the
+    interval holds for these bases and seeds, on other images of the same kind.
 
     Args:
         ours, theirs: lists of `pope.Graded`, pair by pair on the same questions: one per question set, base, seed and
-            draw in any order. An image is one cluster wherever its name occurs (see `source` of `pope.grade`). Pairs
+            draw, in any order. An image is one cluster wherever its name occurs (see `source` of `pope.grade`). Pairs
             that share no image are drawn separately, so each question set keeps its number of images.
         metric: one of pope.METRICS.
         level: coverage of the interval, 0 < level < 1.
         resamples: number of bootstrap draws.
-        seed: of the draws. The same seed gives the same interval, for any metric from the same draws.
+        seed: of the draws. The same seed gives the same draws for every metric.
 
     Raises:
-        ValueError: unknown metric, lists that do not pair up, a level or a number of resamples out of range.
+        ValueError: an unknown metric, lists that are not pairs on the same questions, a level or a number of resamples
+            out of range.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}, expected one of {', '.join(METRICS)}")
@@ -72,13 +73,13 @@ def paired(ours, theirs, metric="f1", *, level=0.95, resamples=10_000, seed=0):
 
 
 def table(ours, theirs):
-    """((images, pairs, 2, 4) counts of the confusion per image, sizes of the strata that the image rows fall into)."""
+    """((images, pairs, 2, 4) confusion counts of each image, sizes of the strata into which the images are divided)."""
     if len(ours) != len(theirs) or not ours:
         raise ValueError(f"{len(ours)} graded sets against {len(theirs)}, expected as many on both sides, at least one")
     for number, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
         if mine.images != yours.images or not torch.equal(mine.label, yours.label):
             raise ValueError(f"pair {number} is not on the same questions: images or labels differ")
-    # pairs whose images touch belong to one stratum; each holds a whole group of image names
+    # pairs that share an image belong to one stratum, which is the union of their images
     strata = []
     for graded in ours:
         names = dict.fromkeys(graded.images)
@@ -99,7 +100,7 @@ def table(ours, theirs):
 
 
 def draw(strata, resamples, generator):
-    """(resamples, images) float64: how often each image is drawn, as many draws in a stratum as it has images."""
+    """(resamples, images) float64: how often each image is drawn. A stratum of n images gets n draws."""
     times = torch.zeros(resamples, sum(strata), dtype=torch.float64)
     start = 0
     for size in strata:

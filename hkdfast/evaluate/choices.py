@@ -1,13 +1,6 @@
-"""The multiple-choice tracks of the Responsible-AI challenge: questions, prompts, answers and micro-F1.
+"""The score of the Responsible-AI challenge's multiple-choice tracks: micro-F1 (github.com/mm-hall-fact/ACMMM2025).
 
-Two tasks (github.com/mm-hall-fact/ACMMM2025): "hallucination", which of some phrases of a caption the image does not
-support, and "factcheck", whether a claim about an image in its context is true. A file holds a JSON list of objects, or
-one object a line, with the fields of the challenge's page; each object may be wrapped in {"metadata": ...}.
-
-    hallucination  image_id, system1_question, system1_answer, system2_question, choices, correct_choice
-    factcheck      image_id, claim, context, question, choices, correct_choice
-
-"image", "question" and "answer" are understood for image_id, system2_question and correct_choice.
+The formats of its files are described in `hkdfast.data.challenge`.
 """
 
 import torch
@@ -37,14 +30,16 @@ def answers_to(records):
 
 
 def score(records, answers):
-    """Micro-F1 and what it is made of, fractions of 1, over all questions and for each class.
+    """Micro-F1, precision and recall, as fractions of 1, over all questions and for each class.
 
-    As the challenge's page defines it: TP, an answer that matches exactly (as a set of letters); P = TP / (TP + FP),
-    FP an answer that does not; R = TP / (TP + FN), FN a question without its right answer, wrongly or not answered; F1
-    = 2 P R / (P + R). With every question answered all three are the accuracy. A ratio over nothing is 0.
+    The challenge's page defines: TP is an answer that matches exactly (as a set of letters); FP is an answer that does
+    not match; FN is a question without its right answer, wrongly answered or not at all. P = TP / (TP + FP), R = TP /
+    (TP + FN), F1 = 2 P R / (P + R). If every question is answered, all three equal the accuracy. A ratio with the
+    denominator 0 is 0.
 
     The classes of "factcheck" are its options. Those of "hallucination" are "No hallucination" and "hallucination",
-    for a letter says nothing there; a wrong phrase for a phrase counts against "hallucination" twice.
+    because a letter has no meaning of its own there. If the right and the given phrase differ, "hallucination" gets an
+    FP and an FN.
 
     Args:
         records: list of Record with answers.
@@ -85,10 +80,10 @@ def class_of(record, letters):
 
 
 def grade(records, answers, source=""):
-    """The answers as `bootstrap.paired` takes them; its metrics "f1", "precision" and "recall" are those of `score`.
+    """The answers in the form of `bootstrap.paired`, whose metrics "f1", "precision" and "recall" are those of `score`.
 
-    Every question becomes two rows: one that asks for its right answer, and one where an answer that is wrong is a
-    false positive. Other metrics of POPE have no meaning here.
+    Every question becomes two rows: a positive one, right if the answer is right, and a negative one, wrong if the
+    answer is wrong (a false positive). POPE's other metrics have no meaning here.
 
     Args:
         records, answers: as in `score`.

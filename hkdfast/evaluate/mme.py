@@ -5,7 +5,7 @@ from pathlib import Path
 from ..data import jsonl
 from . import pope
 
-# The subset on which SEED's neighbors report hallucination.
+# The subset on which SEED and related papers report hallucination.
 HALLUCINATION = ("existence", "count", "position", "color")
 
 
@@ -40,9 +40,9 @@ def read(path):
 
 
 def parse(answer):
-    """What the official script takes a lower-case answer for: "yes", "no" or "other", by its first four characters.
+    """How the official script reads a lower-case answer: "yes", "no" or "other", by its first four characters.
 
-    Quirk: " yes" is a yes, "the answer is yes" is other, "know" and "not" are no.
+    So " yes" is yes, "the answer is yes" is other, "know" and "not" are no.
     """
     return next((word for word in ("yes", "no") if word in answer[:4]), "other")
 
@@ -50,9 +50,9 @@ def parse(answer):
 def score(rows):
     """{"accuracy", "accuracy_plus", "score", "questions", "unreadable"} of a subtask.
 
-    accuracy is a fraction of 1; accuracy_plus is the fraction of images with both questions right; score is 100 times
-    their sum, at most 200. An answer that `parse` takes for neither yes nor no is wrong. unreadable counts these, and
-    the answers without exactly one of the two words: it changes no other number.
+    accuracy is a fraction of 1. accuracy_plus is the fraction of images with both questions right. score is 100 times
+    their sum, at most 200. An answer that `parse` reads as "other" is wrong. unreadable counts these answers and those
+    that do not contain exactly one of the two words; it does not change the score.
     """
     right = [parse(answer) == truth for _, _, truth, answer in rows]
     both = [first and second for first, second in zip(right[::2], right[1::2], strict=True)]
@@ -71,7 +71,7 @@ def files(folder):
 
 
 def score_folder(folder):
-    """{subtask: score} of every .txt file of a results folder, and the sum of the hallucination subset if it is whole.
+    """{subtask: score} of each .txt file in a results folder, and the sum of the hallucination subset if all are there.
 
     Raises:
         FileNotFoundError: no such folder, or no .txt file in it.

@@ -1,12 +1,12 @@
 """POPE, polling-based object probing: questions, answers and scores in the formats of the official scripts.
 
-Li et al., 2023 (arXiv:2305.10355). Two scripts are in use and do not agree on every answer; both are here, by rule:
+Li et al., 2023 (arXiv:2305.10355). Two scripts are in use and do not agree on every answer. `rule` chooses one:
 
-    "vcd"   eval_pope.py of VCD (arXiv:2311.16922), which the tables of SEED and its neighbors follow. An answer is
-            right if the lower-case label is a substring of the lower-case answer. So "no" is found in "not", "know"
-            and "snow", an answer may be right under either label, and one with neither word is wrong under both.
-    "pope"  evaluate.py of POPE itself. The answer up to its first full stop, without commas, split at spaces, is "no"
-            if "No", "no" or "not" is one of the words, and "yes" in every other case, the empty answer included.
+    "vcd"   eval_pope.py of VCD (arXiv:2311.16922), used for the tables of SEED and related papers. An answer is right
+            if the lower-case label is a substring of the lower-case answer. So "not", "know" and "snow" contain "no",
+            an answer may be right under either label, and an answer with neither word is wrong under both.
+    "pope"  evaluate.py of POPE itself. The answer up to its first full stop, without commas, is split at spaces. It is
+            "no" if "No", "no" or "not" is one of the words, and "yes" otherwise; an empty answer is "yes" too.
 """
 
 import re
@@ -24,20 +24,20 @@ METRICS = ("accuracy", "precision", "recall", "f1", "yes_rate")
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a question file, in the file's own words."""
+    """One line of a question file."""
 
     question_id: int | str
     image: str  # file name within the image folder
     text: str
-    label: str | None  # "yes" or "no"; None where labels were not asked for
+    label: str | None  # "yes" or "no"; None if labels were not read
     place: str = field(default="", compare=False, repr=False)  # "file:line"
 
 
 @dataclass(frozen=True)
 class Graded:
-    """The answers to one question set, marked. Everything that scores and intervals need."""
+    """The graded answers to one question set: all that scores and intervals need."""
 
-    images: tuple[str, ...]  # (N,) image of each question: questions on one image are not independent
+    images: tuple[str, ...]  # (N,) image of each question; questions on one image are not independent
     label: torch.Tensor  # (N,) bool, True where the truth is yes
     right: torch.Tensor  # (N,) bool, True where the answer is right
 
@@ -45,17 +45,17 @@ class Graded:
 def read_questions(path, images=None, labels=True):
     """The questions of a JSON-lines file with the fields question_id, image, text and label, in the file's order.
 
-    The mark <image> first or last in a text, as LLaVA's files have it, is taken off.
+    The placeholder <image> at the beginning or end of a text, as in LLaVA's files, is removed.
 
     Args:
         path: the file; POPE's are called .json and hold one object per line.
-        images: folder in which every image must exist, or None for no look.
-        labels: whether every line must have a label, "yes" or "no" in any case. If not, labels are not read.
+        images: folder in which every image must exist; None: not checked.
+        labels: whether every line must have a label, "yes" or "no" in upper or lower case. False: labels are not read.
 
     Raises:
         FileNotFoundError: no such file, folder or image.
-        ValueError: a line that does not parse ("file:line: ..."), a missing or wrong field, a question_id twice, a
-            mark of an image elsewhere in a text.
+        ValueError: a line that cannot be parsed ("file:line: ..."), a missing or wrong field, a repeated question_id,
+            <image> elsewhere in a text.
     """
     path = Path(path).expanduser()
     questions, lines = [], {}
@@ -79,7 +79,7 @@ def read_questions(path, images=None, labels=True):
 
 
 def require_images(path, questions, folder):
-    """Say which images of the questions are not in the folder, if any."""
+    """Refuse questions whose image is not in the folder."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {str(folder)!r} is not a folder")
@@ -93,12 +93,12 @@ def require_images(path, questions, folder):
 def read_answers(path, questions):
     """The answer texts of a JSON-lines file, one per question and in the order of the questions.
 
-    A line holds question_id and text, as VCD's scripts write, or question and answer, as POPE's examples do. The ids
-    (or the wordings, where a line has no id) must be those of the questions, line by line.
+    A line holds question_id and text, as VCD's scripts write, or question and answer, as in POPE's examples. Line by
+    line the ids (or the texts of the questions, if there is no id) must be those of the questions.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that does not parse, no answer, another number of lines, an id or a wording that differs.
+        ValueError: a line that cannot be parsed, a missing answer, another number of lines, another id or question.
     """
     path = Path(path).expanduser()
     records = jsonl.read(path)
@@ -113,7 +113,11 @@ def read_answers(path, questions):
         if found != expected:
             what = f"{path}:{number}: {key} is {jsonl.shown(found)}, expected {jsonl.shown(expected)}"
             kind = type(expected).__name__
-            why = f"the questions have it as {kind}" if str(found) == str(expected) else "answers keep the order asked"
+            why = (
+                f"the questions have it as {kind}"
+                if str(found) == str(expected)
+                else "answers must have the order of the questions"
+            )
             raise ValueError(f"{what}: {why}")
         answers.append(jsonl.field(path, number, record, "text" if "text" in record else "answer"))
     if len(records) != len(questions):
@@ -122,7 +126,7 @@ def read_answers(path, questions):
 
 
 def is_right(answer, label, rule="vcd"):
-    """Whether an answer counts as right by one of the official scripts: "vcd" or "pope"."""
+    """Whether an answer is right by the rule of an official script, "vcd" or "pope"."""
     if rule == "vcd":
         return label in answer.lower()
     words = answer.split(".")[0].replace(",", "").split(" ")
@@ -130,14 +134,14 @@ def is_right(answer, label, rule="vcd"):
 
 
 def grade(questions, answers, rule="vcd", source=""):
-    """The answers, marked by the rule of an official script.
+    """Grade the answers by the rule of an official script.
 
     Args:
         questions: (N,) list of Question with labels.
         answers: (N,) list of str, in the order of the questions.
         rule: "vcd" or "pope" (see the module docstring).
-        source: prefixed to the image names. Give question sets over different folders that reuse file names
-            different sources, so that an interval does not take two images for one.
+        source: prefix for the image names. If question sets over different folders use the same file names, give them
+            different prefixes, so that an interval does not count two images as one.
 
     Raises:
         ValueError: an unknown rule, other numbers of answers than questions, a question without a label.
@@ -158,7 +162,8 @@ def grade(questions, answers, rule="vcd", source=""):
 
 
 def confusion(graded):
-    """(N, 4) float64, one 1 a row: true positive, false positive, true negative, false negative. Yes is positive."""
+    """(N, 4) float64, a single 1 per row: true positive, false positive, true negative, false negative. Yes is
+    positive."""
     label, right = graded.label, graded.right
     return torch.stack([label & right, ~label & ~right, ~label & right, label & ~right], -1).double()
 
@@ -166,8 +171,8 @@ def confusion(graded):
 def metrics(counts):
     """{name: (...)} of METRICS for counts (..., 4) as `confusion` orders them, float64, fractions of 1.
 
-    A ratio over nothing is 0: precision without a yes answered, recall without a yes asked, F1 without a true
-    positive. The official scripts stop with a division by zero there.
+    A ratio with the denominator 0 is 0: precision without an answer "yes", recall without a label "yes", F1 without a
+    true positive. The official scripts divide by zero there.
     """
     tp, fp, tn, fn = counts.double().unbind(-1)
     precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
@@ -176,7 +181,7 @@ def metrics(counts):
         "accuracy": ratio(tp + tn, asked),
         "precision": precision,
         "recall": recall,
-        # in the script's own order of operations: the last digit is theirs
+        # in the script's order of operations, to get its last digit
         "f1": ratio(2 * precision * recall, precision + recall),
         "yes_rate": ratio(tp + fp, asked),
     }
@@ -187,9 +192,9 @@ def ratio(part, whole):
 
 
 def score(graded):
-    """{metric: float} over one question set, fractions of 1, and "questions", their number.
+    """{metric: float} of one question set, as fractions of 1, and the number of "questions".
 
-    yes_rate is that of the script: an answer is counted as "yes" where it is right under yes or wrong under no.
+    yes_rate is the script's: an answer counts as "yes" if it is right under yes or wrong under no.
     """
     return {name: value.item() for name, value in metrics(confusion(graded).sum(0)).items()} | {
         "questions": len(graded.images)
@@ -197,16 +202,16 @@ def score(graded):
 
 
 def is_plain(answer):
-    """Whether an answer says either yes or no: it contains exactly one of the two words, in any case."""
+    """Whether an answer is clear: it contains exactly one of the words yes and no, in upper or lower case."""
     return len({"yes", "no"}.intersection(re.findall(r"[^\W\d_]+", answer.lower()))) == 1
 
 
 def count_unreadable(answers):
-    """How many answers say neither yes nor no, or both. The official scripts take each of them for one or the other."""
+    """The number of answers with neither yes nor no, or both. The official scripts count each as one of the two."""
     return sum(not is_plain(answer) for answer in answers)
 
 
 def split_name(path):
-    """What a table calls a question file: random, popular or adversarial if its name says so, else the name."""
+    """The name of a question file in a table: random, popular or adversarial if its name contains it, else its name."""
     found = re.findall("random|popular|adversarial", Path(path).stem)
     return found[-1] if found else Path(path).stem

@@ -1,4 +1,4 @@
-"""Scores of several question sets, compared and as a table."""
+"""Compare the scores of several question sets, and print them as a table."""
 
 from . import bootstrap
 
@@ -9,8 +9,8 @@ def compare(asked, paths, ours, theirs, rate, compared, resamples):
     Args:
         asked, paths: {set name: questions}, and their files.
         ours, theirs: {set name: [answers of each draw]}; theirs may be None.
-        rate: function of (questions, answers) to (Graded, {metric: score}).
-        compared: {name of a metric: what `bootstrap.paired` calls it} of those that get an interval.
+        rate: function from (questions, answers) to (Graded, {metric: score}).
+        compared: {name of a metric: its name in `bootstrap.paired`} of the metrics that get an interval.
     """
     sets, pairs = {}, ([], [])
     for (name, questions), path in zip(asked.items(), paths, strict=True):
@@ -37,12 +37,12 @@ def differences(ours, theirs, compared, resamples):
 
 
 def table(report, columns, counts=()):
-    """The report as text: one row per question set and system, in percent; differences in points, 95 % intervals.
+    """The report as text: one row per question set and system, in percent; differences in points with 95 % intervals.
 
     Args:
-        report: as `compare` gives it.
+        report: as `compare` returns it.
         columns: names of the metrics.
-        counts: names of further columns, numbers of answers.
+        counts: names of further columns, which count answers.
     """
 
     def score_row(label, one):
@@ -69,7 +69,7 @@ def table(report, columns, counts=()):
 
 
 def layout(head, rows):
-    """Columns of text, the first flush left, the others flush right."""
+    """Columns of text: the first aligned left, the others right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

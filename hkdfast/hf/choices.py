@@ -128,7 +128,7 @@ def filled(records: Sequence[tasks.Record], found: Answers, multi_answer: bool) 
         scores = scores[: len(record.options)]
         lines.append(
             {
-                "choice": tasks.named(record, place, scores, multi_answer),
+                "choice": tasks.letters_of(record, place, scores, multi_answer),
                 "unshifted": LETTERS[by_shift[0].argmax()],
                 "scores": [score if score > -math.inf else None for score in scores],
             }

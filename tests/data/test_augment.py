@@ -147,7 +147,7 @@ def test_crops_keep_size_and_proportions():
     assert Augment([Crop(1.0)])({"image": ramp, "text": "?"}, 0)["image"] == ramp
 
 
-def test_colours_change_within_bounds(picture):
+def test_colors_change_within_bounds(picture):
     def mean(image):
         return np.asarray(image).astype(float).mean()
 
@@ -389,9 +389,9 @@ def annotated(thing):
     ("call", "message"),
     [
         (lambda: RandomApply(Flip(), 1.5), "probability must be between 0 and 1, got 1.5"),
-        (lambda: Flip("drop"), "unknown words 'drop', expected refuse or swap"),
-        (lambda: Crop(0), "least must be above 0 and at most 1, got 0"),
-        (lambda: Noise(1.5), "most must be between 0 and 1, got 1.5"),
+        (lambda: Flip("drop"), "unknown text 'drop', expected refuse or swap"),
+        (lambda: Crop(0), "min_scale must be above 0 and at most 1, got 0"),
+        (lambda: Noise(1.5), "max_std must be between 0 and 1, got 1.5"),
         (lambda: Color(contrast=1), "contrast must be at least 0 and below 1, got 1"),
         (lambda: Paraphrase([]), "templates is empty"),
         (lambda: Augment([Paraphrase([9])])(given(), 0), "template 9 of hallucination does not exist, expected 0 to 3"),
@@ -409,7 +409,7 @@ def annotated(thing):
             "the example has no annotated 'objects', only task",
         ),
         (lambda: RewriteStatement(), "give phrases or swaps"),
-        (lambda: RewriteStatement(["x", " "]), "phrases are texts that are not empty, got ' '"),
+        (lambda: RewriteStatement(["x", " "]), "every phrase must be a text that is not empty, got ' '"),
         (lambda: RewriteStatement(swaps={"": ["x"]}), "got ''"),
         (lambda: RewriteStatement(swaps={"x": [3]}), "got 3"),
         (lambda: RewriteStatement("dog"), "phrases is the text 'dog', expected a list of texts"),

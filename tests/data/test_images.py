@@ -179,8 +179,8 @@ def test_cmyk(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.png", b"", r"a\.png' is no picture that Pillow reads: the file is empty"),
-        ("a.jpg", b"<html>404</html>", r"a\.jpg' is no picture .*: it begins with b'<html>"),
+        ("a.png", b"", r"a\.png' has no format that Pillow reads: the file is empty"),
+        ("a.jpg", b"<html>404</html>", r"a\.jpg' has no format .*: it begins with b'<html>"),
         ("cut", None, r"cut' does not decode: .*truncated"),
         ("bomb", None, r"bomb' does not decode: .*decompression bomb"),
     ],
@@ -215,7 +215,7 @@ def test_files_that_cannot_be_opened_keep_their_error(tmp_path):
         (["a.png", "b.png"], "image is a list of 2, expected one PIL image or one path"),
         (b"x" * 999, "image is a bytes, expected"),
         (None, "image is a NoneType, expected"),
-        (Image.new("RGB", (0, 5)), "a picture of 0 x 5 has no pixels"),
+        (Image.new("RGB", (0, 5)), "an image of 0 x 5 has no pixels"),
     ],
 )
 def test_what_is_no_image_is_named_and_not_printed(image, message):

@@ -48,7 +48,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
         ({"image": {"path": "x" * 999}}, "q:1: image is a dict of 1, {'path': 'xxx"),
         ({"label": 1}, "q:1: label is 1, expected str"),
         ({"label": "x" * 999}, "q:1: label is a str of 999, 'xxx"),
-        ({"text": "a \ud83d cat"}, r"q:1: text holds half a character, '\ud83d'"),
+        ({"text": "a \ud83d cat"}, r"q:1: text contains half a character, '\ud83d'"),
         ({"text": " "}, "q:1: text is ' ', expected a question"),
     ],
 )
@@ -111,9 +111,9 @@ def test_other_marks_are_refused_with_file_and_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"claim": "<image> A cat.", "context": "<image> A photo."}, "q:1: <image> is there 2 times, expected one"),
+        ({"claim": "<image> A cat.", "context": "<image> A photo."}, "q:1: <image> occurs 2 times, expected one"),
         ({"claim": "A <image> cat."}, "q:1: statement has <image> in the middle"),
-        ({"choices": ["yes", "a <image>"]}, "q:1: choices: option B holds <image>"),
+        ({"choices": ["yes", "a <image>"]}, "q:1: choices: option B contains <image>"),
     ],
 )
 def test_marks_in_questions_of_the_challenge(tmp_path, change, message):

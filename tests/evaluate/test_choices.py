@@ -9,7 +9,7 @@ import torch
 
 from hkdfast.cli import main
 from hkdfast.data.challenge import read, read_answers, write
-from hkdfast.data.tasks import named
+from hkdfast.data.tasks import letters_of
 from hkdfast.evaluate import bootstrap, choices
 from hkdfast.evaluate.choices import NONE, TASKS, ChoiceInference, Record, choice, question, score
 
@@ -117,7 +117,7 @@ def test_records_come_back_from_the_file_they_are_written_to(tmp_path, task):
         ("hallucination", {"choices": [{"id": "B", "choice": "x"}]}, "choices: id is 'B', expected 'A': A, B, C"),
         ("hallucination", {"choices": ["x", ""]}, "choices: option B is '', expected a text"),
         ("hallucination", {"choices": ["x"]}, "choices: 1 options, expected 2 to 26"),
-        ("hallucination", {"choices": ["x", "x"]}, "an option stands twice"),
+        ("hallucination", {"choices": ["x", "x"]}, "an option occurs twice"),
         ("hallucination", {"correct_choice": ...}, "entry 2: no field 'correct_choice'"),
         ("hallucination", {"correct_choice": "E"}, "correct_choice is 'E', expected letters of A to D, each once"),
         ("hallucination", {"correct_choice": "CC"}, "correct_choice is 'CC', expected letters of A to D, each once"),
@@ -317,7 +317,7 @@ def test_answers_come_back(tmp_path):
         (["a, b and c"] * 4, "entry 1: answer is 'a, b and c', expected letters"),
         ([["A", "Bad"]] * 4, "entry 1: answer is .*, expected letters"),
         (["True"] * 4, r"entry 1: answer is 'True' \('True' is the text of A\), expected letters of A to D"),
-        (["A", "B"], "2 answers for 4 questions: without question_id there must be one for each"),
+        (["A", "B"], "2 answers for 4 questions: without question_id the file must have an entry for each"),
         ([{"choice": "A"}] * 3, "3 answers for 4 questions"),
         ([{"question_id": 1, "choice": "A"}, {"choice": "B"}], "entry 2: no question_id, unlike the answers before"),
         (["A", {"question_id": 1, "choice": "A"}], "entry 2: a question_id, unlike the answers before it"),
@@ -340,8 +340,8 @@ def test_answers_refuse(tmp_path, entries, message):
 def test_several_letters_are_all_that_are_likely(chances, letters):
     record = Record("hallucination", "0.png", "", "", "", ("a cat", "a dog", "a cow", NONE))
     scores, best = [math.log(chance) for chance in chances], chances.index(max(chances))
-    assert named(record, best, scores, multi_answer=True) == letters
-    assert named(record, best, scores) == LETTERS[best]
+    assert letters_of(record, best, scores, multi_answer=True) == letters
+    assert letters_of(record, best, scores) == LETTERS[best]
 
 
 def test_score_refuses():
@@ -350,7 +350,7 @@ def test_score_refuses():
     with pytest.raises(ValueError, match="1 questions have no answer, the first is 1"):
         score(asked(["A", None]), ["A", "B"])
     wrongs = [({"method": "x"}, "unknown method 'x'"), ({"batch_size": 0}, "batch_size must be at least 1")]
-    wrongs += [({"multi_answer": True}, "form is 'letters', expected \"each\"")]
+    wrongs += [({"multi_answer": True}, "method is 'letters', not \"per_option\"")]
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             ChoiceInference(**wrong)
@@ -564,7 +564,7 @@ def test_other_forms_run_on_a_model(home, tmp_path, options):
         assert set(line["choice"]) <= set(LETTERS[: len(record.options)])
         if options.get("method") == "per_option":
             best = max(range(len(record.options)), key=line["scores"].__getitem__)
-            assert line["choice"] == named(record, best, line["scores"], "multi_answer" in options)
+            assert line["choice"] == letters_of(record, best, line["scores"], "multi_answer" in options)
         else:
             assert sum(map(math.exp, finite)) == pytest.approx(1)
     if "scoring" in options:  # here a letter is one token, and the end of its turn follows in its own context
@@ -677,4 +677,4 @@ def test_a_broken_image_is_named_before_the_model_is_loaded(tmp_path, command):
     (tmp_path / "0.png").write_text("not an image")
     words = ["--task", "factcheck", "--data", tmp_path / "q.json", "--images", tmp_path, "--model", tmp_path / "none"]
     code, _, err = command(*words, "--output", tmp_path / "s.json")
-    assert code == 2 and "0.png" in err and "is no picture that Pillow reads" in err
+    assert code == 2 and "0.png" in err and "has no format that Pillow reads" in err

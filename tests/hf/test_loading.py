@@ -570,7 +570,7 @@ def test_a_class_of_ones_own_is_registered_by_an_import(home, copy, tmp_path, ca
 
 
 def test_devices_that_do_not_compute_are_refused_in_one_sentence(home, tmp_path, capfd):
-    for device, told in (("meta", "'meta' holds no numbers"), ("cuda:99", "no device 'cuda:99' here")):
+    for device, told in (("meta", "'meta' has no data"), ("cuda:99", "no device 'cuda:99' here")):
         assert ask(home, tmp_path / "out.json", "--device", device) == 2
         assert told in (line := refusal(capfd)) and len(line) < 200
 
