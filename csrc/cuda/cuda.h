@@ -16,7 +16,8 @@ struct Decode {
 }  // namespace HKDFAST_ISA
 
 // Starts the row operation on the stream (a cudaStream_t) of a device. False, and nothing is done, if a row does not fit
-// into the shared memory of a cluster, or the device cannot run one of that size; throws std::runtime_error with CUDA's own text. instances/*.cu instantiate it.
+// into the shared memory of a cluster, or the device cannot run one of that size; throws std::runtime_error with CUDA's
+// own text. instances/*.cu instantiate it.
 template <class Divergence>
 bool launch_rows(const Task& task, bool purified, Divergence divergence, int device, void* stream);
 
