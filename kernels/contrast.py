@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import law_numbers, law_words, tile_choice, transforms
 from .law import Branches, alone, confidence, contrasted, purification
-from .row import Tile, Tiles, columns, log_prob, narrow, word_at, words
+from .row import Softmax, Tile, Tiles, columns, log_prob, narrow, word_at, words
 from .sweeps import purified, statistics
 
 
@@ -37,7 +37,7 @@ def contrast_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     tiles = Tiles(
-        None,
+        Tile(None, None, None),
         Tile(clean_ptr + row * clean_stride, clean_scale, clean_cap),
         Tile(noisy_ptr + row * noisy_stride, noisy_scale, noisy_cap),
     )
@@ -47,14 +47,14 @@ def contrast_kernel(
     if WEIGHT == "per_row":
         alpha = tl.load(alpha_ptr + row).to(tl.float32)
     found = statistics(
-        tiles, vocab, rate, None, False, False, True, CONFIDENCE == "entropy", True, False, False,
-        False, False, False, MODE, False, False, BLOCK,
+        tiles, vocab, rate, Branches(None, None, None, None, None, None),
+        False, False, True, CONFIDENCE == "entropy", True, False, False, False, False, False, MODE, False, False, BLOCK,
     )  # fmt: skip
     sure = confidence(vocab, found.clean, found.entropy, target, CONFIDENCE)
     a = purification(sure, found.clean, found.noisy, alpha, threshold, WEIGHT)
     kept = alone(found.clean.log_sum, found.noisy.log_sum, a, MODE)
     teacher, shift, _, _, _ = purified(
-        tiles, vocab, rate, None, 0, Branches(found.clean, found.noisy, a, kept, least, 0.0),
+        tiles, vocab, rate, Softmax(0.0, 0.0, 0.0), 0, Branches(found.clean, found.noisy, a, kept, least, 0.0),
         MODE, OUTSIDE, False, False, False, False, BLOCK,
     )  # fmt: skip
     branches = Branches(found.clean, found.noisy, a, kept, least, shift)

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.objective import METRICS
+from ..ops.objective import METRICS, Objective
 from . import divergence as divergences
 from .contrast import contrast  # noqa: F401  a backend is one module
 from .launch import law_numbers, law_words, tile_choice, transforms
@@ -64,7 +64,6 @@ class Side(NamedTuple):
     mate_level: tl.tensor  # apart, at the student's peak
     rate: tl.tensor
     beta: tl.tensor
-    floor: tl.tensor  # or None
 
 
 class Gradient(NamedTuple):
@@ -96,7 +95,7 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def facing(student, teacher, mate, rate, beta, floor, STRAIGHT: tl.constexpr):
+def facing(student, teacher, mate, rate, beta, STRAIGHT: tl.constexpr):
     """The two sides of a row, with the origins from which their gap rounds least."""
     # Logits that lie near each other are subtracted as they are, which loses nothing; if one side is shifted against
     # the other, the peaks come off first, for the difference would round at the size of the shift.
@@ -112,11 +111,11 @@ def facing(student, teacher, mate, rate, beta, floor, STRAIGHT: tl.constexpr):
     else:
         mate_level = (mate - teacher_origin) - (student.peak - student_origin)
     shift = log_ratio(student.total, teacher.total)
-    return Side(student, teacher, student_origin, teacher_origin, level, shift, finite(mate_level), rate, beta, floor)
+    return Side(student, teacher, student_origin, teacher_origin, level, shift, finite(mate_level), rate, beta)
 
 
 @triton.jit
-def pair(x, y, apart, side):
+def pair(x, y, apart, side, floor):
     """The probabilities of words whose logits are x and y; apart as in Side."""
     log_q = log_prob(x, side.student, side.rate)
     log_p = log_prob(y, side.teacher, side.rate)
@@ -124,11 +123,11 @@ def pair(x, y, apart, side):
     gap = tl.where((log_q > LOW) | (log_p > LOW), gap, 0.0)
     p = tl.exp(log_p)
     lifted = 0 * p
-    if side.floor is not None:
-        low = (log_p < side.floor) & (log_q > LOW)
-        gap = tl.where(low, side.floor - log_q, gap)
-        lifted = tl.where(low, tl.exp(side.floor) - p, 0.0)
-        p = tl.where(low, tl.exp(side.floor), p)
+    if floor is not None:
+        low = (log_p < floor) & (log_q > LOW)
+        gap = tl.where(low, floor - log_q, gap)
+        lifted = tl.where(low, tl.exp(floor) - p, 0.0)
+        p = tl.where(low, tl.exp(floor), p)
     return Pair(log_p, log_q, p, tl.exp(log_q), gap, lifted)
 
 
@@ -137,10 +136,11 @@ def sweep(
     tiles,
     vocab,
     side,
-    branches,  # or None
+    branches,  # or Branches of None
     center,
     peak_tilt,
-    gradient,  # or None
+    floor,  # or None
+    gradient,  # or Gradient of None
     divergence: tl.constexpr,
     KIND: tl.constexpr,
     KNOWN: tl.constexpr,
@@ -159,18 +159,18 @@ def sweep(
     for passed in range(0, vocab, BLOCK):
         start = last - passed if BACKWARD else passed
         col = columns(start, BLOCK)
-        if gradient is not None and ACCUMULATE:
+        if gradient.ptr is not None and ACCUMULATE:
             before = tl.load(gradient.ptr + col, col < gradient.end, other=0.0).to(tl.float32)
         w = words(tiles, start, vocab, DIFFERENCE, BLOCK)
-        if branches is not None:
+        if branches.a is not None:
             w = Words(w.x, w.y, w.student, contrasted(w, branches, MODE, OUTSIDE), w.noisy, w.gap)
         apart = w.gap if STRAIGHT else (w.teacher - side.teacher_origin) - (w.student - side.student_origin)
-        each = pair(w.student, w.teacher, apart, side)
+        each = pair(w.student, w.teacher, apart, side, floor)
         student_entropy -= tl.sum(tl.where(each.q > 0, each.q * each.log_q, 0.0), 1)
         p = each.p - each.lifted
         teacher_entropy -= tl.sum(tl.where(p > 0, p * each.log_p, 0.0), 1)
         value, tilt = divergence(each.p, each.q, each.gap, side.beta)
-        if side.floor is not None:
+        if floor is not None:
             value -= center * each.lifted  # a floor breaks the sum over which CENTRE * (p - q) vanishes
         values += tl.sum(value, 1)
         if KIND == "slope":
@@ -178,7 +178,7 @@ def sweep(
         else:
             slope = tl.where(each.q > 0, each.q * (tilt - peak_tilt), 0.0)
         tilts += tl.sum(slope, 1)
-        if gradient is not None:
+        if gradient.ptr is not None:
             if KIND == "gap" and KNOWN:
                 tilt = (side.mate_level - apart) * side.rate
                 slope = tl.where(each.q > 0, each.q * (tilt - gradient.total), 0.0)
@@ -281,7 +281,7 @@ def rows_kernel(
         labeled = label >= 0
         label = tl.maximum(label, 0)
 
-    noisy_tile = None
+    noisy_tile = Tile(None, None, None)
     if LAW:
         noisy_tile = Tile(noisy_ptr + row * noisy_stride, noisy_scale, noisy_cap)
     tiles = Tiles(
@@ -298,7 +298,7 @@ def rows_kernel(
         clean_target = word_at(tiles, label, DIFFERENCE).teacher
 
     a = 0.0
-    branches = None
+    branches = Branches(None, None, None, None, None, None)
     if LAW:
         if WEIGHT == "per_row":
             alpha = tl.load(alpha_ptr + row).to(tl.float32)
@@ -340,7 +340,8 @@ def rows_kernel(
         if found.lone > 0:
             # the log-sums of both branches do count then: two sweeps more, for rows that hardly ever come
             again = statistics(
-                tiles, vocab, rate, None, False, False, True, False, True, False, False,
+                tiles, vocab, rate, Branches(None, None, None, None, None, None),
+                False, False, True, False, True, False, False,
                 MATE, False, False, MODE, STRAIGHT, DIFFERENCE, BLOCK,
             )  # fmt: skip
             kept = alone(
@@ -360,15 +361,16 @@ def rows_kernel(
     if HARD:
         hard = tl.where(labeled, found.hard_sum - (target - student.peak), 0.0)
 
-    side = facing(student, teacher, mate, rate, beta, floor, STRAIGHT)
+    side = facing(student, teacher, mate, rate, beta, STRAIGHT)
     peak_tilt = 0.0
     total = -mean * rate
     if MATE and not KNOWN:
-        peak = pair(student.peak, student.peak + mate if STRAIGHT else mate, side.mate_level, side)
+        peak = pair(student.peak, student.peak + mate if STRAIGHT else mate, side.mate_level, side, floor)
         _, peak_tilt = divergence(peak.p, peak.q, peak.gap, beta)
     if grad_ptr is None or not KNOWN:
         sums = sweep(
-            tiles, vocab, side, branches, center, peak_tilt, None,
+            tiles, vocab, side, branches, center, peak_tilt, floor,
+            Gradient(None, None, None, None, None, None, None),
             divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, False, not LAW or JOINT, BLOCK,
         )  # fmt: skip
         total = sums.tilt
@@ -385,7 +387,8 @@ def rows_kernel(
                 sound = tl.abs(most) + student.total + teacher.total < float("inf")
                 if not sound:
                     first = sweep(
-                        tiles, vocab, side, branches, center, peak_tilt, None,
+                        tiles, vocab, side, branches, center, peak_tilt, floor,
+                        Gradient(None, None, None, None, None, None, None),
                         divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, False, True, BLOCK,
                     )  # fmt: skip
                     sound = tl.abs(row_loss(first.value, hard, soft_weight, hard_weight)) < float("inf")
@@ -399,7 +402,7 @@ def rows_kernel(
             grad_ptr + row * grad_stride, total, soft_weight * rate * factor, hard_factor, found.hard_sum, label, end
         )
         final = sweep(
-            tiles, vocab, side, branches, center, peak_tilt, gradient,
+            tiles, vocab, side, branches, center, peak_tilt, floor, gradient,
             divergence, KIND, KNOWN, MODE, OUTSIDE, STRAIGHT, DIFFERENCE, ADDED, (LAW and not JOINT) != KNOWN, BLOCK,
         )  # fmt: skip
         if KNOWN:
@@ -435,10 +438,17 @@ def unusable():
     if not torch.cuda.is_available():
         return "Triton needs a GPU, and torch finds none (TRITON_INTERPRET=1 interprets its kernels, slowly)"
     try:
-        triton.runtime.driver.active.get_current_target()  # compiles Triton's own launcher on first use
+        trial()
     except Exception as error:  # whatever the driver or a compiler raises
-        return f"Triton cannot use the GPU: {type(error).__name__}: {error}"
+        reason = " ".join(str(error).split())[:200]
+        return f"Triton {triton.__version__} compiles no kernel for this GPU: {type(error).__name__}: {reason}"
     return ""
+
+
+def trial():
+    """A row of few words on the current GPU: seconds where its kernel is in no cache yet, else no time."""
+    student, teacher, grad = torch.zeros(3, 1, 16, device="cuda")
+    rows(Objective("reverse_kl"), student, teacher, None, None, None, None, student.new_empty(1), grad, None)
 
 
 def more_devices():
@@ -479,11 +489,11 @@ def arguments(objective, student, teacher, noisy, alpha, labels, row_weight, los
     )
 
 
-def choice(objective, tiles, labels):
+def choice(objective, tiles, labels, metrics):
     """tile_choice for rows_kernel."""
-    # ptxas also spills skew_kl on sm_100 if it chooses the limit itself
-    full = labels is not None or objective.teacher_floor > float("-inf") or objective.divergence == "skew_kl"
-    return tile_choice(tiles, full)
+    # ptxas also spills these if it chooses the limit itself: skew_kl on sm_100, jensen_shannon before Triton 3.7
+    mixed = objective.divergence == "skew_kl" or objective.divergence == "jensen_shannon" and metrics is not None
+    return tile_choice(tiles, labels is not None or objective.teacher_floor > float("-inf") or mixed)
 
 
 def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, grad, metrics):
@@ -493,4 +503,4 @@ def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, gr
     """
     given = arguments(objective, student, teacher, noisy, alpha, labels, row_weight, loss, grad, metrics)
     with torch.cuda.device_of(student):
-        rows_kernel[(len(student),)](*given, **choice(objective, (student, teacher, noisy, grad), labels))
+        rows_kernel[(len(student),)](*given, **choice(objective, (student, teacher, noisy, grad), labels, metrics))

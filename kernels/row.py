@@ -23,13 +23,15 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    student: Tile  # None when decoding
+    """A tile that is not there has the pointer None: Triton before 3.7 takes no None in a tile's place."""
+
+    student: Tile  # not there when decoding
     teacher: Tile
-    noisy: Tile  # None without a law
+    noisy: Tile  # not there without a law
 
 
 class Words(NamedTuple):
-    """A block of one row; without a tile, None."""
+    """A block of one row; without a tile, 0."""
 
     x: tl.tensor  # the student tile's numbers
     y: tl.tensor  # the teacher tile's, with the student's added if it holds differences
@@ -109,19 +111,19 @@ def masked(z, live, tile):
 def words(tiles, start, vocab, DIFFERENCE: tl.constexpr, BLOCK: tl.constexpr):
     col = columns(start, BLOCK)
     live = col < vocab
-    x = None
-    student = None
-    noisy = None
-    gap = None
+    x = 0.0
+    student = 0.0
+    noisy = 0.0
+    gap = 0.0
     y = numbers(tiles.teacher, col, live)
-    if tiles.student is not None:
+    if tiles.student.ptr is not None:
         x = numbers(tiles.student, col, live)
         student = masked(logit(x, tiles.student), live, tiles.student)
     if DIFFERENCE:
         gap = y * tiles.teacher.scale + (tiles.teacher.scale - tiles.student.scale) * x
         y += x
     teacher = masked(logit(y, tiles.teacher), live, tiles.teacher)
-    if tiles.noisy is not None:
+    if tiles.noisy.ptr is not None:
         noise = numbers(tiles.noisy, col, live)
         if DIFFERENCE:
             noise += x
@@ -137,21 +139,21 @@ def number_at(tile, word):
 @triton.jit
 def word_at(tiles, word, DIFFERENCE: tl.constexpr):
     """One word's logits, as scalars."""
-    x = None
-    student = None
-    noisy = None
+    x = 0.0
+    student = 0.0
+    noisy = 0.0
     y = number_at(tiles.teacher, word)
-    if tiles.student is not None:
+    if tiles.student.ptr is not None:
         x = number_at(tiles.student, word)
         student = logit(x, tiles.student)
     if DIFFERENCE:
         y += x
-    if tiles.noisy is not None:
+    if tiles.noisy.ptr is not None:
         noise = number_at(tiles.noisy, word)
         if DIFFERENCE:
             noise += x
         noisy = logit(noise, tiles.noisy)
-    return Words(x, y, student, logit(y, tiles.teacher), noisy, None)
+    return Words(x, y, student, logit(y, tiles.teacher), noisy, 0.0)
 
 
 @triton.jit

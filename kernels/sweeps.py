@@ -25,7 +25,7 @@ from .row import (
 
 
 class Statistics(NamedTuple):
-    """What the first sweep over a row gives; None or of no meaning where not asked for."""
+    """What the first sweep over a row gives; of no meaning where not asked for."""
 
     student: Softmax
     hard_sum: tl.tensor  # the student's log_sum at temperature 1
@@ -46,7 +46,7 @@ def statistics(
     tiles,
     vocab,
     rate,
-    branches,  # of a law whose weight is known, else None
+    branches,  # of a law whose weight is known, else Branches of None
     HARD: tl.constexpr,
     TEACHER: tl.constexpr,
     CLEAN: tl.constexpr,
@@ -73,14 +73,14 @@ def statistics(
     for start in range(0, vocab, BLOCK):
         w = words(tiles, start, vocab, DIFFERENCE, BLOCK)
         z = w.teacher
-        if branches is not None:
+        if branches.a is not None:
             z = contrasted(w, branches, MODE, "clean")
             alone = (w.noisy == LOW) & (w.teacher > LOW)
             lone = tl.maximum(lone, tl.max(tl.where(alone, 1.0, 0.0), 1))
         if WIDEST:
             apart = tl.where((w.student > LOW) | (z > LOW), tl.abs(w.student - z), 0.0)
             widest = tl.maximum(widest, tl.max(apart, 1))
-        if tiles.student is not None:
+        if tiles.student.ptr is not None:
             new = tl.maximum(peak_q, tl.max(w.student, 1))
             base = finite(new)
             e = powers(w.student, base, rate)
@@ -110,7 +110,7 @@ def statistics(
             peak_p = new
             if TEACHER_BEST:
                 # of a softcap's argument, which has fewer ties than its value
-                best_p = better(best_p, w.y * tiles.teacher.scale if branches is None else z, start, BLOCK)
+                best_p = better(best_p, w.y * tiles.teacher.scale if branches.a is None else z, start, BLOCK)
         if CLEAN:
             new = tl.maximum(peak_c, tl.max(w.teacher, 1))
             base = finite(new)
@@ -127,14 +127,14 @@ def statistics(
             sum_n = sum_n * tl.exp(peak_n - finite(new)) + tl.sum(powers(w.noisy, finite(new), 1.0), 1)
             peak_n = new
 
-    student = None
-    teacher = None
-    clean = None
-    noisy = None
+    student = Softmax(0.0, 0.0, 0.0)
+    teacher = Softmax(0.0, 0.0, 0.0)
+    clean = Softmax(0.0, 0.0, 0.0)
+    noisy = Softmax(0.0, 0.0, 0.0)
     entropy = 0.0
     row_mate = 0.0
     row_mean = 0.0
-    if tiles.student is not None:
+    if tiles.student.ptr is not None:
         student = softmax(peak_q, sum_q, rate)
         hard_sum = tl.log(fold(hard_sum, peak_q, 1.0))
         if MATE:

@@ -1,8 +1,11 @@
 """What is Triton's own: steps and tails, strides, the gradient in the student's place, rows that are taken back."""
 
 import mmap
+import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -251,3 +254,33 @@ def test_compiles_without_spills_for_a_gpu_that_is_not_here():
     command = [sys.executable, str(script), "--targets", "90", "--only", "rows, bfloat16, reverse_kl, gradient"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("1 instantiations for 90"), done.stdout + done.stderr
+
+
+WITHOUT_GPU = """
+import types, torch, triton
+torch.cuda.is_available = lambda: True
+triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: None))
+from hkdfast.kernels import distill
+def trial():
+    raise RuntimeError("PassManager::run failed\\n  in a long log")
+distill.trial = trial if FAILS else lambda: None
+import hkdfast
+print(hkdfast.backends()["triton"])
+"""
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_backends_compile_a_kernel_before_they_say_ok(fails):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = WITHOUT_GPU.replace("FAILS", str(fails))
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    reason = (
+        rf"ImportError: .*Triton {version('triton')} compiles no kernel for this GPU: RuntimeError: PassManager.*log"
+    )
+    assert re.fullmatch(reason if fails else "ok", found.strip()), found
+
+
+def test_the_trial_is_a_call_of_the_row_operation(monkeypatch):
+    plain = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: plain(*shape))
+    distill.trial()

@@ -77,6 +77,7 @@ def instantiations():
             given = dict(case)
             there = {key: given.pop(key, key == "grad") for key in ("grad", "metrics", "labels", "weight")}
             objective = Objective(**given)
+            metrics = empty(torch.float32, len(METRICS), ROWS) if there["metrics"] else None
             yield (
                 f"rows, {short}, {name}",
                 distill.rows_kernel,
@@ -90,9 +91,9 @@ def instantiations():
                     numbers if there["weight"] else None,
                     numbers,
                     tile if there["grad"] else None,
-                    empty(torch.float32, len(METRICS), ROWS) if there["metrics"] else None,
+                    metrics,
                 ),
-                distill.choice(objective, (tile,), labels if there["labels"] else None),
+                distill.choice(objective, (tile,), labels if there["labels"] else None, metrics),
             )
         for name, law in {"constant": ContrastSpec(), **LAWS}.items():
             yield (
@@ -186,7 +187,9 @@ def main():
             if spills:
                 spilled.append(line)
     print(
-        f"{len(jobs)} instantiations for {', '.join(options.targets)} in {time.perf_counter() - start:.0f} s;", end=" "
+        f"{len(jobs)} instantiations for {', '.join(options.targets)} by Triton {triton.__version__} in "
+        f"{time.perf_counter() - start:.0f} s;",
+        end=" ",
     )
     print("most registers:", ", ".join(f"{word}: {count}" for word, count in most.items()))
     if spilled:
