@@ -12,7 +12,7 @@ COLUMNS = {  # of a peer that has several ways, the fastest
     "TRL 1.16": ("TRL ChunkedDivergence",),
     "pairwise": ("pairwise distill_loss",),
 }
-TABLED = ("logits", "SEED", "heads", "coupled")  # the rest are sweeps, for the figures
+TABLED = ("logits", "SEED", "heads", "coupled")  # the rest are sweeps, for the figures, and steps of trainers
 
 
 def cell(ours, peers, failures):
@@ -80,10 +80,14 @@ def rows(path):
             yield [name, time, over, *cells]
 
 
+def threads(count):
+    return f"{count} thread" + "s" * (count > 1)
+
+
 def machine(path):
     data = json.loads(path.read_text())
     info, versions = data["machine_info"], data["versions"]
-    where = info["gpu"] or f"{info['cpu']['brand_raw']}, {info['torch_threads']} threads"
+    where = info["gpu"] or f"{info['cpu']['brand_raw']}, {threads(info['torch_threads'])}"
     named = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
     return f"{where}; {data['date']}; {named}; `{path.relative_to(ROOT)}`"
 
@@ -103,10 +107,45 @@ def table(path, wanted):
     ]
 
 
+def results():
+    return sorted((ROOT / "benchmarks/speed/results").glob("*.json"))
+
+
 def everything(*wanted):
-    """Every row of every results file, or those whose name holds one of the words."""
-    files = sorted((ROOT / "benchmarks/speed/results").glob("*.json"))
-    return "\n\n".join("\n".join(table(path, wanted or [""])) for path in files)
+    """Every row of every results file that has some, or those whose name holds one of the words."""
+    wanted = wanted or [""]
+    found = [path for path in results() if any(word in row[0] for row in rows(path) for word in wanted)]
+    return "\n\n".join("\n".join(table(path, wanted)) for path in found)
+
+
+def trainer_rows(path):
+    """Of every step of a trainer in a results file: what is tabled of it, with and without hkdfast."""
+    for benchmark in json.loads(path.read_text())["benchmarks"]:
+        info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
+        if "unpatched" not in info:
+            continue
+        before = info["unpatched"]
+        memory = ["-", "-"]
+        if info["peak memory"] is not None:  # None where no system tells it
+            memory = [f"{info['peak memory'] / 1e6:.0f} MB", f"{info['peak memory'] / before['peak memory']:.2f}x"]
+        yield [
+            f"{info['what'].removeprefix('step of ')}, {info['shape']}",
+            f"{seconds * 1e3:.0f} ms",
+            f"{seconds / before['median']:.2f}x",
+            *memory,
+            f"{info['loss error']:.0e} ({before['loss error']:.0e})",
+        ]
+
+
+def trainers():
+    """Steps of patched trainers, of every results file that has some."""
+    heading = "| | time | of the unpatched time | memory | of the unpatched memory | error of the loss (unpatched) |"
+    found = []
+    for path in results():
+        if steps := list(trainer_rows(path)):
+            lines = [heading, "| --- |" + " --- |" * 5, *(f"| {' | '.join(row)} |" for row in steps)]
+            found.append(f"{machine(path)}.\n\n" + "\n".join(lines))
+    return "\n\n".join(found)
 
 
 def readme():

@@ -78,6 +78,8 @@ def apply(
     if teacher is not None and kind is not TRAINER:
         raise ValueError(f"{type(trainer).__name__} has its teacher: teacher is of transformers.Trainer alone")
     if teacher_tokenizer is not None:
+        if trainer.processing_class is None:
+            raise ValueError("teacher_tokenizer is compared with the trainer's processing_class, which is None")
         check_words(("student", trainer.processing_class), ("teacher", teacher_tokenizer))
     values = kind.prepare(trainer, Request(divergence, options, teacher))
     return Patch(trainer, values, tuple(kind.methods))

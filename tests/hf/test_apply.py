@@ -311,6 +311,8 @@ def test_tokenizers_that_differ(tmp_path):
     apply(trainer, teacher_tokenizer=trainers.tokenizer()).undo()
     with pytest.raises(ValueError, match="tokenizers of 'student' and 'teacher' differ in .* words, e.g."):
         apply(trainer, teacher_tokenizer=trainers.letters())
+    with pytest.raises(ValueError, match="processing_class, which is None"):
+        apply(make(Trainer, tmp_path), teacher=teacher(), teacher_tokenizer=trainers.letters())
 
 
 class Cubed(hf.LlamaForCausalLM):
