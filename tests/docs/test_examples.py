@@ -1,5 +1,6 @@
 """examples/: each runs from end to end, and learns."""
 
+import ast
 import math
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -13,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def example(request, monkeypatch):
     """The module of the example that the test names."""
-    monkeypatch.setattr("sys.path", list(sys.path))  # what an example adds goes again
+    monkeypatch.setattr("sys.path", [*sys.path, str(EXAMPLES)])  # what an example adds goes again
     path = EXAMPLES / f"{request.param}.py"
     spec = spec_from_file_location(path.stem, path)
     module = module_from_spec(spec)
@@ -55,6 +56,47 @@ def test_a_student_gives_the_answers_of_its_teacher(example, tmp_path):
 def test_a_trainer_distills(example):
     found = example.main([])
     assert len(found) == 3 and found[-1] < 0.3 * found[0]
+
+
+def falls(losses):
+    """Whether a mean over the last quarter is below half of one over the first."""
+    quarter = max(1, len(losses) // 4)
+    return sum(losses[-quarter:]) < 0.5 * sum(losses[:quarter])
+
+
+@pytest.mark.parametrize("example", ["trl_gkd"], indirect=True)
+def test_gkd_of_trl_learns(example, tmp_path):
+    losses = example.main(str(tmp_path))
+    assert len(losses) == 20 and falls(losses)
+
+
+@pytest.mark.parametrize("example", ["trl_distillation"], indirect=True)
+def test_the_distillation_trainer_of_trl_learns(example, tmp_path):
+    losses = example.main(str(tmp_path))
+    assert len(losses) == 20 and falls(losses)
+
+
+@pytest.mark.parametrize("example", ["trainer_with_teacher"], indirect=True)
+def test_a_trainer_with_a_teacher_learns(example, tmp_path):
+    losses = example.main(str(tmp_path))
+    assert len(losses) == 20 and falls(losses)
+
+
+@pytest.mark.parametrize("example", ["tiny_models"], indirect=True)
+def test_tiny_models_read_what_their_tokenizer_writes(example):
+    words = example.tokenizer()
+    ids = words("is there a cat ? no", return_tensors="pt").input_ids
+    assert words.unk_token_id not in ids
+    assert example.language_model(32)(ids).logits.shape == (1, 6, 32)
+
+
+@pytest.mark.parametrize("name", ["trl_distillation", "trl_gkd", "trainer_with_teacher"])
+def test_one_line_needs_few_others(name):
+    """Fewer than 15 lines from the first statement of main to its last."""
+    tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
+    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert main.end_lineno - main.lineno + 1 + len(imports) < 15
 
 
 @pytest.mark.parametrize("example", ["seed_on_a_folder"], indirect=True)
