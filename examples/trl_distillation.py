@@ -1,4 +1,4 @@
-"""hkdfast in TRL's DistillationTrainer, which learns from answers of the student: python examples/trl_distillation.py"""
+"""hkdfast in TRL's DistillationTrainer, which learns from its own answers: python examples/trl_distillation.py"""
 
 from datasets import Dataset
 from tiny_models import language_model, tokenizer
