@@ -1,4 +1,4 @@
-"""The command hkdfast. A subcommand is `add_arguments(parser, ...)` and `run(args)` of the module that does it."""
+"""The command hkdfast. Each subcommand is a module with `add_arguments(parser)` and `run(args)`."""
 
 import argparse
 import importlib
@@ -10,16 +10,16 @@ import torch
 
 from .. import __version__, shell
 from . import bench, demo, doctor, evaluate, extras, user_modules
-from .help import HelpFormatter, add_example
+from .help import HelpFormatter, add_example, shorten_usage
 
 COMMANDS = {
     "distill": "distill a teacher, or several, into a language model or vision-language model",
-    "seed": "distill a vision-language model's hallucinations out of it (SEED)",
-    "hkd": "distill a chain of vision-language models into its smallest (HKD4VLM)",
-    "evaluate": "score a model, or answers that exist, on POPE, MME or multiple choice",
-    "doctor": "what is installed here, which backends run, and why one does not",
-    "demo": "distill_loss against plain PyTorch on this machine: time, error, memory",
-    "bench": "run the speed benchmarks of a checkout",
+    "seed": "reduce the hallucinations of a vision-language model by self-distillation (SEED)",
+    "hkd": "distill a chain of vision-language models into the smallest one (HKD4VLM)",
+    "evaluate": "score a model, or existing answers, on POPE, MME or multiple choice",
+    "doctor": "show what is installed, which backends run, and why the others do not",
+    "demo": "compare distill_loss with plain PyTorch on this machine: time, error, memory",
+    "bench": "run the speed benchmarks of a clone of the repository",
 }
 PATHS = ("PATH", "DIR", "FILE")  # metavars
 TRAINING = {"distill": ".distill", "seed": ".seed", "hkd": ".hkd"}  # modules that need transformers
@@ -30,12 +30,12 @@ def main(argv=None):
 
     Returns:
         the exit code: 0 for success; 2 for bad input, reported in one line on stderr; 130 for Ctrl-C and SIGTERM, with
-        what was kept and the command that continues.
+        a message that says what was kept and how to continue.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug, args = "--debug" in argv, None
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is no reason to lose a table
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show must not lose a table
             stream.reconfigure(errors="backslashreplace")
     try:
         with shell.terminable():
@@ -55,7 +55,7 @@ def main(argv=None):
 
 
 def stopped(argv, args):
-    """The message for a stopped command: what it has kept, and the command that continues."""
+    """The message of a stopped command: what it has kept, and the command that continues it."""
     kept = args.kept(args) if hasattr(args, "kept") else None
     if kept is None:
         return f"\nhkdfast: stopped, nothing was kept. To begin again:\n{shell.paste(*argv)}"
@@ -64,8 +64,8 @@ def stopped(argv, args):
 
 
 def message(error):
-    """What to say of an error that is not a fault of ours; None for one that is."""
-    # torch has no kind of its own for a lack of memory on the CPU
+    """The message for an error that the user can correct; None for an error in this library."""
+    # torch has no exception type for a lack of memory on the CPU
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         what = str(error).splitlines()[0] if str(error) else "on the CPU"
         return f"out of memory: {what}; smaller batches take less, and so does a --dtype of 16 bits"
@@ -75,7 +75,7 @@ def message(error):
 
 
 def make_parser(argv):
-    """The parser of all commands. Those that train are filled only when they are asked for: they need transformers."""
+    """The parser of all commands. A training command gets its options only if it is in argv: it needs transformers."""
     parser = argparse.ArgumentParser("hkdfast", description="Distillation of language and vision-language models.")
     parser.add_argument("--version", action="version", version=f"hkdfast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -93,17 +93,18 @@ def make_parser(argv):
     for name, module in (("doctor", doctor), ("demo", demo), ("bench", bench)):
         module.add_arguments(made[name])
         made[name].set_defaults(run=module.run)
-    asked = next((word for word in argv if not word.startswith("-")), None)
-    if asked in TRAINING:
-        module = importlib.import_module(TRAINING[asked], __package__)
-        module.add_arguments(made[asked])
-        made[asked].set_defaults(run=module.run, kept=module.kept)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    if command in TRAINING:
+        module = importlib.import_module(TRAINING[command], __package__)
+        module.add_arguments(made[command])
+        made[command].set_defaults(run=module.run, kept=module.kept)
+        shorten_usage(made[command])
     expand(parser)
     return parser
 
 
 def expand(parser):
-    """Let ~ be the home folder in every option whose value is a path, which its metavar says."""
+    """Expand ~ in every option whose metavar is one of PATHS."""
     for action in parser._actions:
         if action.metavar in PATHS:
             action.type = shell.path

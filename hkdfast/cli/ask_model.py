@@ -1,4 +1,4 @@
-"""What the benchmarks that ask a model share: options, asking with and without an adapter, scores and their table."""
+"""The common part of the benchmarks that run a model: options, answers with and without an adapter, score files."""
 
 import json
 from pathlib import Path
@@ -8,43 +8,51 @@ from ..data.generation import DTYPES
 from ..evaluate import pope
 from . import user_modules
 
-# what the folder of a model or an adapter is read for; scores may lie beside it
+# files that are read from the folder of a model or an adapter; scores may be written into the same folder
 MODEL_FILES = ("*config.json", "*.safetensors", "*.bin", "*.index.json", "*token*.json", "vocab*", "merges.txt")
 MODEL_FILES += ("*.model", "chat_template*")
 
 
 def add_options(parser):
-    """Options of a command that asks a model, or takes answers that exist, and scores them."""
+    """Options of a command that scores the answers of a model, or existing answers.
+
+    Returns:
+        the group of options about the scores, for those of a single benchmark.
+    """
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="PATH", help="model to ask: a folder or a Hub name")
+    what.add_argument("--model", metavar="PATH", help="model that answers: a folder or a Hub name")
     what.add_argument(
         "--answers",
         nargs="+",
         metavar="FILE",
-        help="answers to score: as many files for each file of questions, all of the first before those of the next",
+        help="existing answers to score: the same number of files for each file of questions, those for the "
+        "first file first",
     )
-    add("--images", metavar="DIR", help="folder of the questions' images; needed with --model")
-    add("--adapter", metavar="DIR", help="PEFT adapter to put on the model")
-    user_modules.add_option(parser)
-    add("--base", action="store_true", help="also ask the model without its adapter, and compare")
+    add("--images", metavar="DIR", help="folder of the questions' images; required with --model")
+    add("--output", metavar="FILE", help="JSON file for the scores; required with --model, whose answers go beside it")
+    add("--adapter", metavar="DIR", help="PEFT adapter to load on the model")
+    add("--base", action="store_true", help="also run the model without its adapter, and compare")
     add("--against", nargs="+", metavar="FILE", help="answers of another system to compare with, listed like --answers")
-    add("--device", help="torch device; without it a GPU if there is one")
-    add("--dtype", default="auto", choices=DTYPES, help="auto: as the model is saved")
-    add(
-        "--attn-implementation",
-        help="e.g. sdpa, eager, flash_attention_2 (of the extra flash); default: transformers' choice",
-    )
     add("--resume", action="store_true", help="continue a stopped run with the same options")
-    add("--resamples", type=int, default=10_000, help="draws of the bootstrap")
-    add("--output", metavar="FILE", help="JSON file for the scores; needed with --model, whose answers go beside it")
+    group = parser.add_argument_group("loading the model")
+    group.add_argument("--device", help="torch device; by default a GPU if there is one")
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="data type of the model; auto: as saved")
+    group.add_argument(
+        "--attn-implementation",
+        help="e.g. sdpa, eager, flash_attention_2 (of the extra flash); by default the one that transformers chooses",
+    )
+    user_modules.add_option(group)
+    scores = parser.add_argument_group("scores")
+    scores.add_argument("--resamples", type=int, default=10_000, help="number of bootstrap resamples")
+    return scores
 
 
 def check_options(args, questions):
-    """Options that contradict each other, named; and answers that would be lost.
+    """Refuse options that contradict each other, or would overwrite an input or earlier answers.
 
     Args:
-        questions: the files of them.
+        questions: the files of questions.
     """
     if args.model:
         for option in ("images", "output"):
@@ -57,31 +65,31 @@ def check_options(args, questions):
     if args.base and not args.adapter:
         raise ValueError("--base needs --adapter: without one there is nothing to compare with")
     if args.base and args.against:
-        raise ValueError("--base and --against are two things to compare with, expected one")
+        raise ValueError("--base and --against both name a system to compare with, expected one of them")
     given = [*questions, *(args.answers or ()), *(args.against or ())]
     outputs.check("--output", args.output, [*given, *model_files(args.model), *model_files(args.adapter)])
     if args.model and outputs.special(args.output):
-        raise ValueError(f"--output {args.output} is no file: with --model the answers go into a folder beside it")
+        raise ValueError(f"--output {args.output} is not a file: with --model the answers go into a folder beside it")
     folder = answer_folder(args) if args.model else None
     if folder == Path(args.output or "").expanduser():
-        raise ValueError(f"--output {args.output} is the name of the folder of the answers, expected a file beside it")
+        raise ValueError(f"--output {args.output} is the folder of the answers, expected a file with another name")
     inside = folder and next((name for name in given if folder.resolve() in Path(name).resolve().parents), None)
     if inside:
         raise ValueError(f"{inside} is read, and the answers are written in {folder}: name another --output")
     if folder and not args.resume and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds the answers of an earlier run: --resume it, or name another --output")
+        raise ValueError(f"{folder} has the answers of an earlier run: pass --resume, or choose another --output")
 
 
 def model_files(folder):
-    """The files of a model or an adapter in a folder; none for a Hub name or None."""
+    """The files of a model or an adapter in a folder; [] for a Hub name or None."""
     place = Path(folder or "").expanduser()
     return [file for pattern in MODEL_FILES for file in place.glob(pattern)] if folder and place.is_dir() else []
 
 
-def check_images(args, asked):
-    """See that --output is none of the images of the questions, which are {set name: questions}."""
+def check_images(args, sets):
+    """Refuse an --output that is one of the images of {set name: questions}."""
     if args.images:
-        names = {question.image for questions in asked.values() for question in questions}
+        names = {question.image for questions in sets.values() for question in questions}
         outputs.check("--output", args.output, [Path(args.images).expanduser() / name for name in names])
 
 
@@ -90,7 +98,7 @@ def answer_folder(args):
 
 
 def kept(args):
-    """What a stopped command has left of its answers, as text; None where there is nothing."""
+    """How many answers a stopped command has kept, as text; None if there are none."""
     folder = answer_folder(args) if args.model and args.output else None
     if folder is None or not folder.is_dir() or not any(folder.iterdir()):
         return None
@@ -100,7 +108,7 @@ def kept(args):
 
 
 def set_names(paths):
-    """What a table calls the question files: the shortest naming under which no two are the same."""
+    """The names of the question files in a table: the shortest form in which they differ."""
     for naming in (pope.split_name, lambda path: Path(path).stem, str):
         names = [naming(path) for path in paths]
         if len(set(names)) == len(names):
@@ -108,42 +116,47 @@ def set_names(paths):
     raise ValueError("a file of questions is listed twice")
 
 
-def read_answer_files(option, paths, asked, read):
-    """{set name: [answers of each draw]} from as many files for each question set, in blocks; read(path, questions)."""
-    draws, rest = divmod(len(paths), len(asked))
+def read_answer_files(option, paths, sets, read):
+    """{set name: [answers of each draw]} from the same number of files for each question set, in blocks.
+
+    Args:
+        sets: {set name: questions}.
+        read: function from (path, questions) to answers.
+    """
+    draws, rest = divmod(len(paths), len(sets))
     if rest or not draws:
-        count = f"{len(asked)} files of questions"
-        raise ValueError(f"{option} lists {len(paths)} files for {count}, expected as many for each")
+        count = f"{len(sets)} files of questions"
+        raise ValueError(f"{option} lists {len(paths)} files for {count}, expected the same number for each")
     blocks = [paths[start : start + draws] for start in range(0, len(paths), draws)]
     return {
         name: [read(path, questions) for path in block]
-        for (name, questions), block in zip(asked.items(), blocks, strict=True)
+        for (name, questions), block in zip(sets.items(), blocks, strict=True)
     }
 
 
-def answer_files(args, asked, read):
-    """What --answers and --against list, each as `read_answer_files` gives it, or None."""
+def answer_files(args, sets, read):
+    """(answers of --answers, of --against), each as `read_answer_files` returns it, or None."""
     listed = (("--answers", args.answers), ("--against", args.against))
-    ours, theirs = (read_answer_files(option, paths, asked, read) if paths else None for option, paths in listed)
+    ours, theirs = (read_answer_files(option, paths, sets, read) if paths else None for option, paths in listed)
     draws = args.draws if args.model else len(next(iter(ours.values())))
     count = len(next(iter(theirs.values()))) if theirs else draws
     if count != draws:
-        raise ValueError(f"{draws} draws of each question against {count}: a comparison needs as many")
+        raise ValueError(f"{draws} draws of each question against {count}: a comparison needs the same number")
     return ours, theirs
 
 
-def ask(args, asked, answer_set, texts):
-    """({set name: answers} of the model, the same of its base or None).
+def run_model(args, sets, answer_set, texts):
+    """({set name: answers} of the model, the same of its base model or None).
 
     Args:
-        asked: {set name: questions}.
-        answer_set: function of (model, processor, questions, path, model_id) to the answers of a set, which it keeps in
-            files beside --output whose names begin with the path's.
-        texts: function of questions to (what an error begins with, text) of each text that they put to the model.
+        sets: {set name: questions}.
+        answer_set: function from (model, processor, questions, path, model_id) to the answers of a set. It writes them
+            to files whose names begin with that path.
+        texts: function from questions to (prefix of an error message, text) for each text that the model gets.
     """
     from ..hf import generate  # the only part that needs transformers
 
-    for questions in asked.values():
+    for questions in sets.values():
         generate.check_images(questions, args.images)
     model, processor = generate.load(
         args.model,
@@ -152,7 +165,7 @@ def ask(args, asked, answer_set, texts):
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
     )
-    for questions in asked.values():
+    for questions in sets.values():
         generate.check_texts(processor, list(texts(questions)))
 
     def every(kind, model_id):
@@ -160,7 +173,7 @@ def ask(args, asked, answer_set, texts):
             name: answer_set(
                 model, processor, questions, answer_folder(args) / f"{name.replace('/', '_')}{kind}", model_id
             )
-            for name, questions in asked.items()
+            for name, questions in sets.items()
         }
 
     ours = every("", " + ".join(filter(None, (args.model, args.adapter))))
@@ -171,7 +184,7 @@ def ask(args, asked, answer_set, texts):
 
 
 def write(path, report):
-    """Write the scores to --output, if there is one."""
+    """Write the scores to --output, if it is given."""
     if path is None:
         return
     with outputs.replacing(path) as file:

@@ -1,4 +1,4 @@
-"""hkdfast bench: the speed benchmarks, which come with a checkout and not with the wheel."""
+"""hkdfast bench: run the speed benchmarks, which are in the repository but not in the wheel."""
 
 import os
 import subprocess
@@ -13,15 +13,15 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "speed"
 
 
 def add_arguments(parser):
-    parser.add_argument("-k", dest="select", metavar="WORDS", help="only benchmarks whose name fits, as pytest's -k")
-    parser.add_argument("--json", metavar="FILE", help="where pytest-benchmark writes its figures")
+    parser.add_argument("-k", dest="select", metavar="WORDS", help="run only benchmarks whose name matches (pytest -k)")
+    parser.add_argument("--json", metavar="FILE", help="JSON file for the results of pytest-benchmark")
     parser.add_argument(
         "--seconds",
         type=float,
         default=1800,
-        help="time for all of it; what would take more than its share is left out, and why is said at the end",
+        help="time limit for the whole run; benchmarks that would exceed their share are skipped, with the reason",
     )
-    parser.add_argument("--list", action="store_true", help="name the benchmarks and run none")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks without running them")
 
 
 def run(args):
@@ -30,7 +30,7 @@ def run(args):
     outputs.check("--json", args.json)
     if not any(FOLDER.glob("bench_*.py")):
         raise FileNotFoundError(
-            f"no benchmarks in {FOLDER}: they come with the repository. "
+            f"no benchmarks in {FOLDER}: they are in the repository only. "
             "In a clone of it: pip install -e '.[bench]' && hkdfast bench"
         )
     for module in ("pytest", "pytest_benchmark"):
@@ -41,7 +41,7 @@ def run(args):
     command += ["--collect-only", "-q"] if args.list else []
     environment = os.environ | {"HKDFAST_SECONDS": f"{args.seconds:g}"}
     with tempfile.TemporaryDirectory() as folder:
-        # pytest-benchmark empties its file before the first run, which may be stopped
+        # pytest-benchmark empties its file before the first benchmark, and the run may be stopped
         figures = Path(folder) / "figures.json"
         command += ["--benchmark-json", str(figures)] if args.json else []
         code = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, check=False).returncode

@@ -1,4 +1,4 @@
-"""hkdfast evaluate choices: the tracks of the Responsible-AI challenge, answered under shifts of the letters."""
+"""hkdfast evaluate choices: the multiple-choice tracks of the Responsible-AI challenge, with mapping shifts."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,14 +15,15 @@ COLUMNS = ("micro_f1", "precision", "recall")
 COMPARED = {"micro_f1": "f1"}
 WORDS = {"aggregate": AGGREGATES, "method": METHODS, "scoring": SCORINGS}
 HELP = {
-    "shifts": "letter-to-option maps each question is asked under: cyclic, all, none, or a number drawn at random",
-    "aggregate": "average the shifts' log-probabilities, or let them vote",
-    "method": "letters; each: every option alone, yes or no; calibrated: letters minus those after a blank question",
-    "scoring": "a letter by its one token, or by all its tokens; auto: as the tokenizer has it",
+    "shifts": "letter-to-option maps for each question: cyclic, all, none, or a number of random maps",
+    "aggregate": "mean of the shifts' log-probabilities, or a vote of the shifts",
+    "method": "letters: score each letter; per_option: each option alone, yes or no; calibrated: letters minus "
+    "letters after a content-free question",
+    "scoring": "score a letter by one token or by all its tokens; auto: by one token if every letter is one",
     "template": "wording of the prompt: a number, or a text with {statement} and {options}",
-    "seed": "of a number of shifts",
-    "batch_size": "questions asked at once, with all their shifts",
-    "multi_answer": "answer with all letters whose options are more likely right than not; with --form each",
+    "seed": "random seed of a number of shifts",
+    "batch_size": "questions per forward pass, with all their shifts",
+    "multi_answer": "answer with all letters whose option has a probability above 1/2; with --method per_option",
 }
 
 
@@ -32,25 +33,26 @@ def number_or_text(text):
 
 def add_arguments(parser):
     parser.description = (
-        "Ask a vision-language model the multiple-choice questions of the Responsible-AI challenge under shifts of the "
-        "letter-to-option map (reconstruction of HKD4VLM's mapping shift), or take answers that exist; micro-F1 with "
-        "95 % paired bootstrap intervals over images for a difference between two systems."
+        "Score a vision-language model on the multiple-choice questions of the Responsible-AI challenge, asked under "
+        "shifts of the letter-to-option map (reconstruction of HKD4VLM's mapping shift), or score existing answers. "
+        "The score is micro-F1. Differences between two systems have 95 % paired bootstrap intervals over images."
     )
     add = parser.add_argument
     add("--task", required=True, choices=tuple(TASKS), help="track of the challenge")
-    add("--data", nargs="+", required=True, metavar="FILE", help="JSON list or JSON lines of the challenge's questions")
+    add("--data", nargs="+", required=True, metavar="FILE", help="questions of the challenge, JSON list or JSON lines")
     ask_model.add_options(parser)
-    add(
+    group = parser.add_argument_group("inference")
+    add_inference(group)
+    group.add_argument(
         "--fixed",
         nargs="*",
         metavar="TEXT",
-        help='options that keep their letter; without it "No hallucination", with no text none',
+        help='options that keep their letter; by default "No hallucination"; without a value none does',
     )
-    add_inference(parser)
 
 
 def add_inference(parser, names=tuple(HELP)):
-    """Options of how questions are asked and answered: these fields of ChoiceInference."""
+    """An option for each of these fields of ChoiceInference."""
     for option in fields(ChoiceInference):
         if option.name in names:
             kind = type(option.default) if option.name not in ("shifts", "template") else number_or_text
@@ -61,27 +63,27 @@ def add_inference(parser, names=tuple(HELP)):
 
 
 def run(args):
-    """Everything is read and checked first; then the model is asked; then --output is written and the table printed."""
+    """Read and check everything; run the model; write --output and print the table."""
     args.draws = 1
     ask_model.check_options(args, args.data)
     fixed = TASKS[args.task].fixed if args.fixed is None else tuple(args.fixed)
     inference = ChoiceInference(fixed=fixed, **{name: getattr(args, name) for name in HELP})
     names = ask_model.set_names(args.data)
-    asked = {
+    sets = {
         name: challenge.read(path, args.task, args.images, labels=None if args.model else True)
         for name, path in zip(names, args.data, strict=True)
     }
     files = dict(zip(names, args.data, strict=True))
-    scored = {name: records for name, records in asked.items() if labeled(files[name], records)}
-    ask_model.check_images(args, asked)
-    ours, theirs = ask_model.answer_files(args, asked, challenge.read_answers)
+    scored = {name: records for name, records in sets.items() if labeled(files[name], records)}
+    ask_model.check_images(args, sets)
+    ours, theirs = ask_model.answer_files(args, sets, challenge.read_answers)
     report = {"hkdfast": __version__, "task": args.task, "model": args.model, "adapter": args.adapter}
     report |= {"inference": asdict(inference) if args.model else None}
     lines = None
     if args.model:
-        for records in asked.values():
+        for records in sets.values():
             inference.check(records)
-        lines, base = ask_model.ask(args, asked, answer_set(args, inference), texts(inference))
+        lines, base = ask_model.run_model(args, sets, answer_set(args, inference), texts(inference))
         ours = letters(lines)
         theirs = letters(base) if base else theirs
     paths = [files[name] for name in scored]
@@ -90,15 +92,15 @@ def run(args):
         for name, found in report["sets"].items():
             found |= effect_of_shifts(scored[name], ours[name], lines[name], args.resamples)
     ask_model.write(args.output, report)
-    for name in asked:
+    for name in sets:
         if name not in scored:
-            print(f"{name}: answered, not scored: its questions have no answers")
+            print(f"{name}: answered, but not scored, because its questions have no answers")
     if scored:
         print(tables.table(report, COLUMNS))
 
 
 def texts(inference):
-    """For `ask_model.ask`: what is asked, in the options' own order."""
+    """For `ask_model.run_model`: the prompts, with the options in their own order."""
 
     def texts(records):
         yield "--template", inference.template if isinstance(inference.template, str) else ""
@@ -109,11 +111,11 @@ def texts(inference):
 
 
 def labeled(path, records):
-    """Whether a file has answers to score by: to all of its questions, or to none."""
+    """Whether the questions of a file have answers; ValueError if only some have."""
     count = sum(record.answer is not None for record in records)
     if 0 < count < len(records):
         missing = f"{len(records) - count} of {len(records)} questions have no answer"
-        raise ValueError(f"{path}: {missing}, expected all to have one, or none")
+        raise ValueError(f"{path}: {missing}, expected an answer for each question or for none")
     return count > 0
 
 
@@ -122,12 +124,12 @@ def rate(records, answers):
 
 
 def letters(lines):
-    """{set name: [answers]} of the lines of answer files."""
+    """{set name: [answers]} from the lines of answer files."""
     return {name: [[line["choice"] for line in one]] for name, one in lines.items()}
 
 
 def effect_of_shifts(records, ours, lines, resamples):
-    """The same answers without shifts, and what the shifts changed."""
+    """The scores without shifts, and the difference that the shifts make."""
     graded, score = rate(records, [line["unshifted"] for line in lines])
     shifted, _ = rate(records, ours[0])
     difference = tables.differences([shifted], [graded], COMPARED, resamples)
@@ -135,7 +137,7 @@ def effect_of_shifts(records, ours, lines, resamples):
 
 
 def answer_set(args, inference):
-    """For `asking.ask`: the lines of a set's answers; the letters also in the challenge's own form."""
+    """For `ask_model.run_model`: answer a set; the letters are also written in the challenge's own format."""
 
     def answer_set(model, processor, records, path, model_id):
         from ..hf import choices as hf

@@ -1,4 +1,4 @@
-"""hkdfast demo: distill_loss against plain PyTorch on this machine, through the public API, with torch only."""
+"""hkdfast demo: compare distill_loss with plain PyTorch on this machine. Needs torch only."""
 
 import ctypes
 from functools import partial
@@ -16,19 +16,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def add_arguments(parser):
     parser.description = (
-        "Loss and gradient of a forward KL between two models over a vocabulary, as plain PyTorch writes it and by "
-        "distill_loss: once from logits that exist, once from the two language-model heads, which PyTorch has to "
-        "multiply out. Error is that of the gradient against float64, relative to its largest entry; memory is the "
-        "peak above the inputs. A row whose runs would not fit into its share of --seconds is left out, and why."
+        "Compute loss and gradient of a forward KL between two models over a vocabulary, with plain PyTorch and with "
+        "distill_loss: first from logits, then from the two language-model heads, where PyTorch has to compute the "
+        "logits. error: the largest error of the gradient against float64, relative to its largest entry. memory: the "
+        "peak above the inputs. A case that would exceed its share of --seconds is skipped, with the reason."
     )
-    parser.add_argument("--rows", type=int, default=512, help="tokens of the batch")
-    parser.add_argument("--vocab", type=int, default=32000, help="words of the vocabulary")
-    parser.add_argument("--hidden", type=int, default=512, help="width of both models")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of logits, hidden states and heads")
-    parser.add_argument("--device", help="torch device; without it a GPU if there is one")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the fastest counts")
-    parser.add_argument("--seconds", type=float, default=120, help="time for all of it")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--rows", type=int, default=512, help="tokens in the batch")
+    parser.add_argument("--vocab", type=int, default=32000, help="tokens in the vocabulary")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size of both models")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="data type of logits, hidden states and heads"
+    )
+    parser.add_argument("--device", help="torch device; by default a GPU if there is one")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed runs; the fastest one is reported")
+    parser.add_argument("--seconds", type=float, default=120, help="time limit for the whole command")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the inputs")
 
 
 def run(args):
@@ -50,13 +52,13 @@ def run(args):
                 share = budget.begin(f"{title}, {name}")
                 try:
                     row = found[title, name] = one_row(loss, inputs, rowwise, truth, share, args.repeats, device)
-                    told = (
+                    text = (
                         f"{row['time'] * 1e3:>9.1f} ms{shown(row['error'], '.1e')}{shown(row['memory'], '.0f', 'MiB')}"
                     )
                 except TooSlow as slow:
-                    told = f"   left out: {slow}"
+                    text = f"   skipped: {slow}"
                 budget.clear()
-                print(f"{title + ', ' + name:34}{told}", flush=True)
+                print(f"{title + ', ' + name:34}{text}", flush=True)
     finally:
         budget.clear()
     print(meaning(found, args))
@@ -67,7 +69,7 @@ def shown(number, form, unit=""):
 
 
 def one_row(loss, inputs, rowwise, truth, share, repeats, device):
-    """{"time": seconds, "error", "memory": MiB}, each of the latter None where it is unknown."""
+    """{"time": seconds, "error", "memory": MiB}; error and memory are None if unknown."""
     wait = partial(synchronize, device)
     seconds = measure(lambda n: gradients(loss, few(inputs, rowwise, n)), len(inputs[0]), share, repeats, wait)
     before = peak(device, reset=True)
@@ -80,7 +82,7 @@ def one_row(loss, inputs, rowwise, truth, share, repeats, device):
 
 
 def true_gradients(inputs, rowwise, share, device):
-    """Gradients in float64, or None if they would take more than their share of the time."""
+    """Gradients in float64, or None if they would exceed their share of the time."""
     exact = [x.double() for x in inputs]
     loss = partial(plain, dtype=torch.float64)
     try:
@@ -93,8 +95,8 @@ def true_gradients(inputs, rowwise, share, device):
 
 
 def meaning(found, args):
-    """What the table says, in one sentence."""
-    told, missing = [], []
+    """A sentence that summarizes the table."""
+    compared, missing = [], []
     for title, losses in cases(args.dtype).items():
         plain_row = found.get((title, "PyTorch"))
         missing += [f"{title}, {name}" for name in losses if (title, name) not in found]
@@ -105,15 +107,15 @@ def meaning(found, args):
             shares = [
                 f"{row[of] / plain_row[of]:.2g} of its {of}" for of in row if row[of] is not None and plain_row[of]
             ]
-            told.append(f"{title + name.removeprefix('hkdfast')} {', '.join(shares)}")
+            compared.append(f"{title + name.removeprefix('hkdfast')} {', '.join(shares)}")
     other = "" if args.dtype == "float32" else ", or --dtype float32"
-    left = f" Left out: {'; '.join(missing)}; they need more --seconds, fewer --rows{other}." if missing else ""
-    return (f"hkdfast against PyTorch: {'; '.join(told)}." if told else "There is nothing to compare.") + left
+    left = f" Skipped: {'; '.join(missing)}; they need more --seconds, fewer --rows{other}." if missing else ""
+    return (f"hkdfast against PyTorch: {'; '.join(compared)}." if compared else "There is nothing to compare.") + left
 
 
 def problems(args, device):
-    """(title, tensors, places of those that have a row per token); the first half is the student's, whose gradients
-    count."""
+    """(title, tensors, indices of those with one row per token). The first half of the tensors is the student's, for
+    which gradients are computed."""
     generator = torch.Generator().manual_seed(args.seed)
 
     def random(*shape, scale=1.0):
@@ -123,32 +125,32 @@ def problems(args, device):
     spread = 2 * args.hidden**-0.5  # logits with a standard deviation of 2
     student, teacher = (random(args.rows, args.hidden) for _ in range(2))
     weight, teacher_weight = (random(args.vocab, args.hidden, scale=spread) for _ in range(2))
-    # in float32: where a processor has no 16-bit products, these take minutes
+    # in float32: on a processor without 16-bit matrix products these would take minutes
     logits = (x.float() @ w.float().T for x, w in ((student, weight), (teacher, teacher_weight)))
     yield "logits", [x.to(student.dtype) for x in logits], (0, 1)
     yield "heads", [student, weight, teacher, teacher_weight], (0, 2)
 
 
 def cases(dtype):
-    """{title of a problem: {name: loss of its tensors}}"""
+    """{title of a problem: {name: function from its tensors to a loss}}"""
 
     def heads(precision):
         return lambda x, w, y, v: distill_loss(Head(x, w), Head(y, v), precision=precision)
 
     found = {"PyTorch": plain, "hkdfast": heads("float32")}
     if dtype != "float32":
-        # as inexact as PyTorch, which rounds its logits: the like to compare times with
+        # PyTorch rounds its logits to 16 bits too: a comparison of times at the same precision
         found["hkdfast, 16-bit tiles"] = heads("bfloat16")
     return {"logits": {"PyTorch": plain, "hkdfast": distill_loss}, "heads": found}
 
 
 def few(tensors, rowwise, rows):
-    """The tensors of the first so many tokens."""
+    """The tensors, restricted to the first `rows` tokens."""
     return [x[:rows] if i in rowwise else x for i, x in enumerate(tensors)]
 
 
 def plain(*tensors, dtype=torch.float32):
-    """What a training loop writes today: logits in the models' dtype, log-softmax and KL in float32."""
+    """The loss in plain PyTorch: logits in the models' dtype, log-softmax and KL in float32."""
     if len(tensors) == 4:
         x, w, y, v = tensors
         tensors = x @ w.T, y @ v.T
@@ -168,14 +170,14 @@ def synchronize(device):
 
 
 def peak(device, reset=False):
-    """Bytes at the peak since the last reset; with reset, bytes now. The process's own on Linux, else None."""
+    """Peak bytes since the last reset; with reset, bytes now. On a CPU those of the process (Linux), or None."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
     try:
         if reset:
-            # what the C library keeps of freed memory would be taken again unseen
+            # the C library keeps freed memory and would reuse it without a visible change
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

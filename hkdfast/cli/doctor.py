@@ -1,4 +1,4 @@
-"""hkdfast doctor: what is installed, which backends run here, and why one does not."""
+"""hkdfast doctor: show what is installed, which backends run here, and why the others do not."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def run(args):
 
 
 def report():
-    """{title: {name: fact}}, all of it text."""
+    """{title: {name: fact}}, all strings."""
     return {
         "versions": {
             "hkdfast": f"{__version__} in {Path(__file__).parents[1]}",

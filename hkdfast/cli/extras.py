@@ -1,14 +1,14 @@
-"""What hkdfast can use but does not need: the extras of its own metadata, so that pyproject.toml is their only list."""
+"""Optional dependencies, read from the installed metadata, so that pyproject.toml has the only list of extras."""
 
 import re
 from importlib import metadata
 
-# Modules whose name is not that of the package that brings them.
+# {module: package} where the names differ
 PACKAGES = {"PIL": "pillow", "flash_attn": "flash-attn", "pytest_benchmark": "pytest-benchmark"}
 
 
 def extras():
-    """{extra: {package: installed version or None}} of the installed hkdfast; empty if it is not installed."""
+    """{extra: {package: installed version or None}} of the installed hkdfast; {} if it is not installed."""
     try:
         requirements = metadata.requires("hkdfast") or ()
     except metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def version(package):
 
 
 def hint(error):
-    """How to install what an ImportError misses, " (pip install 'hkdfast[hf]')", or nothing if no extra brings it."""
+    """How to install a missing package, e.g. " (pip install 'hkdfast[hf]')"; "" if no extra contains it."""
     package = PACKAGES.get((error.name or "").split(".")[0], (error.name or "").split(".")[0])
     for extra, packages in extras().items():
         if package in packages:

@@ -1,4 +1,4 @@
-"""hkdfast hkd: pyramid, ternary refinement and mapping-shift evaluation of a chain of models on one's own questions."""
+"""hkdfast hkd: HKD4VLM's pyramid, ternary refinement and mapping-shift evaluation on a user's own questions."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..data.synthetic import RewriteStatement
 from ..data.tasks import TASKS, ChoiceInference, choice, example, is_none, question
 from ..hf import generate, loading, run_state
 from ..hf.choices import encoder
-from ..hf.configs import CoupledConfig, PyramidConfig, TernaryConfig, at_or_last
+from ..hf.configs import CoupledConfig, PyramidConfig, SharedArguments, StudentArguments, TernaryConfig, at_or_last
 from ..hf.family import absolute_names, free_memory
 from ..hf.loading import base_of, is_adapter
 from ..hf.options import DEFAULTS, TRAINING, add_options, check_output, own
@@ -30,55 +30,77 @@ AUGMENT = {
     "color": RandomApply(Color()),
     "noise": RandomApply(Noise()),
 }
-FILES = {"data": True, "unlabeled": False, "dev": None}  # options of files of questions: whether answers are read
+FILES = {
+    "data": True,
+    "unlabeled": False,
+    "dev": None,
+}  # options that name files of questions: whether answers are read
 SHARED = tuple(name for name in own(CoupledConfig) if name != "vocab")
+KERNELS = ("precision", "tile_memory", "backend", "attn_implementation")
+ADAPTER = tuple(name for name in SHARED if name.startswith("lora_") or name in ("freeze", "dtype"))
+LOSS = (*own(CoupledConfig, StudentArguments), *(name for name in own(SharedArguments) if name not in ADAPTER))
+LOSS = tuple(name for name in (*LOSS, "t_squared") if name not in KERNELS)
 PYRAMID, TERNARY = own(PyramidConfig, CoupledConfig), own(TernaryConfig, CoupledConfig)
 TRAINED = (*TRAINING, "weight_decay", "max_grad_norm")
-INFERENCE = ("shifts", "aggregate", "scoring", "template")  # "form" is the refinement's here
+INFERENCE = ("shifts", "aggregate", "scoring", "template")
+GROUPS = {
+    "distillation": (CoupledConfig, LOSS),
+    "pyramid": (PyramidConfig, PYRAMID),
+    "ternary refinement": (TernaryConfig, TERNARY),
+    "what is trained": (CoupledConfig, ADAPTER),
+    "training, of each stage": (CoupledConfig, TRAINED),
+    "kernels": (CoupledConfig, KERNELS),
+}
 
 
 def add_arguments(parser):
     """Options of the command. Their help shows the defaults if the parser's formatter does."""
+    parser.description = (
+        "Distill a chain of vision-language models into the smallest one: pyramid distillation from model to model, "
+        "then a ternary refinement with two teachers, then answers under mapping shifts (reconstruction of HKD4VLM)."
+    )
     add = parser.add_argument
     add(
         "--models",
         nargs="+",
         required=True,
         metavar="PATH",
-        help="from large to small: folders or Hub names; unchanged",
+        help="models from large to small: folders or Hub names; not changed",
     )
     add("--task", required=True, choices=tuple(TASKS), help="track of the challenge")
     add("--data", required=True, metavar="FILE", help="questions with answers, in the challenge's JSON")
     add("--images", required=True, metavar="DIR", help="folder of the questions' images")
     add("--output", required=True, metavar="DIR", help="new folder for models and answers")
-    add("--unlabeled", metavar="FILE", help="more questions, of which no answer is read: teachers give them")
-    add("--dev", metavar="FILE", help="questions that the student answers at the end, scored if they have answers")
+    add(
+        "--unlabeled",
+        metavar="FILE",
+        help="more questions; their answers are not read, the teachers provide the targets",
+    )
+    add("--dev", metavar="FILE", help="questions that the student answers at the end; scored if they have answers")
     add(
         "--augment",
         nargs="*",
         default=["shuffle"],
         choices=tuple(AUGMENT),
-        help="what changes the examples, anew in each epoch",
+        help="augmentations of the examples, drawn anew in each epoch",
     )
-    add("--rewrites", type=int, default=0, help="rewritten captions or claims per example, for teachers to answer")
+    add("--rewrites", type=int, default=0, help="rewritten captions or claims per example, answered by the teachers")
     add(
         "--swaps",
         metavar="FILE",
-        help='JSON of what rewrites put in the place of phrases, {"cat": ["dog", "cow"]}; without it captions get each '
-        "other's options",
+        help='JSON of phrases and their replacements in rewrites, {"cat": ["dog", "cow"]}; by default captions get '
+        "options of other captions",
     )
-    add("--refine-epochs", type=float, help="--num-train-epochs of the ternary refinement, where they differ")
+    add("--refine-epochs", type=float, help="epochs of the ternary refinement; by default --num-train-epochs")
     add("--resume", action="store_true", help="resume from --output; finished stages are kept")
     user_modules.add_option(parser)
-    add_options(parser, "distillation", CoupledConfig, SHARED)
-    add_options(parser, "pyramid", PyramidConfig, PYRAMID)
-    add_options(parser, "ternary refinement", TernaryConfig, TERNARY)
-    add_options(parser, "training, of each stage", CoupledConfig, TRAINED, DEFAULTS)
+    for title, (config, names) in GROUPS.items():
+        add_options(parser, title, config, names, DEFAULTS)
     choices.add_inference(parser.add_argument_group("prompts, and inference on --dev"), INFERENCE)
 
 
 def run(args):
-    """Everything is read and checked first; then come the stages, the refinement and the answers."""
+    """Read and check everything; train the stages and the refinement; answer --dev."""
     with Progress() as progress:
         student, evaluation = train(args, progress)
         if student is None:
@@ -91,10 +113,10 @@ def run(args):
 
 
 def train(args, progress):
-    """(folder of the student, or None in a process that is not the first; arguments of its evaluation, or None)."""
+    """(folder of the student, arguments of its evaluation or None). The folder is None except in the first process."""
     output = Path(args.output).absolute()
     check_output(args.output, output, args.resume)
-    places = parties(args)
+    places = refined_places(args)
     pyramid = PyramidConfig(str(output / "pyramid"), **options(args, *SHARED, *PYRAMID, *TRAINED))
     refined = options(args, *SHARED, *TERNARY, *TRAINED)
     if args.refine_epochs is not None:
@@ -108,11 +130,11 @@ def train(args, progress):
     evaluation = None if args.dev is None else evaluation_of(args, output, records["dev"])
     for name in args.models:
         loading.check_visual(base_of(name))
-    loading.load_processor(base_of(args.models[0]))  # which makes the batches
+    loading.load_processor(base_of(args.models[0]))  # it makes the batches of all models
     trainer = PyramidTrainer(args.models, pyramid, train_dataset=data, callbacks=[progress])
     check_prompts(args, records, trainer.processing_class)
     progress.parts = parts(pyramid, ternary, trainer.sizes, places)
-    begun = args.resume and Path(pyramid.output_dir).is_dir()  # else there is no first step to go on from
+    begun = args.resume and Path(pyramid.output_dir).is_dir()  # False: the first stage has not begun
     manifest = fingerprint(args, pyramid, ternary)
     if begun:
         run_state.check_manifest(output, manifest)
@@ -129,19 +151,19 @@ def train(args, progress):
         trainer.train(resume_from_checkpoint=run_state.last_checkpoint(ternary.output_dir) if args.resume else None)
         trainer.finish()
     del trainer
-    free_memory()  # models and optimizer make room for the student that answers
+    free_memory()  # room for the student that answers --dev
     progress.close()
     student = Path(ternary.output_dir) / list(ternary.roles())[-1]
     return None if pyramid.process_index else student, evaluation
 
 
 def parts(pyramid, ternary, sizes, places):
-    """The stages and the refinement, for Progress.
+    """The parts of Progress: the stages and the refinement.
 
     Args:
         pyramid, ternary: configs.
-        sizes: weights of each model of the chain.
-        places: those of the models that are refined.
+        sizes: number of weights of each model in the chain.
+        places: indices of the models in the refinement.
     """
     count = len(sizes)
     made = [pyramid.of_stage(stage) for stage in range(1, count)]
@@ -154,13 +176,13 @@ def parts(pyramid, ternary, sizes, places):
 
 
 def work(config, sizes):
-    """How long a training takes, in no unit: one that learns is run backwards too, which takes twice its forward."""
+    """Relative duration of a training. A trained model has a backward pass, which costs twice its forward pass."""
     passes = sum(size * (3 if learns else 1) for size, learns in zip(sizes, config.roles().values(), strict=True))
     return passes * (1 if config.max_steps > 0 else config.num_train_epochs)
 
 
 def kept(args):
-    """What a stopped run has left."""
+    """What a stopped run has kept."""
     return run_state.kept(args.output)
 
 
@@ -168,26 +190,28 @@ def options(args, *names):
     return {name: getattr(args, name) for name in names}
 
 
-def parties(args):
-    """Places in the chain, from 0, of the models that are refined: the largest, the student and its last teacher."""
+def refined_places(args):
+    """Indices in the chain of the models in the refinement: the largest, the student's last teacher, the student."""
     last = len(args.models) - 1
     if last < 1:
         raise ValueError(f"--models lists {len(args.models)}, a pyramid needs at least two, from large to small")
     if args.form == "one_pair":
         return [last - 1, last]
     if last < 2:
-        raise ValueError(f"--form {args.form} couples three models, --models lists two: add one, or --form one_pair")
+        raise ValueError(
+            f"--form {args.form} couples three models, --models lists two: add one, or use --form one_pair"
+        )
     return [0, last - 1, last]
 
 
 def product(names, folder, place):
-    """What the pyramid has made of the model in this place: as a teacher, else as a student, else the model itself."""
+    """The model at this index as the pyramid left it: trained as a teacher, else as a student, else unchanged."""
     made = [Path(folder) / f"stage-{place + 1}" / "teacher", Path(folder) / f"stage-{place}" / "student"]
     return str(next((each for each in made if each.is_dir()), names[place]))
 
 
 def fingerprint(args, pyramid, ternary):
-    """What decides the result of a run, for `run_state.write_manifest`."""
+    """All that determines the result of a run, for `run_state.write_manifest`."""
     manifest = options(args, "task", "augment", "rewrites", "template") | {"models": absolute_names(args.models)}
     for name in ("data", "unlabeled", "swaps"):
         file = getattr(args, name)
@@ -198,7 +222,7 @@ def fingerprint(args, pyramid, ternary):
 
 
 def questions(args):
-    """{option: its list of Record} of the FILES that are given, with images that decode."""
+    """{option: list of Record} of the FILES that are given. All images are decoded once, as a check."""
     given = {name: labels for name, labels in FILES.items() if getattr(args, name) is not None}
     found = {
         name: challenge.read(getattr(args, name), args.task, args.images, labels) for name, labels in given.items()
@@ -208,7 +232,7 @@ def questions(args):
 
 
 def check_prompts(args, records, processor):
-    """See that the processor takes every question, and tells apart the letters that answer, as labels and on --dev."""
+    """Check that the processor accepts every question, and that its tokens tell the letters apart."""
     texts = [(one.place, question(one, template=args.template)) for each in records.values() for one in each]
     template = args.template if isinstance(args.template, str) else ""
     generate.check_texts(processor, [("--template", template), *texts])
@@ -222,27 +246,27 @@ def check_prompts(args, records, processor):
 
 def examples(args, records):
     """The training data: --data and --unlabeled, augmented, and rewrites of --data."""
-    told, asked = (
+    labeled, unlabeled = (
         [example(one, args.images, args.template) for one in records.get(name, ())] for name in ("data", "unlabeled")
     )
     changes = [AUGMENT[name] for name in args.augment]
-    parts = [Augmented(told + asked, Augment(changes, seed=args.seed))]
+    parts = [Augmented(labeled + unlabeled, Augment(changes, seed=args.seed))]
     if args.rewrites < 0:
         raise ValueError(f"--rewrites is {args.rewrites}, expected 0 or more")
     if args.swaps is not None and not args.rewrites:
-        raise ValueError("--swaps says how to rewrite, and --rewrites is 0")
+        raise ValueError("--swaps has no effect with --rewrites 0")
     if args.rewrites:
-        reword = Augment([rewriter(args, records["data"]), *changes], seed=args.seed + 1)
-        parts.append(Augmented(told, reword, args.rewrites))
+        rewrite = Augment([rewriter(args, records["data"]), *changes], seed=args.seed + 1)
+        parts.append(Augmented(labeled, rewrite, args.rewrites))
     return EpochConcatDataset(parts)
 
 
 def rewriter(args, records):
-    """What puts other phrases into captions and claims."""
+    """The transform that replaces phrases in captions and claims."""
     if args.swaps is not None:
         return RewriteStatement(swaps=read_swaps(args.swaps))
     if args.task != "hallucination":
-        raise ValueError("--rewrites of claims need --swaps: no options tell which phrases there are")
+        raise ValueError("--rewrites of claims need --swaps: claims have no options to take phrases from")
     return RewriteStatement(sorted({option for one in records for option in one.options if not is_none(option)}))
 
 
@@ -250,8 +274,8 @@ def read_swaps(path):
     """{phrase: alternatives} of a JSON file.
 
     Raises:
-        OSError: no file that can be read.
-        ValueError: not JSON, or another shape; names the phrase.
+        OSError: the file cannot be read.
+        ValueError: not JSON, or another structure; names the phrase.
     """
     path = Path(path).expanduser()
     found = jsonl.parse(path, jsonl.content(path))
@@ -266,7 +290,7 @@ def read_swaps(path):
 
 
 class EpochConcatDataset(ConcatDataset):
-    """Datasets one after the other, each told of a new epoch."""
+    """ConcatDataset that passes set_epoch on to its datasets."""
 
     def set_epoch(self, epoch):
         for dataset in self.datasets:
@@ -274,7 +298,7 @@ class EpochConcatDataset(ConcatDataset):
 
 
 def evaluation_of(args, output, records):
-    """The arguments of `hkdfast evaluate choices` for --dev, checked with its questions."""
+    """The arguments of `hkdfast evaluate choices` for --dev, checked against its questions."""
     parser = argparse.ArgumentParser()
     choices.add_arguments(parser)
     given = {"task": args.task, "data": args.dev, "images": args.images, "output": output / "scores.json"}

@@ -1,4 +1,4 @@
-"""A user's own modules, which a command imports before it loads a model: they register classes with transformers."""
+"""The option --import: modules of the user, imported before a model is loaded, to register its class."""
 
 import importlib
 import os
@@ -6,14 +6,14 @@ import sys
 
 
 def add_option(parser):
-    """--import of a command that loads a model; `load` does it."""
+    """Add --import to a command that loads a model; `load` imports the modules."""
     parser.add_argument(
         "--import",
         dest="modules",
         nargs="+",
         default=[],
         metavar="MODULE",
-        help="import this first, from the current folder or what is installed: it registers a model class of your own",
+        help="modules to import first, from the current folder or installed, e.g. to register your own model class",
     )
 
 
@@ -21,7 +21,7 @@ def load(names):
     """Import these modules.
 
     Raises:
-        ValueError: one that cannot be imported, whatever it stumbles over.
+        ValueError: a module that cannot be imported, for any reason.
     """
     here = os.getcwd()
     if names and here not in sys.path:
@@ -29,5 +29,5 @@ def load(names):
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # the module is the user's, and so is its fault
+        except Exception as error:  # any error of the user's module
             raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error

@@ -296,11 +296,11 @@ def test_demo_leaves_out_what_would_not_fit(command, monkeypatch):
     sizes = ("--rows", 64, "--vocab", 500, "--hidden", 16, "--repeats", 1)
     done = command("demo", *sizes, "--seconds", 12)
     assert time.monotonic() - start < 14 and done.returncode == 0
-    why = re.findall(r"^(logits|heads), PyTorch +left out: (\d+) of 64 rows took [\d.]+ s", done.stdout, re.M)
+    why = re.findall(r"^(logits|heads), PyTorch +skipped: (\d+) of 64 rows took [\d.]+ s", done.stdout, re.M)
     assert [title for title, _ in why] == ["logits", "heads"] and all(int(rows) < 64 for _, rows in why)
     assert len(re.findall(r"^\w+, hkdfast.* ms ", done.stdout, re.M)) == 3
     *_, last = done.stdout.splitlines()
-    assert "Left out: logits, PyTorch; heads, PyTorch; they need more --seconds" in last
+    assert "Skipped: logits, PyTorch; heads, PyTorch; they need more --seconds" in last
 
 
 def test_demo_shows_how_far_it_is(monkeypatch):
@@ -359,7 +359,7 @@ def test_demo_refuses(command, options, message):
 def test_bench_runs_what_lies_beside_the_package_or_says_where_it_is(command, monkeypatch, tmp_path):
     assert (bench.FOLDER / "bench_logits.py").is_file()
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "benchmarks" / "speed")
-    assert "they come with the repository" in refused(command("bench"))  # as from a wheel
+    assert "they are in the repository only" in refused(command("bench"))  # as from a wheel
     assert "--seconds is 0.0, expected" in refused(command("bench", "--seconds", 0))
     bench.FOLDER.mkdir(parents=True)
     (bench.FOLDER / "bench_sum.py").write_text(SUM)
@@ -384,6 +384,7 @@ def test_bench_runs_what_lies_beside_the_package_or_says_where_it_is(command, mo
         ["bench"],
         ["seed"],
         ["distill"],
+        ["evaluate", "choices"],
     ],
     ids=" ".join,
 )
@@ -395,7 +396,9 @@ def test_help_explains_every_option(command, words):
     for option in options:
         flags, *explained = re.split(r"\s{2,}", option, maxsplit=1)
         assert explained and len(explained[0]) > 8, option
-    assert "(default: None)" not in done.stdout and "(default: False)" not in done.stdout
+    assert not re.search(r"\(default: (None|False|\[.*|)\)", done.stdout)
+    usage, _, _ = done.stdout.partition("\n\n")
+    assert words not in (["seed"], ["distill"]) or len(usage) < 200 and usage.endswith("[options]")
     if words not in ([], ["evaluate"]):
         assert "\nexample: hkdfast " in done.stdout
 

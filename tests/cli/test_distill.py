@@ -88,7 +88,7 @@ def test_a_text_file_becomes_a_student(home, tmp_path, capfd):
     shown = capfd.readouterr()
     assert shown.err == ""  # no bar in a file, no warning of a library
     assert all(len(line) <= WIDTH or line.startswith("The student is in") for line in shown.out.splitlines())
-    said = re.search(r"3 examples, (\d+) positions, (\d+) learned. The loss takes ([\d.]+) KiB", shown.out)
+    said = re.search(r"3 examples, (\d+) positions, (\d+) with a loss. The loss takes ([\d.]+) KiB", shown.out)
     assert said and int(said[1]) > int(said[2]) > 0 and float(said[3]) > 0
     table = dict(re.findall(r"^(loss|divergence|agreement) +([\d.]+ +[\d.]+)$", shown.out, re.M))
     before, after = map(float, table["divergence"].split())
@@ -198,17 +198,17 @@ def test_a_wrong_example_is_named_by_its_line(home, tmp_path, capfd, monkeypatch
 @pytest.mark.parametrize(
     ("options", "how", "message"),
     [
-        (("--teacher", "self"), {}, "--teacher self is the model without its adapter: give it one by --lora-r"),
+        (("--teacher", "self"), {}, "--teacher self is the model without its adapter: set --lora-r"),
         (("--teacher", "a", "b"), {}, "--teacher a: several teachers are given as NAME=PATH"),
         (("--teacher", "a=x", "a=y"), {}, "--teacher names 'a' twice"),
         (("--teacher", "a=x", "c=y"), {"data": "named.jsonl"}, "teacher_id is 'b', expected one of a, c"),
         (("--images", "images"), {}, "--images is for questions about images"),
         ((), {"model": "vlm", "teacher": ("vlm-teacher",), "data": "questions.jsonl"}, "name the folder of the images"),
-        (("--images", "images"), {"data": "questions.jsonl"}, "a model of text alone"),
+        (("--images", "images"), {"data": "questions.jsonl"}, "takes text only"),
         (("--max-length", "1"), {}, "max_length must be at least 2 tokens, got 1"),
         (("--max-length", "2"), {"data": "prompt.jsonl"}, "the first 2 tokens of its prompt leave nothing"),
         ((), {"data": "nothing.jsonl"}, "nothing.jsonl"),
-        (("--max-length", "9", "--images", "images"), {"data": "questions.jsonl"}, "--max-length cuts text"),
+        (("--max-length", "9", "--images", "images"), {"data": "questions.jsonl"}, "--max-length truncates text"),
     ],
 )
 def test_wrong_options_are_named(home, tmp_path, capfd, monkeypatch, options, how, message):

@@ -258,8 +258,9 @@ def test_help_explains_every_option_with_its_default(capsys):
     parser = cli.make_parser(["hkd"])._subparsers._group_actions[0].choices["hkd"]
     for action in parser._actions[1:]:
         assert action.help and action.option_strings[0] in text
-        if not action.required and action.default is not None and action.nargs != 0:
-            assert f"(default: {action.default})" in text
+        if not action.required and action.default and action.nargs != 0:
+            shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+            assert f"(default: {shown})" in text
 
 
 def test_each_refined_model_is_the_pyramids_product(tmp_path):
@@ -317,7 +318,7 @@ def test_bad_input_is_told_before_anything_is_written(home, tmp_path, capsys):
         ({}, ("--rewrites", "1", "--swaps", tmp_path / "none.json"), "none.json"),
         ({}, ("--rewrites", "1", "--swaps", tmp_path / "bare.json"), "expected an object"),
         ({}, ("--rewrites", "1", "--swaps", tmp_path / "odd.json"), "alternatives of 'cat' are 'dog'"),
-        ({}, ("--swaps", tmp_path / "odd.json"), "--rewrites is 0"),
+        ({}, ("--swaps", tmp_path / "odd.json"), "no effect with --rewrites 0"),
         ({}, ("--template", "9"), "template 9"),
         ({}, ("--dev", home / "captions.json", "--shifts", "99"), "shifts is 99"),
     ]

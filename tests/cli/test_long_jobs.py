@@ -287,7 +287,7 @@ def test_no_command_is_promised_for_questions_without_labels(home, tmp_path, cap
         del one["label"]
     (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, bare)))
     assert seed(home, tmp_path / "out", *FEW, questions=tmp_path / "bare.jsonl") == 0
-    assert "questions that have labels; these have none." in capfd.readouterr().out.splitlines()[-1]
+    assert "questions with labels; these have none." in capfd.readouterr().out.splitlines()[-1]
 
 
 # stops

@@ -169,12 +169,12 @@ def test_no_command_writes_over_its_inputs(files, words, output, monkeypatch, ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*MME, "--output", "mme/new.txt"), "would be one of the subtasks of mme"),
+        ((*MME, "--output", "mme/new.txt"), "would be read as a subtask of mme"),
         (("bench", "--json", "q\u00fc.json/x"), "--json q\u00fc.json/x cannot be written"),
         (("bench", "--json", "mme"), "--json mme is a folder"),
         (
             ("evaluate", "pope", "--questions", "a.jsonl", "--model", "m", "--images", ".", "--output", "/dev/null"),
-            "--output /dev/null is no file: with --model the answers go into a folder beside it",
+            "--output /dev/null is not a file: with --model the answers go into a folder beside it",
         ),
         (
             ("evaluate", "pope", "--questions", "s.answers/q", "--model", "m", "--images", ".", "--output", "s.json"),

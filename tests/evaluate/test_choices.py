@@ -417,11 +417,11 @@ def test_the_command_scores_answers_that_exist(tmp_path, command):
         ),
         (
             ["--model", "m", "--images", ".", "--output", "done.json"],
-            "holds the answers of an earlier run: --resume it",
+            "has the answers of an earlier run: pass --resume",
         ),
         (
             ["--model", "m", "--images", ".", "--output", "x.answers"],
-            "--output x.answers is the name of the folder of the answers, expected a file beside it",
+            "--output x.answers is the folder of the answers, expected a file with another name",
         ),
     ],
 )
@@ -666,7 +666,7 @@ def test_a_test_set_is_answered_without_being_scored(home, tmp_path, command):
     words = ["--task", "factcheck", "--data", tmp_path / "t.json", "--images", home / "images", "--device", "cpu"]
     code, out, err = command(*words, "--model", home / "model", "--output", tmp_path / "s.json")
     assert code == 0, err
-    assert out == "t: answered, not scored: its questions have no answers\n"
+    assert out == "t: answered, but not scored, because its questions have no answers\n"
     assert json.loads((tmp_path / "s.json").read_text())["sets"] == {}
     found = read_answers(tmp_path / "s.answers" / "t.json", read(tmp_path / "t.json", "factcheck", labels=None))
     assert len(found) == 7 and set(found) <= set("ABCD")

@@ -358,8 +358,9 @@ def test_help_explains_every_option_with_its_default(capsys):
     seed_parser = parser._subparsers._group_actions[0].choices["seed"]
     for action in seed_parser._actions[1:]:
         assert action.help and action.option_strings[0] in text
-        if not action.required and action.default is not None and action.nargs != 0:
-            assert f"(default: {action.default})" in text
+        if not action.required and action.default and action.nargs != 0:
+            shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+            assert f"(default: {shown})" in text
 
 
 def test_bad_input_is_told_before_anything_is_written(home, tmp_path, capsys):
