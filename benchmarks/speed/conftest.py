@@ -266,7 +266,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["date"] = datetime.date.today().isoformat()
     settings = [
         f"{name}={os.environ[name]}"
-        for name in ("HKDFAST_TINY", "HKDFAST_BACKEND", "HKDFAST_SECONDS")
+        for name in ("HKDFAST_TINY", "HKDFAST_BACKEND", "HKDFAST_CUDA_PLAN", "HKDFAST_SECONDS")
         if name in os.environ
     ]
     output_json["command"] = shlex.join([*settings, "pytest", *sys.argv[1:]])

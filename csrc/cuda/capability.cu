@@ -23,9 +23,13 @@ bool runs(const std::string& arch, int major, int minor) {
 
 }  // namespace
 
-int longest(const Task& task, int device) {
-  return longest_row(task, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), max_blocks);
+Machine machine(int device) {
+  return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          attribute(cudaDevAttrReservedSharedMemoryPerBlock, device)};
 }
+
+int longest(const Task& task, int device) { return longest_row(task, machine(device).block, max_blocks); }
 
 // Asks the driver for constants only: no context is made, no memory of the device taken.
 std::string missing(int device) {

@@ -2,7 +2,7 @@
 #pragma once
 #include <string>
 
-#include "layout.h"
+#include "plan.h"
 #include "../common/divergence.h"
 
 namespace hkdfast {
@@ -19,7 +19,9 @@ struct Decode {
 // into the shared memory of a cluster, or the device cannot run one of that size; throws std::runtime_error with CUDA's
 // own text. instances/*.cu instantiate it.
 template <class Divergence>
-bool launch_rows(const Task& task, bool purified, Divergence divergence, int device, void* stream);
+bool launch_rows(const Task& task, bool purified, Divergence divergence, const PlanRequest& request, int device, void* stream);
+
+Machine machine(int device);
 
 // The most words of a row of such tiles for this device.
 int longest(const Task& task, int device);

@@ -12,7 +12,8 @@ constexpr int max_blocks = 16, max_warps = 16;
 // A row is cut into chunks, dealt out to the warps of the cluster in turn. A warp has its own ring of slots, each with
 // room for a chunk of every tile: it alone fills, reads and frees them, so that no barrier of the block guards the data.
 struct Plan {
-  int blocks = 0;       // of a cluster; 0: the row does not fit
+  int cluster = 0;      // blocks of a cluster; 0: the row does not fit
+  int blocks = 0;       // of a multiprocessor
   int warps = 0;        // of a block
   int chunk = 0;        // words
   int chunks = 0;       // of a row
@@ -116,52 +117,5 @@ inline Kind kind_of(const Task& task) {
 
 inline int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
 inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
-
-// The layout for a cluster of so many blocks; plan.blocks is 0 if a row does not fit. Chunks are as long as can be, up to
-// 1024 words, without giving some warp more steps than the split demands.
-inline Plan plan_for(const Task& task, int shared_bytes, int blocks, int warps) {
-  Plan plan;
-  plan.warps = warps;
-  const Tile* tiles[] = {&task.student, &task.teacher, &task.noisy};
-  const int all_warps = blocks * warps, steps = ceil_div(task.vocab, step_words), own = ceil_div(steps, all_warps);
-  int each = own < 4 ? own : 4;
-  while (own % each) --each;
-  plan.chunk = each * step_words;
-  plan.chunks = ceil_div(task.vocab, plan.chunk);
-  for (int i = 0; i < 3; ++i) {
-    plan.tile_at[i] = plan.slot_bytes;
-    if (tiles[i]->data) plan.slot_bytes += plan.chunk * size_of(tiles[i]->dtype) + (aligned(*tiles[i]) ? 0 : 16);
-  }
-  const int row = ceil_div(plan.chunks, all_warps), fixed = round_up(sizeof(SharedMemory), 128);
-  plan.slots = (shared_bytes - fixed - 128) / (warps * (plan.slot_bytes + 8));
-  if (plan.slots < row) return plan;
-  if (plan.slots > 2 * row) plan.slots = 2 * row;
-  plan.slots_at = round_up(fixed + 8 * warps * plan.slots, 128);
-  plan.bytes = plan.slots_at + warps * plan.slots * plan.slot_bytes;
-  plan.blocks = blocks;
-  return plan;
-}
-
-// The smallest cluster that leaves a quarter of a row's room to the next row, else the smallest that holds a row. Beyond 8
-// blocks a cluster is not portable, and is taken for want of another only.
-inline Plan plan_of(const Task& task, int shared_bytes, int largest_cluster) {
-  Plan fits;
-  for (int blocks = 1; blocks <= largest_cluster; blocks *= 2) {
-    const Plan plan = plan_for(task, shared_bytes, blocks, task.vocab <= 8192 ? 4 : max_warps);
-    if (!plan.blocks) continue;
-    if (!fits.blocks) fits = plan;
-    if (blocks > 8) break;
-    if (4 * plan.slots * plan.blocks * plan.warps >= 5 * plan.chunks) return plan;
-  }
-  return fits;
-}
-
-// The most words that a row of such tiles can have: what fits does not depend on more than the steps that a warp has.
-inline int longest_row(Task task, int shared_bytes, int largest_cluster) {
-  const int words = largest_cluster * max_warps * step_words;
-  for (task.vocab = words; plan_for(task, shared_bytes, largest_cluster, max_warps).blocks; task.vocab += words) {
-  }
-  return task.vocab - words;
-}
 
 }  // namespace hkdfast

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backends
+from ..ops import cuda_plan
 from ..ops.native import not_built
 from .extras import extras, version
 
@@ -35,6 +36,7 @@ def report():
         "backends": backends() | {"HKDFAST_BACKEND": os.environ.get("HKDFAST_BACKEND") or "not set"},
         "processor": processor(),
         "GPU": (gpus() or {"none": gpu_reason()}) | {"CUDA kernels of hkdfast": cuda_kernels()},
+        **cuda_plans(),
         "extras": {extra: extra_fact(extra, packages) for extra, packages in extras().items()}
         or {"unknown": "hkdfast is not installed (pip install -e .), so it has no metadata to read them from"},
     }
@@ -61,6 +63,23 @@ def cuda_kernels():
         return "built for " + ", ".join(f"sm_{arch}" for arch in _cuda.architectures.split())
     except ImportError:
         return f"not built: {not_built('_cuda')}"
+
+
+def cuda_plans():
+    """{title: {rows: how the CUDA kernels lay them out}}, for the first GPU on which they run, else for an H200."""
+    try:
+        from .. import _cuda
+    except ImportError:
+        return {}  # said under GPU
+    index = next((i for i in range(torch.cuda.device_count()) if not _cuda.missing(i)), None)
+    machine = cuda_plan.H200 if index is None else _cuda.machine(index)
+    device = "an H200, which is not here" if index is None else f"GPU {index}"
+    try:
+        asked = cuda_plan.request(cuda_plan.text())
+        rows = {cuda_plan.NAME: cuda_plan.text() or "not set"} | cuda_plan.plans(_cuda.plan, machine, asked)
+    except ValueError as error:
+        rows = {cuda_plan.NAME: str(error)}
+    return {f"plans of the CUDA kernels on {device}": rows}
 
 
 def gpus():

@@ -8,7 +8,8 @@ for bit. No call waits for the device and no kernel allocates memory, so calls c
 
 A row that does not fit in shared memory falls back to Triton; a warning is issued once. `hkdfast.backends()` gives the
 longest rows that fit. Work on a device for which these kernels were not compiled falls back too. With backend="cuda"
-both are a ValueError.
+both are a ValueError. How a row is laid out follows from its length; HKDFAST_CUDA_PLAN (cuda_plan.py) sets it, then
+a row for which there is no room is a ValueError.
 """
 
 from functools import cache, lru_cache, partial
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-from . import native
+from . import cuda_plan, native
 from .dispatch import fallback_for
 
 try:
@@ -79,13 +80,19 @@ def launch(operation, count, required, objective, x, *tensors):
     device = x.device
     if device.type != "cuda":
         raise ValueError(f"the cuda backend takes tensors on a CUDA device, not on {device}")
-    done = False
-    if not missing(device.index):
+    done, runs, plan = False, not missing(device.index), cuda_plan.text()
+    if runs:
+        how = cuda_plan.request(plan), device.index
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            done = getattr(native, operation)(getattr(_cuda, operation), objective, x, *tensors, device.index, stream)
+            done = getattr(native, operation)(getattr(_cuda, operation), objective, x, *tensors, *how, stream)
     if done:
         return
+    if runs and plan:
+        raise ValueError(
+            f"{cuda_plan.NAME}={plan!r} has no room for rows of {x.shape[1]:,} tokens, or this device does not run it; "
+            "`hkdfast doctor` gives plans"
+        )
     why = f"cuda: {unfit((x, *tensors[: count - 1]), device)}"
     if required:
         raise ValueError(f"{why}; without backend='cuda' the next backend runs")

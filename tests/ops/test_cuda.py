@@ -3,14 +3,10 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import mmap
-import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import types
 import warnings
 from pathlib import Path
@@ -29,31 +25,6 @@ from hkdfast.ops.objective import METRICS, Objective
 ROOT = Path(__file__).parents[2]
 SHARED = 232448  # bytes of a block on Hopper
 ON_GPU = pytest.mark.skipif(hkdfast.backends()["cuda"] != "ok", reason=hkdfast.backends()["cuda"])
-
-
-@pytest.fixture(scope="session")
-def cluster():
-    """tests/tools/cluster.cpp, compiled once for each state of its sources."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
-    source = ROOT / "tests/tools/cluster.cpp"
-    headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    needs = subprocess.run(
-        [compiler, "-std=c++17", "-MM", *headers, source], capture_output=True, text=True, check=True
-    )
-    ours = [Path(name) for name in needs.stdout.split() if name.startswith(str(ROOT))]
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in ours)).hexdigest()[:16]
-    target = ROOT / f"build/cluster-{state}/cluster{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = target.with_suffix(f".{os.getpid()}")  # several processes may compile at once
-        flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared"]
-        subprocess.run([compiler, *flags, *headers, source, "-o", made], check=True)
-        made.replace(target)
-    spec = importlib.util.spec_from_file_location("cluster", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclasses.dataclass
@@ -373,36 +344,6 @@ def test_rows_beyond_two_to_the_31(cluster):
     assert torch.equal(loss, expected) and torch.equal(grad, expected_grad)
 
 
-@pytest.mark.parametrize(
-    ("vocab", "dtypes", "blocks"),
-    [
-        (32000, ["bfloat16"] * 2, 1),
-        (128256, ["bfloat16"] * 2, 4),
-        (151936, ["bfloat16"] * 2, 4),
-        (151936, ["bfloat16"] * 3, 8),
-        (262144, ["bfloat16"] * 2, 8),
-        (262144, ["float32"] * 2, 16),
-        (3_000_000, ["float32"] * 2, 0),
-    ],
-)
-def test_the_cluster_is_the_smallest_that_leaves_room_for_the_next_row(cluster, vocab, dtypes, blocks):
-    plan = cluster.plan(vocab, dtypes, SHARED, 16)
-    assert plan["blocks"] == blocks
-    if blocks:
-        assert plan["bytes"] <= SHARED
-        assert plan["chunk"] * plan["chunks"] >= vocab > plan["chunk"] * (plan["chunks"] - 1)
-        # a warp has room for all its chunks of a row
-        assert plan["slots"] * plan["blocks"] * plan["warps"] >= plan["chunks"]
-
-
-@pytest.mark.parametrize("dtypes", [["bfloat16"] * 2, ["bfloat16"] * 3, ["float32"] * 2, ["bfloat16", "float32"]])
-def test_the_longest_row_fits_and_no_longer_one(cluster, dtypes):
-    longest = cluster.longest(dtypes, SHARED, 16)
-    assert cluster.plan(longest, dtypes, SHARED, 16)["blocks"] == 16
-    assert cluster.plan(longest + 8, dtypes, SHARED, 16)["blocks"] == 0
-    assert longest > 128_256
-
-
 @ON_GPU
 def test_a_row_that_does_not_fit_runs_on_the_next_backend():
     student, teacher = (t.cuda() for t in tiles(2, 1_200_000))
@@ -428,10 +369,10 @@ def cuda(monkeypatch):
     calls = []
 
     def rows(objective, student, teacher, noisy, *others):
-        calls.append(others[-3])
+        calls.append(others[-4])
         return calls[-1] <= 500
 
-    def contrast(objective, clean, noisy, alpha, labels, out, n, vocab, device, stream):
+    def contrast(objective, clean, noisy, alpha, labels, out, n, vocab, plan, device, stream):
         calls.append(vocab)
         return vocab <= 500
 
@@ -489,6 +430,21 @@ def test_asked_for_by_name_it_refuses_what_does_not_fit(cuda):
     cuda.missing.cache_clear()
     with pytest.raises(ValueError, match="device 0: compute capability 8.0 has no"):
         rows_on_gpu(by_name, 100)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_plan_of_the_environment_reaches_the_kernels(cuda, monkeypatch):
+    monkeypatch.setenv("HKDFAST_CUDA_PLAN", "cluster=4,chunk=512")
+    asked = []
+    cuda._cuda.rows = lambda *given: asked.append(given[-3]) or len(asked) < 2
+    rows_on_gpu(cuda, 100)
+    assert asked == [(4, 0, 0, 512, 0)]
+    with pytest.raises(ValueError, match="HKDFAST_CUDA_PLAN='cluster=4,chunk=512' has no room for rows of 100 tokens"):
+        rows_on_gpu(cuda, 100)
+    monkeypatch.setenv("HKDFAST_CUDA_PLAN", "cluster=5")
+    with pytest.raises(ValueError, match="has cluster=5, expected 1, 2, 4, 8, 16"):
+        rows_on_gpu(cuda, 100)
+    assert len(asked) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../csrc/common/binding.h"
+#include "../../csrc/cuda/plan_binding.h"
 #include "../../csrc/cuda/row_loop.h"
 
 namespace hkdfast {
@@ -167,8 +167,8 @@ struct Cluster {
 
   Cluster(const Task& task, unsigned seed, const std::string& without) : scheduler(seed), task(task), without(without) {
     const Plan& plan = task.plan;
-    blocks.resize(plan.blocks);
-    meeting.expected = plan.blocks * plan.warps * warp_lanes;
+    blocks.resize(plan.cluster);
+    meeting.expected = plan.cluster * plan.warps * warp_lanes;
     for (Block& b : blocks) {
       b.shared.assign(plan.bytes / 8 + 3, ~0ull);  // NaN in every format
       b.meeting.expected = plan.warps * warp_lanes;
@@ -187,7 +187,7 @@ class FiberThread {
   int warp() const { return warp_; }
   int warps() const { return all_.task.plan.warps; }
   int block() const { return block_; }
-  int blocks() const { return all_.task.plan.blocks; }
+  int blocks() const { return all_.task.plan.cluster; }
   int cluster() const { return cluster_; }
   int clusters() const { return clusters_; }
 
@@ -298,7 +298,7 @@ void run(const Task& task, bool purified, const Layout& layout, Divergence diver
   with_kind(task, purified, divergence, [&](auto kind, auto law) {
     for (int cluster = 0; cluster < layout.clusters; ++cluster) {
       Cluster all(task, layout.seed + cluster, layout.without);
-      for (int block = 0; block < task.plan.blocks; ++block)
+      for (int block = 0; block < task.plan.cluster; ++block)
         for (int warp = 0; warp < task.plan.warps; ++warp)
           for (int lane = 0; lane < warp_lanes; ++lane)
             all.scheduler.start([=, &all, &layout, &task] {
@@ -332,7 +332,7 @@ void rows(py::handle objective_, py::handle student, py::handle teacher, py::han
   rows.loss = pointer<float>(loss), rows.metrics = pointer<float>(metrics);
   Task task = task_of(o, rows);
   task.plan = plan_for(task, l.shared_bytes, l.blocks, l.warps);
-  if (!task.plan.blocks) throw py::value_error("the row does not fit");
+  if (!task.plan.cluster) throw py::value_error("the row does not fit");
   with_divergence(o.divergence.c_str(), o.beta, [&](auto divergence) {
     run(task, o.purified, l, divergence);
   });
@@ -348,30 +348,12 @@ void contrast(py::handle objective_, py::handle clean, py::handle noisy, std::ui
   rows.alpha = pointer<const float>(alpha), rows.labels = pointer<const std::int64_t>(labels);
   Task task = task_of(o, rows);
   task.plan = plan_for(task, l.shared_bytes, l.blocks, l.warps);
-  if (!task.plan.blocks) throw py::value_error("the row does not fit");
+  if (!task.plan.cluster) throw py::value_error("the row does not fit");
   run(task, true, l, Decode());
 }
 
-Task task_of(std::int64_t vocab, py::list dtypes) {
-  Task task;
-  task.vocab = static_cast<int>(vocab);
-  Tile* tiles[] = {&task.student, &task.teacher, &task.noisy};
-  for (std::size_t i = 0; i < dtypes.size(); ++i)
-    *tiles[i] = tile(py::make_tuple(4096, dtypes[i], (vocab + 7) / 8 * 8));
-  return task;
-}
-
-int longest(py::list dtypes, int shared_bytes, int largest_cluster) {
-  return longest_row(task_of(0, dtypes), shared_bytes, largest_cluster);
-}
-
-py::dict plan(std::int64_t vocab, py::list dtypes, int shared_bytes, int largest_cluster) {
-  const Task task = task_of(vocab, dtypes);
-  const Plan p = plan_of(task, shared_bytes, largest_cluster);
-  py::dict of;
-  of["blocks"] = p.blocks, of["warps"] = p.warps, of["chunk"] = p.chunk, of["chunks"] = p.chunks, of["slots"] = p.slots;
-  of["bytes"] = p.bytes;
-  return of;
+int longest(const py::list& tiles, int shared_bytes, int largest_cluster) {
+  return longest_row(task_with(tiles, 0), shared_bytes, largest_cluster);
 }
 
 }  // namespace generic
@@ -381,6 +363,6 @@ PYBIND11_MODULE(cluster, m) {
   py::register_exception<hkdfast::generic::Unmet>(m, "Unmet");
   m.def("rows", &hkdfast::generic::rows);
   m.def("contrast", &hkdfast::generic::contrast);
-  m.def("plan", &hkdfast::generic::plan);
+  m.def("plan", &hkdfast::plan_of);
   m.def("longest", &hkdfast::generic::longest);
 }

@@ -1,3 +1,3 @@
 #include "../launch.h"
 
-template bool hkdfast::launch_rows(const Task&, bool, generic::Decode, int, void*);
+template bool hkdfast::launch_rows(const Task&, bool, generic::Decode, const PlanRequest&, int, void*);

@@ -1,3 +1,3 @@
 #include "../launch.h"
 
-template bool hkdfast::launch_rows(const Task&, bool, generic::JensenShannon, int, void*);
+template bool hkdfast::launch_rows(const Task&, bool, generic::JensenShannon, const PlanRequest&, int, void*);

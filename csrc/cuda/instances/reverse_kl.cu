@@ -1,3 +1,3 @@
 #include "../launch.h"
 
-template bool hkdfast::launch_rows(const Task&, bool, generic::ReverseKL, int, void*);
+template bool hkdfast::launch_rows(const Task&, bool, generic::ReverseKL, const PlanRequest&, int, void*);

@@ -1,3 +1,3 @@
 #include "../launch.h"
 
-template bool hkdfast::launch_rows(const Task&, bool, generic::SkewKL, int, void*);
+template bool hkdfast::launch_rows(const Task&, bool, generic::SkewKL, const PlanRequest&, int, void*);

@@ -1,3 +1,3 @@
 #include "../launch.h"
 
-template bool hkdfast::launch_rows(const Task&, bool, generic::SkewReverseKL, int, void*);
+template bool hkdfast::launch_rows(const Task&, bool, generic::SkewReverseKL, const PlanRequest&, int, void*);
