@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import law_numbers, law_words, tile_choice, transforms
-from .law import Branches, alone, confidence, contrasted, purification
+from .contrast_rule import Branches, clean_only_offset, confidence, contrast_weight, contrasted
+from .launch import contrast_numbers, contrast_words, tile_choice, transforms
 from .row import Softmax, Tile, Tiles, columns, log_prob, narrow, word_at, words
 from .sweeps import purified, statistics
 
@@ -28,8 +28,8 @@ def contrast_kernel(
     rate,  # 1 / temperature
     alpha,
     threshold,
-    least,  # log of the plausibility beta, or None
-    WEIGHT: tl.constexpr,
+    log_plausibility,  # log of the plausibility beta, or None
+    SCHEDULE: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     MODE: tl.constexpr,
     OUTSIDE: tl.constexpr,
@@ -44,20 +44,21 @@ def contrast_kernel(
     target = 0.0
     if CONFIDENCE == "target":
         target = word_at(tiles, tl.maximum(tl.load(labels_ptr + row), 0), False).teacher
-    if WEIGHT == "per_row":
+    if SCHEDULE == "per_row":
         alpha = tl.load(alpha_ptr + row).to(tl.float32)
     found = statistics(
         tiles, vocab, rate, Branches(None, None, None, None, None, None),
         False, False, True, CONFIDENCE == "entropy", True, False, False, False, False, False, MODE, False, False, BLOCK,
     )  # fmt: skip
-    sure = confidence(vocab, found.clean, found.entropy, target, CONFIDENCE)
-    a = purification(sure, found.clean, found.noisy, alpha, threshold, WEIGHT)
-    kept = alone(found.clean.log_sum, found.noisy.log_sum, a, MODE)
+    certainty = confidence(vocab, found.clean, found.entropy, target, CONFIDENCE)
+    a = contrast_weight(certainty, found.clean, found.noisy, alpha, threshold, SCHEDULE)
+    offset = clean_only_offset(found.clean.log_sum, found.noisy.log_sum, a, MODE)
     teacher, shift, _, _, _ = purified(
-        tiles, vocab, rate, Softmax(0.0, 0.0, 0.0), 0, Branches(found.clean, found.noisy, a, kept, least, 0.0),
+        tiles, vocab, rate, Softmax(0.0, 0.0, 0.0), 0,
+        Branches(found.clean, found.noisy, a, offset, log_plausibility, 0.0),
         MODE, OUTSIDE, False, False, False, False, BLOCK,
     )  # fmt: skip
-    branches = Branches(found.clean, found.noisy, a, kept, least, shift)
+    branches = Branches(found.clean, found.noisy, a, offset, log_plausibility, shift)
     for start in range(0, vocab, BLOCK):
         z = contrasted(words(tiles, start, vocab, False, BLOCK), branches, MODE, OUTSIDE)
         col = columns(start, BLOCK)
@@ -79,8 +80,8 @@ def arguments(objective, clean, noisy, alpha, labels, out):
         clean.shape[1],
         *transforms(objective.teacher, objective.noisy),
         1 / objective.temperature,
-        *law_numbers(objective.law),
-        *law_words(objective.law),
+        *contrast_numbers(objective.law),
+        *contrast_words(objective.law),
     )
 
 

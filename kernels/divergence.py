@@ -1,7 +1,7 @@
 """The divergences as Triton device functions: value and tilt of a block of words.
 
 A function gets p, q, gap = log p - log q (0 for a word that neither side has) and beta, and returns
-- value, in a form that has no term below 0 where that is possible: it carries CENTRE * (p - q), which sums to 0;
+- value, in a form that has no term below 0 where that is possible: it carries RECENTERING * (p - q), which sums to 0;
 - tilt, (d value / d log q) / q up to a constant, which the softmax Jacobian removes. It is bounded or grows like gap,
   so that q * tilt is 0 for a word that the student all but excludes. Forward KL's, -p / q, is not: that function
   returns d value / d log q itself, plus the multiple of q that makes it 0 at p = q (KIND below).
@@ -16,7 +16,7 @@ WIDEST = tl.constexpr(104.0)
 
 
 @triton.jit
-def curve(x):
+def expm1_remainder(x):
     """(exp(x) - 1 - x) / x**2 for |x| <= 1/2, relative error below 1e-7 (Taylor)."""
     tail = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
     return 0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * tail)))
@@ -24,7 +24,7 @@ def curve(x):
 
 @triton.jit
 def expm1(x):
-    return tl.where(tl.abs(x) < 0.5, x + x * x * curve(x), tl.exp(x) - 1)
+    return tl.where(tl.abs(x) < 0.5, x + x * x * expm1_remainder(x), tl.exp(x) - 1)
 
 
 @triton.jit
@@ -37,21 +37,21 @@ def log1p(x):
 @triton.jit
 def excess(p, q, gap):
     """p - q."""
-    return tl.where(tl.abs(gap) < 0.5, q * (gap + gap * gap * curve(gap)), p - q)
+    return tl.where(tl.abs(gap) < 0.5, q * (gap + gap * gap * expm1_remainder(gap)), p - q)
 
 
 @triton.jit
 def forward_kl(p, q, gap, beta):
-    bend = curve(gap)
+    remainder = expm1_remainder(gap)
     over = excess(p, q, gap)
     far = tl.where(p > 0, p * gap, 0.0) - over
-    return tl.where(tl.abs(gap) < 0.5, q * gap * gap * (1 + gap * bend - bend), far), -over
+    return tl.where(tl.abs(gap) < 0.5, q * gap * gap * (1 + gap * remainder - remainder), far), -over
 
 
 @triton.jit
 def reverse_kl(p, q, gap, beta):
     far = (p - q) - tl.where(q > 0, q * gap, 0.0)
-    return tl.where(tl.abs(gap) < 0.5, q * gap * gap * curve(gap), far), -tl.minimum(gap, WIDEST)
+    return tl.where(tl.abs(gap) < 0.5, q * gap * gap * expm1_remainder(gap), far), -tl.minimum(gap, WIDEST)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def total_variation(p, q, gap, beta):
     return 0.5 * tl.abs(excess(p, q, gap)), tl.where(gap > 0, -0.5, tl.where(gap < 0, 0.5, 0.0))
 
 
-CENTRE = {
+RECENTERING = {
     "forward_kl": lambda beta: -1.0,
     "reverse_kl": lambda beta: 1.0,
     "jensen_shannon": lambda beta: 0.0,

@@ -30,12 +30,12 @@ def transforms(*sides):
     return [None if number is None else float(number) for side in sides for number in (side.scale, side.softcap)]
 
 
-def law_numbers(law):
+def contrast_numbers(law):
     """alpha, threshold, and the logarithm of the plausibility or None for no set."""
     if law is None:
         return 0.0, 0.0, None
     return float(law.alpha), float(law.threshold), math.log(law.plausibility) if law.plausibility else None
 
 
-def law_words(law):
+def contrast_words(law):
     return (None,) * 4 if law is None else (law.schedule, law.confidence, law.mode, law.outside)

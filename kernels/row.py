@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
 
     student: Tile  # not there when decoding
     teacher: Tile
-    noisy: Tile  # not there without a law
+    noisy: Tile  # not there without a contrast
 
 
 class Words(NamedTuple):

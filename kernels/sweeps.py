@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .law import Branches, contrasted, inside
+from .contrast_rule import Branches, contrasted, inside
 from .row import (
     LOW,
     Best,
@@ -30,12 +30,12 @@ class Statistics(NamedTuple):
     student: Softmax
     hard_sum: tl.tensor  # the student's log_sum at temperature 1
     teacher: Softmax  # of the teacher, purified if its weight was known before the sweep
-    clean: Softmax  # of the branches of a law, at temperature 1
+    clean: Softmax  # of the branches of a contrast, at temperature 1
     noisy: Softmax
     entropy: tl.tensor  # of the clean branch at temperature 1
-    lone: tl.tensor  # 1 if a word is masked by the noisy branch alone
-    widest: tl.tensor  # the largest distance of a word's two logits, infinite for one that one side alone masks
-    mate: tl.tensor  # the teacher's logit (Words.gap if STRAIGHT) where the student has its peak
+    noisy_masked: tl.tensor  # 1 if a token is masked by the noisy branch alone
+    widest: tl.tensor  # the largest distance of a token's two logits, infinite for one that one side alone masks
+    other_at_peak: tl.tensor  # the teacher's logit (Words.gap if STRAIGHT) where the student has its peak
     mean: tl.tensor  # under q, of teacher - student less what it is there
     student_best: Best
     teacher_best: Best
@@ -46,26 +46,26 @@ def statistics(
     tiles,
     vocab,
     rate,
-    branches,  # of a law whose weight is known, else Branches of None
-    HARD: tl.constexpr,
+    branches,  # of a contrast whose weight is known, else Branches of None
+    HAS_LABELS: tl.constexpr,
     TEACHER: tl.constexpr,
     CLEAN: tl.constexpr,
     ENTROPY: tl.constexpr,
     NOISY: tl.constexpr,
-    MATE: tl.constexpr,
+    NEED_PEAK_PARTNER: tl.constexpr,
     MEAN: tl.constexpr,
     STUDENT_BEST: tl.constexpr,
     TEACHER_BEST: tl.constexpr,
     WIDEST: tl.constexpr,
     MODE: tl.constexpr,
-    STRAIGHT: tl.constexpr,
+    EXACT_GAP: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sweep that comes first: the sums that are asked for."""
     peak_q, sum_q, hard_sum = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
-    mate, mean = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
-    lone, widest = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
+    other_at_peak, mean = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
+    noisy_masked, widest = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     peak_p, sum_p = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
     peak_c, sum_c, moment = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     peak_n, sum_n = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
@@ -75,31 +75,31 @@ def statistics(
         z = w.teacher
         if branches.a is not None:
             z = contrasted(w, branches, MODE, "clean")
-            alone = (w.noisy == LOW) & (w.teacher > LOW)
-            lone = tl.maximum(lone, tl.max(tl.where(alone, 1.0, 0.0), 1))
+            noisy_only = (w.noisy == LOW) & (w.teacher > LOW)
+            noisy_masked = tl.maximum(noisy_masked, tl.max(tl.where(noisy_only, 1.0, 0.0), 1))
         if WIDEST:
-            apart = tl.where((w.student > LOW) | (z > LOW), tl.abs(w.student - z), 0.0)
-            widest = tl.maximum(widest, tl.max(apart, 1))
+            raw_gap = tl.where((w.student > LOW) | (z > LOW), tl.abs(w.student - z), 0.0)
+            widest = tl.maximum(widest, tl.max(raw_gap, 1))
         if tiles.student.ptr is not None:
             new = tl.maximum(peak_q, tl.max(w.student, 1))
             base = finite(new)
             e = powers(w.student, base, rate)
             keep = tl.exp((peak_q - base) * rate)
-            if MATE:
-                side = w.gap if STRAIGHT else z
+            if NEED_PEAK_PARTNER:
+                side = w.gap if EXACT_GAP else z
                 there = tl.max(tl.where(w.student == new[:, None], side, LOW), 1)
-                moved = tl.where(new > peak_q, there, mate)
+                moved = tl.where(new > peak_q, there, other_at_peak)
                 if MEAN:
                     gap = side - finite(moved)[:, None]
-                    shift = finite(mate) - finite(moved)
-                    if not STRAIGHT:
+                    shift = finite(other_at_peak) - finite(moved)
+                    if not EXACT_GAP:
                         gap -= w.student - base[:, None]
                         shift -= finite(peak_q) - base
                     both = (w.student > LOW) & (z > LOW)
                     mean = (mean + sum_q * shift) * keep + tl.sum(tl.where(both, e * gap, 0.0), 1)
-                mate = moved
+                other_at_peak = moved
             sum_q = sum_q * keep + tl.sum(e, 1)
-            if HARD:
+            if HAS_LABELS:
                 hard_sum = hard_sum * tl.exp(peak_q - base) + tl.sum(powers(w.student, base, 1.0), 1)
             peak_q = new
             if STUDENT_BEST:
@@ -132,16 +132,16 @@ def statistics(
     clean = Softmax(0.0, 0.0, 0.0)
     noisy = Softmax(0.0, 0.0, 0.0)
     entropy = 0.0
-    row_mate = 0.0
+    row_other_at_peak = 0.0
     row_mean = 0.0
     if tiles.student.ptr is not None:
         student = softmax(peak_q, sum_q, rate)
         hard_sum = tl.log(fold(hard_sum, peak_q, 1.0))
-        if MATE:
-            row_mate = tl.max(tl.where(peak_q == student.peak, mate, LOW), 0)
+        if NEED_PEAK_PARTNER:
+            row_other_at_peak = tl.max(tl.where(peak_q == student.peak, other_at_peak, LOW), 0)
         if MEAN:
-            shift = finite(mate) - finite(row_mate)
-            if not STRAIGHT:
+            shift = finite(other_at_peak) - finite(row_other_at_peak)
+            if not EXACT_GAP:
                 shift -= finite(peak_q) - finite(student.peak)
             row_mean = fold(mean + sum_q * shift, peak_q, rate) / student.total
     if TEACHER:
@@ -160,9 +160,9 @@ def statistics(
         clean,
         noisy,
         entropy,
-        tl.max(lone, 0),
+        tl.max(noisy_masked, 0),
         tl.max(widest, 0),
-        row_mate,
+        row_other_at_peak,
         row_mean,
         best_of(best_q),
         best_of(best_p),
@@ -179,7 +179,7 @@ def purified(
     branches,
     MODE: tl.constexpr,
     OUTSIDE: tl.constexpr,
-    MATE: tl.constexpr,
+    NEED_PEAK_PARTNER: tl.constexpr,
     MEAN: tl.constexpr,
     BEST: tl.constexpr,
     DIFFERENCE: tl.constexpr,
@@ -187,18 +187,20 @@ def purified(
 ):
     """The sweep over a contrast whose weight the first sweep has found; word is where the student has its peak.
 
-    Returns the contrast's Softmax at the temperature, Branches.shift, and mate, mean and best as in Statistics.
+    Returns the contrast's Softmax at the temperature, Branches.shift, and as in Statistics other_at_peak, mean and best.
     """
-    TWO: tl.constexpr = branches.least is not None and OUTSIDE == "clean"  # groups of words: of the set, and others
+    TWO: tl.constexpr = (
+        branches.log_plausibility is not None and OUTSIDE == "clean"
+    )  # groups of words: of the set, and others
     peak, total, mass, unit = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     mean, share = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     best = no_best(BLOCK)
     if TWO:
         rest_peak, rest, rest_best = lanes(LOW, BLOCK), lanes(0.0, BLOCK), no_best(BLOCK)
-    mate = 0.0
-    if MATE:
+    other_at_peak = 0.0
+    if NEED_PEAK_PARTNER:
         at = word_at(tiles, word, DIFFERENCE)
-        mate = contrasted(at, branches, MODE, OUTSIDE)
+        other_at_peak = contrasted(at, branches, MODE, OUTSIDE)
     last = (vocab - 1) // BLOCK * BLOCK
     for passed in range(0, vocab, BLOCK):
         start = last - passed
@@ -206,7 +208,7 @@ def purified(
         z = contrasted(w, branches, MODE, OUTSIDE)
         if MEAN:
             q = tl.exp(log_prob(w.student, student, rate))
-            gap = (z - finite(mate)) - (w.student - student.peak)
+            gap = (z - finite(other_at_peak)) - (w.student - student.peak)
             mean += tl.sum(tl.where((w.student > LOW) & (z > LOW), q * gap, 0.0), 1)
         if TWO:
             own = inside(w, branches)
@@ -236,7 +238,7 @@ def purified(
     shift = 0.0
     if TWO:
         # the log of the set's clean mass less that of its contrast, both in the contrast's units
-        shift = branches.alone + branches.clean.log_sum + tl.log(tl.sum(mass, 0))
+        shift = branches.clean_only_offset + branches.clean.log_sum + tl.log(tl.sum(mass, 0))
         shift -= teacher.peak + tl.log(fold(unit, peak, 1.0))
         top = teacher.peak + shift
         rest_top = tl.max(rest_peak, 0)
@@ -246,9 +248,11 @@ def purified(
         teacher = Softmax(both_top, within + beyond, tl.log(within + beyond))
         other = best_of(rest_best)
         row_best = Best(both_top, tl.where(other.value > row_best.value + shift, other.word, row_best.word))
-        if MATE:
-            shifted = Branches(branches.clean, branches.noisy, branches.a, branches.alone, branches.least, shift)
+        if NEED_PEAK_PARTNER:
+            shifted = Branches(
+                branches.clean, branches.noisy, branches.a, branches.clean_only_offset, branches.log_plausibility, shift
+            )
             moved = contrasted(at, shifted, MODE, OUTSIDE)
-            row_mean += shift * tl.sum(share, 0) - (moved - mate)
-            mate = moved
-    return teacher, shift, mate, row_mean, row_best
+            row_mean += shift * tl.sum(share, 0) - (moved - other_at_peak)
+            other_at_peak = moved
+    return teacher, shift, other_at_peak, row_mean, row_best
