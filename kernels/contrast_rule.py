@@ -15,9 +15,8 @@ class Branches(NamedTuple):
     clean: Softmax  # at temperature 1; only its peak, or another number near it, if there is no set
     noisy: Softmax  # likewise
     a: tl.tensor  # the weight of the noisy branch
-    clean_only_offset: (
-        tl.tensor
-    )  # what a word that keeps its clean log-probability lacks against the contrast of others
+    # what a token that keeps its clean log-probability lacks against the contrast of the others
+    clean_only_offset: tl.tensor
     log_plausibility: tl.tensor  # log of the plausibility beta, or None for no set
     shift: tl.tensor  # added inside the set, so that its words share their clean mass
 

@@ -187,11 +187,10 @@ def purified(
 ):
     """The sweep over a contrast whose weight the first sweep has found; word is where the student has its peak.
 
-    Returns the contrast's Softmax at the temperature, Branches.shift, and as in Statistics other_at_peak, mean and best.
+    Returns the contrast's Softmax at the temperature, Branches.shift, and other_at_peak, mean and best of Statistics.
     """
-    TWO: tl.constexpr = (
-        branches.log_plausibility is not None and OUTSIDE == "clean"
-    )  # groups of words: of the set, and others
+    # two groups of tokens: those of the plausibility set, and the others
+    TWO: tl.constexpr = branches.log_plausibility is not None and OUTSIDE == "clean"
     peak, total, mass, unit = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     mean, share = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     best = no_best(BLOCK)
