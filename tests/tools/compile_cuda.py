@@ -1,6 +1,6 @@
 """What the compiler made of the kernels of hkdfast._cuda: prints a table. Fails if an instantiation is missing, keeps
-data in local memory (a stack, a spill), has static shared memory or too many registers for a block of 512 threads, or
-if a fast one lacks its bulk and 16-byte accesses.
+data in local memory (a stack, a spill), has static shared memory or too many registers for a block of 512 threads, if a
+fast one lacks its bulk and 16-byte accesses, or if it has more than LIMITS allow between its sweeps, where a row waits.
 
     python tests/tools/compile_cuda.py                    for the architectures it was built for
     python tests/tools/compile_cuda.py sm_90a sm_100      for these, as CI does
@@ -24,6 +24,30 @@ FAST = {  # instructions of the fast kinds
     "bulk copy": r"UBLKCP",
     "16 bytes from shared memory": r"LDS\.128",
     "8 or 16 bytes to global memory": r"STG\.E\.(64|128)",
+}
+# What a kernel has from the end of its first sweep over a row to the beginning of its last one, in order of addresses:
+# the sums of the row are joined and its constants computed there, and nothing of the row is loaded or stored.
+BETWEEN = {
+    "instructions": r"",
+    "shuffles": r"\bSHFL\b",
+    "double": r"\bD(ADD|FMA|MUL|SETP|MNMX)\b",  # arithmetic of doubles
+    "block": r"\bBAR\.",  # barriers of a block
+    "cluster": r"\bUCGABAR_WAIT\b",  # barriers of a cluster
+    "memory": r"\bMEMBAR\.\w+\.GPU\b",  # waits until all stores are seen by the whole GPU
+}
+# The most of each, of the fast kinds; some per cent above the counts in benchmarks/speed/NOTES.md, for other compilers.
+LIMITS = {
+    "one reduction": {"instructions": 3600, "shuffles": 245, "double": 425, "block": 3, "cluster": 1, "memory": 1},
+    "two reductions": {"instructions": 3700, "shuffles": 270, "double": 400, "block": 6, "cluster": 2, "memory": 2},
+    "one reduction, law": {"instructions": 5700, "shuffles": 475, "double": 780, "block": 9, "cluster": 3, "memory": 3},
+    "two reductions, law": {
+        "instructions": 5800,
+        "shuffles": 500,
+        "double": 760,
+        "block": 12,
+        "cluster": 4,
+        "memory": 4,
+    },
 }
 
 
@@ -79,7 +103,8 @@ def instructions(tool, module):
 
 
 def sweeps(code):
-    """The innermost loops over words: what a jump backward closes, with an exponential for each of eight words."""
+    """The innermost loops over words, as (first, last) instruction: a jump backward closes them, and they have an
+    exponential for each of eight words."""
     place = {address: i for i, (address, _) in enumerate(code)}
     loops = []
     for end, (address, text) in enumerate(code):
@@ -87,11 +112,25 @@ def sweeps(code):
         if target and int(target[1], 16) <= address:
             loops.append((place[int(target[1], 16)], end))
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    bodies = ([text for _, text in code[a : b + 1]] for a, b in inner)
-    return [body for body in bodies if sum("MUFU.EX2" in text for text in body) >= 8]
+    return [(a, b) for a, b in inner if sum("MUFU.EX2" in text for _, text in code[a : b + 1]) >= 8]
 
 
-def faults(usage, code, fast):
+def between(code):
+    """{name: how many instructions of BETWEEN there are from the first sweep to the last, outside of sweeps}"""
+    found = sweeps(code)
+    texts = []
+    if found:
+        inside = {i for a, b in found for i in range(a, b + 1)}
+        texts = [code[i][1] for i in range(found[0][1] + 1, found[-1][0]) if i not in inside]
+    return {name: sum(bool(re.search(pattern, text)) for text in texts) for name, pattern in BETWEEN.items()}
+
+
+def limits(divergence, law):
+    reductions = "one reduction" if divergence in ("forwardkl", "reversekl") else "two reductions"
+    return LIMITS[", ".join(filter(None, (reductions, law)))]
+
+
+def faults(usage, code, fast, most):
     if usage["STACK"] or usage["LOCAL"]:
         yield f"{usage['STACK']} bytes of stack, {usage['LOCAL']} of local memory"
     if usage["SHARED"] > SYSTEM_SHARED:
@@ -110,8 +149,14 @@ def faults(usage, code, fast):
     found = sweeps(code)
     if len(found) < 2:
         yield "no loops over words found"
-    if any(re.search(r"\b(LDS|STS)\b(?!\.128)", text) for body in found for text in body):
+    if any(re.search(r"\b(LDS|STS)\b(?!\.128)", text) for a, b in found for _, text in code[a : b + 1]):
         yield "narrow accesses of shared memory in a sweep"
+    counts = between(code)
+    if not counts["cluster"]:
+        yield "no reduction found between the sweeps"
+    for name, count in counts.items():
+        if count > most[name]:
+            yield f"between the sweeps {count} {name} ({BETWEEN[name] or 'any'}), LIMITS allow {most[name]}"
 
 
 def main():
@@ -129,14 +174,15 @@ def main():
     for arch in wanted or sorted({arch for arch, _ in usage}) or ["any architecture"]:
         there = {described(kernel) for one, kernel in usage if one == arch}
         wrong += [f"{arch}: no kernel for {', '.join(filter(None, kernel))}" for kernel in sorted(expected() - there)]
-    print("arch     divergence       kind   law  registers stack local instructions")
+    print("arch     divergence       kind   law  registers stack local instructions, between the sweeps:", *BETWEEN)
     for (arch, kernel), used in sorted(usage.items(), key=lambda item: (item[0][0], described(item[0][1]))):
         divergence, kind, law = described(kernel)
         numbers = "{REG:9} {STACK:5} {LOCAL:5}".format(**used)
-        print(f"{arch:8} {divergence:16} {kind:6} {law:4} {numbers} {len(code[arch, kernel]):12}")
-        wrong += [
-            f"{arch} {divergence}, {kind}, {law}: {fault}" for fault in faults(used, code[arch, kernel], kind != "any")
-        ]
+        counts = " ".join(f"{count:5}" for count in between(code[arch, kernel]).values()) if kind != "any" else ""
+        print(f"{arch:8} {divergence:16} {kind:6} {law:4} {numbers} {len(code[arch, kernel]):12}  {counts}".rstrip())
+        fast = kind != "any"
+        found = faults(used, code[arch, kernel], fast, limits(divergence, law) if fast else {})
+        wrong += [f"{arch} {divergence}, {kind}, {law}: {fault}" for fault in found]
     sys.exit("\n".join(wrong) or 0)
 
 
