@@ -7,6 +7,7 @@ neither is loaded.
 
 import json
 import pickle
+import sys
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -242,8 +243,10 @@ def load_weights(path, dtype="auto", kind=None, **how):
     if generation and generation.is_file() and (wrong := json_fault(generation)):
         # from_pretrained would take other ends of an answer instead, and not say so
         raise ValueError(f"model {str(path)!r}: {generation.name} {wrong}")
-    verbosity = logging.get_verbosity()
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     try:
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         logging.set_verbosity_error()  # its table of what is wrong would stand before the error that says it
         with reading("model", path):
             model, found = kind.from_pretrained(
@@ -256,6 +259,8 @@ def load_weights(path, dtype="auto", kind=None, **how):
             )
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
     name = type(model).__name__
     for key, saved, expected in sorted(found["mismatched_keys"]):
         raise ValueError(f"model {str(path)!r}: {key} is {tuple(saved)}, {CONFIG} makes it {tuple(expected)}")

@@ -1,6 +1,7 @@
 """hkdfast hkd from files to scores: both tracks, adapters, a killed run, bad input."""
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -134,6 +135,20 @@ def test_adapters_on_the_other_track(home, tmp_path, capfd):
         *(entry[f"student_divergence_{way}_kl"] for way in ("forward", "reverse")),
     )
     assert entry["loss"] == pytest.approx(sum(terms), rel=1e-4)
+
+
+def test_every_model_gets_the_attention(home, tmp_path, monkeypatch):
+    found = []
+    for module in ("pyramid", "ternary"):
+        plain = importlib.import_module(f"hkdfast.hf.{module}").set_attention
+
+        def recorded(model, name, plain=plain):
+            plain(model, name)
+            found.append(model.config._attn_implementation)
+
+        monkeypatch.setattr(f"hkdfast.hf.{module}.set_attention", recorded)
+    assert hkd(home, tmp_path / "out", "--attn-implementation", "eager", "--max-steps", 1) == 0
+    assert set(found) == {"eager"} and len(found) >= 7  # in two stages of two, and of three in the refinement
 
 
 class Killed(Exception):
