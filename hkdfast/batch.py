@@ -1,4 +1,4 @@
-"""What a batch means: which positions are answers, and noise on its images."""
+"""The meaning of a batch: which positions are answers; and noise on its images."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from .noise import blend, check_images, check_noise, normal
 from .ops.objective import UNLABELED
 from .pixels import keep_padding, rows_of_examples, share_copies
 
-Batch: TypeAlias = Mapping[str, Any]  # what a processor makes: tensors by name
+Batch: TypeAlias = Mapping[str, Any]  # tensors by name, as a processor returns them
 Model: TypeAlias = Callable[[Any], Tensor | Head]  # from a batch to logits (N, V) or a Head at its answer rows
 
 IGNORE_INDEX = -100  # the label of a position that is not an answer
@@ -21,7 +21,7 @@ KEYS = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels",
 
 
 def check_keys(batch: Batch) -> None:
-    """Refuse a key that is one typo away from one of KEYS that the batch lacks: it would be ignored silently."""
+    """Refuse a key that looks like a misspelt one of KEYS, which would be ignored silently."""
     for key in batch:
         for right in KEYS:
             if right not in batch and key not in KEYS and one_typo(str(key).lower().replace("-", "_"), right):
@@ -38,18 +38,19 @@ def one_typo(a: str, b: str) -> bool:
 
 
 def answer_rows(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The positions whose next token is (part of) an answer.
+    """The positions whose next token is part of an answer.
 
-    With "shift_labels" or "labels" in the batch: those whose next label is not -100, and those that "distill_only"
-    marks: their next token is unknown, and only a teacher provides the target. Without labels: the last token of each
-    prompt, by "attention_mask" (padding on either side); in a packed batch (1, T) by the restarts of "position_ids".
+    With "shift_labels" or "labels" in the batch: positions whose next label is not -100, and positions that
+    "distill_only" marks. Their next token is unknown, and only a teacher provides the target. Without labels: the last
+    token of each prompt, found by "attention_mask" (padding on either side), or in a packed batch (1, T) by the
+    restarts of "position_ids".
 
     Args:
-        batch: dict with "input_ids" (B, T) and, where there are some, the above, all (B, T) int64; distill_only bool.
+        batch: dict with "input_ids" (B, T) and any of the keys above, all (B, T) int64, distill_only bool.
 
     Returns:
-        rows (B, T) bool, and the next labels (N,) int64 of those rows, `hkdfast.UNLABELED` where it is not known; None
-        without labels.
+        rows (B, T) bool, and the next labels (N,) int64 at these N rows, `hkdfast.UNLABELED` where the label is
+        unknown; None without labels.
     """
     check_keys(batch)
     if batch.get("shift_labels") is not None:
@@ -75,14 +76,14 @@ def last_tokens(batch: Batch) -> Tensor:
     else:
         mask = torch.ones_like(ids, dtype=torch.bool)
         if positions is not None and positions.shape == ids.shape:
-            # one token before each restart, and the very last
+            # the token before each restart, and the last one
             return torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (0, 1), value=True)
     left = mask.flip(1).cumsum(1).flip(1)  # tokens from here to the end
     return mask & (left == 1)
 
 
 def derive_seed(*numbers: object) -> int:
-    """One seed made of several numbers: 63 bits that depend on all of them."""
+    """One seed of 63 bits from several values; it depends on all of them."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -97,37 +98,37 @@ def noised(
     draw: int = 0,
     placeholders: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
-    """The batch with noise on its images: all floating-point tensors whose name has "pixel_values" in it.
+    """The batch with noise on its images: on all floating-point tensors whose name contains "pixel_values".
 
-    Every picture, tile and frame of a video has noise of its own, each at the strength that was requested: so has the
-    thumbnail that shows the same again as a picture's tiles do, and the same picture at another resolution. Copies of
-    one picture share their noise: Qwen2-VL's relatives hand each still picture over twice, as two frames of a patch.
-    Pictures and tiles of zeros, where there may be several in a row of the batch, are padding and stay zero.
+    Every image, tile and video frame gets its own noise of the requested strength; so does a thumbnail that shows the
+    same as the tiles, and the same image at another resolution. Copies of one image share their noise: Qwen2-VL and
+    related models duplicate each still image, as two frames of a patch. Images and tiles of zeros are padding in
+    layouts with several images per row of the batch; they stay zero.
 
     Args:
-        batch: dict of tensors. Not changed. What holds the images may be a list as well, of a floating-point tensor (or
-            of a list of those) for each example.
+        batch: dict of tensors. Not changed. The images may also be a list with one floating-point tensor (or a list of
+            tensors) for each example.
         step, sigma: as in `hkdfast.diffuse`.
-        seed: of the noise, or None to draw from torch's own generator. With a seed, the noise of example i, row i of
-            "input_ids", depends on (seed, first + i, draw) alone, and on its own images: not on the other examples, on
-            how they are split into batches, nor on padding. Packed prompts, several in a row, are one example.
+        seed: of the noise; None: torch's own generator. With a seed, the noise of example i (row i of "input_ids")
+            depends only on (seed, first + i, draw) and on its own images, not on other examples, the division into
+            batches or padding. Several prompts packed into a row are one example.
         first: index of the batch's first example.
         draw: number of the draw.
-        placeholders: {"image": id, "video": id} of the tokens in "input_ids" that are replaced by what the model sees.
-            Read, with a seed, where images are laid out by picture, tile or patch and not by example, to tell which are
-            whose; without it "mm_token_type_ids" is. Examples of exactly one image each need neither.
+        placeholders: {"image": id, "video": id}: the tokens in "input_ids" that stand for images. With a seed, and
+            images in order of image, tile or patch instead of example, they show which images belong to which example;
+            without `placeholders`, "mm_token_type_ids" does. Examples with exactly one image each need neither.
 
     Raises:
-        ValueError: if the batch has no images, or they are not floating point; if a step or sigma is out of range; with
-            a seed, if it cannot be told which images belong to which example, as with several images of unequal sizes
-            per example in LLaVA-NeXT's layout: a batch of one example always can.
+        ValueError: if the batch has no images, or they are not floating point; if step or sigma is out of range; with a
+            seed, if the batch does not show which images belong to which example, as for several images of different
+            sizes per example in LLaVA-NeXT's layout. A batch of one example always works.
     """
     check_noise(step, sigma)
     names = [name for name, x in batch.items() if "pixel_values" in name and x is not None]
     if not names:
         raise ValueError(f"the batch has no images: expected 'pixel_values', got {', '.join(batch)} alone")
     found = {name: noisy(name, batch, step, sigma, seed, first, draw, placeholders) for name in names}
-    return cast(Any, batch) | found  # a BatchFeature stays one
+    return cast(Any, batch) | found  # a BatchFeature stays a BatchFeature
 
 
 def noisy(
@@ -140,10 +141,10 @@ def noisy(
     draw: int,
     placeholders: Mapping[str, int | None] | None,
 ) -> Any:
-    """The noised images of batch[name], in the same nesting of lists."""
+    """The noised images of batch[name], with the same nesting of lists."""
     images, examples = batch[name], len(batch["input_ids"])
 
-    def drawn(x: Tensor, *place: int) -> Tensor:
+    def draw_noise(x: Tensor, *place: int) -> Tensor:
         if seed is None:
             return torch.randn(x.shape, dtype=torch.float32, device=x.device)
         return normal(x.shape, derive_seed(seed, name, first + place[0], draw, *place[1:]), x.device)
@@ -151,7 +152,7 @@ def noisy(
     def each(x: Any, *place: int) -> Any:
         if isinstance(x, list | tuple):
             return [each(one, *place, i) for i, one in enumerate(x)]
-        return blend(x, drawn(x, *place), step, sigma)
+        return blend(x, draw_noise(x, *place), step, sigma)
 
     if isinstance(images, list | tuple):
         if len(images) != examples:
@@ -160,7 +161,7 @@ def noisy(
         return each(images)
     check_images(name, images)
     rows = [len(images)] if seed is None else rows_of_examples(name, images, batch, placeholders)
-    noise = torch.cat([drawn(part, i) for i, part in enumerate(images.split(rows))])
+    noise = torch.cat([draw_noise(part, i) for i, part in enumerate(images.split(rows))])
     share_copies(noise, name, images, batch)
     return keep_padding(blend(images, noise, step, sigma), images)
 

@@ -1,4 +1,4 @@
-"""Time that is shared among the parts of a measurement, so that the whole ends even where one part would take hours."""
+"""A time limit that is shared among the parts of a measurement, so that no part delays the end."""
 
 import sys
 import time
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 
 class TooSlow(Exception):
-    """A part would take more than its share of the time; says what was seen of it."""
+    """A part would exceed its share of the time; the message says what was measured."""
 
 
 class Budget:
-    """Seconds for a number of parts: each may take an equal share of what the ones before it have left.
+    """Seconds for a number of parts. Each part may use an equal share of the remaining time.
 
-    Draws a bar on stderr where that is a terminal.
+    Draws a progress bar on stderr if that is a terminal.
     """
 
     def __init__(self, seconds: float, parts: int) -> None:
@@ -36,7 +36,7 @@ class Budget:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Take the bar away, for what is printed next."""
+        """Erase the bar before something else is printed."""
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -48,10 +48,10 @@ def measure(
     repeats: int,
     wait: Callable[[], object] = lambda: None,
 ) -> float:
-    """Seconds of the fastest of `repeats` runs of call(size) after a first, if they and one more fit into the share.
+    """Seconds of the fastest of `repeats` runs of call(size), after a warm-up run, if all of them fit into the share.
 
-    It is tried on ever more of its size first. Time grows with the size at most in proportion, so a step that could not
-    fit is not taken: the share is exceeded by no more than two runs of a 64th of the size.
+    The call is first tried with smaller sizes. Its time grows at most in proportion to the size, so a size that cannot
+    fit is not tried: the share is exceeded by at most two runs of a 64th of the size.
 
     Raises:
         TooSlow: if they do not fit.
@@ -65,13 +65,13 @@ def measure(
         wait()
         return time.perf_counter() - start
 
-    seconds(part)  # builds and caches are not timed
+    seconds(part)  # compilation and cold caches are not timed
     taken = seconds(part)
     while part < size:
         more = min(4 * part, size)
         if time.monotonic() + taken * more / part > end:
-            raise TooSlow(f"{part} of {size} rows took {taken:.1f} s, and all of them had {share:.1f} s")
+            raise TooSlow(f"{part} of {size} rows took {taken:.1f} s, the limit for all is {share:.1f} s")
         part, taken = more, seconds(more)
     if time.monotonic() + (repeats + 1) * taken > end:
-        raise TooSlow(f"one run took {taken:.1f} s, and {repeats + 2} of them had {share:.1f} s")
+        raise TooSlow(f"one run took {taken:.1f} s, the limit for {repeats + 2} runs is {share:.1f} s")
     return min((seconds(size) for _ in range(repeats)), default=taken)

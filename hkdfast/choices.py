@@ -3,13 +3,13 @@
     questions = [Choice("What does the image show?", ("a cat", "a dog", "a cow"), image="1.png"), ...]
     found = answer(model, encode, questions, shifts="cyclic")       # found.scores (N, n), found.choice (N,)
 
-A model prefers some letters whatever option they label. So each question is asked several times, with its options
-under other letters. The score of a letter is given back to the option that it labeled, and the scores are averaged.
+A model prefers some letters, whichever option they label. So each question is asked several times, with the options
+under different letters. The score of a letter is assigned to the option that it labeled, and the scores are averaged.
 
-A model is any function of a batch that returns what comes next at the batch's answer rows, in the order of
+A model is any function of a batch that returns the prediction at the batch's answer rows, in the order of
 `hkdfast.batch.answer_rows`: logits (N, V) or a `Head`. `encode(prompts, images, answers)` makes the batch, a dict with
-at least "input_ids" (B, T): of prompts alone where answers is None, else of prompts with their answers and "labels" at
-the answers' tokens. `hkdfast.hf.choices.encoder` makes one of a Hugging Face processor.
+at least "input_ids" (B, T). If answers is None, it holds the prompts; otherwise the prompts with their answers, and
+"labels" at the answers' tokens. `hkdfast.hf.choices.encoder` makes such a function from a Hugging Face processor.
 """
 
 import math
@@ -46,8 +46,8 @@ class Choice:
             follow the text on new lines. The text after "{options}" may ask for a letter: the method "per_option",
             which shows one option at a time, leaves it out.
         options: 2 to 26 texts without letters.
-        image: the image (or its path, or anything else) that `encode` is given; it is not read here.
-        content_free: the text without its content, which the method "calibrated" asks with "N/A" for every option.
+        image: the image, its path, or anything else that `encode` accepts; it is not read here.
+        content_free: the text without its content; the method "calibrated" asks it with "N/A" as every option.
 
     Raises:
         ValueError: on another number of options, or one that is not a text or is empty.
@@ -64,10 +64,10 @@ class Choice:
             raise ValueError(f"a question needs 2 to {len(LETTERS)} options, got {len(self.options)}: {self.options}")
         for option in self.options:
             if not isinstance(option, str) or not option.strip():
-                raise ValueError(f"options are texts that are not empty, got {option!r} in {self.options}")
+                raise ValueError(f"every option must be a text that is not empty, got {option!r} in {self.options}")
 
     def prompt(self, order: Sequence[int] | None = None) -> str:
-        """The question as it is asked, option order[place] behind the letter of each place."""
+        """The text of the prompt. The letter at index `place` labels option order[place]; None: no shift."""
         places = range(len(self.options)) if order is None else order
         lines = "\n".join(f"{LETTERS[place]}. {self.options[option]}" for place, option in enumerate(places))
         before, mark, after = self.text.rpartition(OPTIONS_PLACEHOLDER)
@@ -82,11 +82,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered to N questions of at most n options each. All float64 and on the CPU."""
+    """A model's answers to N questions with at most n options. Scores are float64, all tensors on the CPU."""
 
     scores: Tensor  # (N, n) log-probabilities of the options in their own order; -inf where there is no option
     choice: Tensor  # (N,) int64, the option chosen
-    by_shift: tuple[Tensor, ...]  # N of (shifts, options): the same from each shift alone; the first is unshifted
+    by_shift: tuple[Tensor, ...]  # N of (shifts, options): log-probabilities of each shift; the first is unshifted
 
 
 def shifts(n: int, how: str | int = "cyclic", fixed: Iterable[int] = (), seed: int = 0) -> list[tuple[int, ...]]:
@@ -94,17 +94,16 @@ def shifts(n: int, how: str | int = "cyclic", fixed: Iterable[int] = (), seed: i
 
     Args:
         n: number of options.
-        how: "cyclic": each free option comes once to each free place, as many maps as there are free places; "all":
-            every permutation; "none": the question as it is; a number: that many different random
-            permutations.
+        how: "cyclic": each free option gets each free place once, so there are as many maps as free places; "all":
+            every permutation; "none": no shift; a number: that many different random permutations.
         fixed: indices of options that keep their place, such as a last "none of these".
         seed: of the random permutations.
 
     Returns:
-        list of tuples, order[place] = option. The first is the question as it is.
+        list of tuples, order[place] = option. The first one is the identity.
 
     Raises:
-        ValueError: an unknown `how`, a number beyond the permutations there are, a fixed index out of range.
+        ValueError: an unknown `how`, a number above the number of permutations, a fixed index out of range.
     """
     fixed = set(fixed)
     if not fixed <= set(range(n)):
@@ -114,7 +113,7 @@ def shifts(n: int, how: str | int = "cyclic", fixed: Iterable[int] = (), seed: i
 
 
 def free_orders(free: list[int], how: str | int, seed: int) -> Iterable[Sequence[int]]:
-    """The orders of the free options, the given one first, as `shifts` names them."""
+    """The orders of the free options for the option `how` of `shifts`; the given order is first."""
     if how == "cyclic":
         return [free[i:] + free[:i] for i in range(max(1, len(free)))]
     if how == "all":
@@ -133,19 +132,19 @@ def free_orders(free: list[int], how: str | int, seed: int) -> Iterable[Sequence
 
 
 def permutation(n: int, fixed: Collection[int], free: Iterable[int]) -> tuple[int, ...]:
-    """The order that puts the free options, in turn, at the free places."""
+    """The order with the free options, in turn, at the free places."""
     left = iter(free)
     return tuple(place if place in fixed else next(left) for place in range(n))
 
 
 def check_list(name: str, texts: object) -> None:
-    """Refuse one text where several are expected: its letters would be taken for them."""
+    """Refuse a single text where a list is expected: its letters would be used as the list."""
     if isinstance(texts, str):
         raise ValueError(f"{name} is the text {texts!r}, expected a list of texts")
 
 
 def fixed_indices(options: Sequence[str], fixed: Iterable[int | str]) -> list[int]:
-    """Indices of the fixed options, which are given by index or by text; a text that is no option fixes nothing."""
+    """Indices of the fixed options, given by index or by text. A text that is not an option has no effect."""
     check_list("fixed", fixed)
     texts = {each.strip().casefold() for each in fixed if isinstance(each, str)}
     return [i for i, option in enumerate(options) if option.strip().casefold() in texts] + [
@@ -179,7 +178,7 @@ def shuffle_options(
 
 
 def random_order(options: Sequence[str], rng: random.Random, fixed: Iterable[int | str] = ()) -> tuple[int, ...]:
-    """A random order of options, order[place] = option, as `shuffle_options` puts them."""
+    """A random order of options, order[place] = option, as `shuffle_options` uses it."""
     stay = fixed_indices(options, fixed)
     free = [option for option in shifts(len(options), "none", stay)[0] if option not in stay]
     return permutation(len(options), stay, rng.sample(free, len(free)))
@@ -205,51 +204,50 @@ def answer(
 ) -> Answers:
     """Answer multiple-choice questions: reconstruction of HKD4VLM's mapping-shift inference (arXiv:2506.13038).
 
-    All prompts of a question go through the model in one batch. Of its head only the rows of the option words are
-    multiplied, in float64, and only at the row where the answer begins; the full vocabulary is not.
+    All prompts of a question are in one batch. Only the head's rows of the option words are multiplied, in float64, at
+    the position where the answer begins; the full vocabulary is not.
 
     Args:
         model: function of a batch (see the module docstring). Gets no gradient.
         encode: function of (prompts, images, answers) to a batch on the model's device (see the module docstring).
         questions: list of Choice; their numbers of options may differ.
-        shifts: as in `shifts`. The method "per_option" has no letters to shift and nothing to aggregate.
+        shifts: as in `shifts`. The method "per_option" has no letters: it ignores `shifts` and `aggregate`.
         aggregate: "mean": the log-probabilities of the shifts are averaged, then normalized. "vote": each shift has one
             vote; the score is the logarithm of the share of votes (-inf for none). Ties go to the higher mean
             log-probability, then to the first option.
-        method: "letters": the letter that follows the prompt. "calibrated": the same minus the log-probabilities of the
-            letters after a content-free prompt (Zhao et al., 2021, arXiv:2102.09690), one per question. "per_option":
-            each option is asked alone; its score is log p(yes), not normalized over the options.
-        fixed: options that keep their place, by index or by text (upper and lower case are the same).
-        batch_size: questions in one forward.
+        method: "letters": log-probabilities of the letters after the prompt. "calibrated": the same minus those after a
+            content-free prompt (Zhao et al., 2021, arXiv:2102.09690), one per question. "per_option": each option is
+            asked alone; its score is log p(yes), not normalized over the options.
+        fixed: options that keep their place, by index or by text (upper and lower case are equal).
+        batch_size: questions per forward pass.
         scoring: "token": log softmax over the one token of each letter. "sequence": sum of the log-probabilities of all
             tokens of each letter (to the end of its turn) over the whole vocabulary, then normalized over the letters;
-            a prompt per shift and letter. "auto": "token" wherever every letter is one token of its own.
-        tokens: ids of the letters' tokens (of the words' tokens in the method "per_option"), or None to find them by
-            `encode`.
-        seed: for a number of random shifts.
+            a prompt per shift and letter. "auto": "token" if every letter is a single token, else "sequence".
+        tokens: ids of the letters' tokens (of the words' tokens in the method "per_option"); None: found by `encode`.
+        seed: random seed of a number of shifts.
         each: text after the stem of a question in the method "per_option"; contains "{option}".
         words: the words for right and wrong in the method "per_option".
-        on_batch: called with the Answers of each finished batch, to show or save them; or None.
+        on_batch: called with the Answers of each finished batch, e.g. to save them; or None.
 
     Returns:
         Answers.
 
     Raises:
-        ValueError: on an unknown option, no questions, a letter that is not one token under scoring "token", tokens
-            that are too few, a model that does not return one row per answer token, or scores that are NaN.
+        ValueError: on an unknown option, an empty list of questions, a letter that is not one token with scoring
+            "token", too few tokens, a model that does not return one row per answer token, or scores that are NaN.
     """
     check_options(aggregate, method, scoring, batch_size)
     questions = list(questions)
     if not questions:
         raise ValueError("there are no questions")
     most = max(len(question.options) for question in questions)
-    asked = [PromptSet(question, method, plan(question, shifts, fixed, seed), each) for question in questions]
+    prompts = [PromptSet(question, method, plan(question, shifts, fixed, seed), each) for question in questions]
     words = words if method == "per_option" else LETTERS[:most]
     with torch.no_grad():
-        scorer = OptionScorer(model, encode, words, single_tokens(encode, asked[0].lines[0], words, tokens, scoring))
+        scorer = OptionScorer(model, encode, words, single_tokens(encode, prompts[0].lines[0], words, tokens, scoring))
         found = []
-        for start in range(0, len(asked), batch_size):
-            batch = asked[start : start + batch_size]
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
             rows = scorer([line for one in batch for line in one.lines])
             parts = rows.split([len(one.lines) for one in batch])
             found += [one.to_options(part) for one, part in zip(batch, parts, strict=True)]
@@ -318,7 +316,7 @@ class PromptSet:
 
 
 def combined_scores(by_shift: Tensor, aggregate: str, method: str) -> tuple[Tensor, int]:
-    """((options,) scores, the option chosen) of the shifts' log-probabilities."""
+    """((options,) scores, index of the chosen option) from the shifts' log-probabilities."""
     mean = by_shift.mean(0)
     if method == "per_option":
         return mean, int(mean.argmax())

@@ -48,40 +48,41 @@ def purify(
     plausibility: float = 0.0,
     outside: str = "clean",
 ) -> Purified:
-    """A teacher that subtracts a noisy branch from a clean one, more strongly in rows where the clean one is unsure.
+    """A teacher that subtracts a noisy branch from a clean one, optionally more strongly in rows of low confidence.
 
     With c the confidence and a the contrast weight of a row, the purified distribution is the softmax of
 
         (1 + a) log p_clean - a log p_noisy      (mode="extrapolate")
-              log p_clean - a log p_noisy        (mode="subtract": at equal branches it flattens)
+              log p_clean - a log p_noisy        (mode="subtract": with equal branches it flattens)
 
-    on normalized log-probabilities. It is computed tile by tile inside the loss, never stored. A token that only the
-    noisy branch masks (-inf) keeps its clean log-probability.
+    on normalized log-probabilities. The loss computes it tile by tile and never stores it. A token that only the noisy
+    branch masks (-inf) keeps its clean log-probability.
 
     Args:
         clean: logits (..., V) or a Head: the model on clean input.
-        noisy: the same model on noisy input, the same rows; or a list of them, whose logits are averaged. Heads through
-            one weight without softcap are averaged as hidden states: one product, not one per draw.
+        noisy: the same model on noisy input, the same rows; or a list of such branches, whose logits are averaged.
+            Heads that share a weight and have no softcap are averaged as hidden states, at the cost of one product.
         alpha: strength of the contrast, finite and not negative: the weight of every row, or the largest weight under
             "linear" and "gate". A tensor (...) gives each row its own weight; `schedule` must then be "constant".
         schedule: "constant": a = alpha. "linear": a = alpha * (1 - c). "gate": a = alpha where c < threshold, else 0.
         confidence: c of a row, from the clean branch at temperature 1. "max_prob": its largest probability. "entropy":
             1 - H / log V. "target": the probability of the label; the loss then needs a label for every row.
-        threshold: of "gate", 0 to 1.
+        threshold: of the schedule "gate", 0 to 1.
         mode: see above.
-        plausibility: beta in 0..1 of VCD's plausibility set, the tokens with p_clean >= beta * max p_clean; 0 for none.
-        outside: tokens outside that set. "clean": they keep their clean log-probability, those inside share the rest by
-            their purified odds. "drop": -inf, for decoding; reverse_kl refuses such a teacher without a teacher_floor.
+        plausibility: beta in 0..1 of VCD's plausibility set, the tokens with p_clean >= beta * max p_clean; 0: no set.
+        outside: tokens outside that set. "clean": they keep their clean log-probability; the rest of the probability is
+            shared among the tokens inside, in proportion to their purified probabilities. "drop": they get -inf, for
+            decoding; reverse_kl refuses such a teacher without a teacher_floor.
 
     Returns:
-        A teacher for `distill_loss`, or what `contrast` evaluates. It is a constant: no gradient.
+        A teacher for `distill_loss`, or the argument of `contrast`. It is a constant and gets no gradient.
 
     Raises:
-        ValueError: on unknown words, numbers out of range, or rows and devices that differ. The loss or `contrast`
-            checks the vocabularies, because it has the option `vocab`.
+        ValueError: on unknown option values, numbers out of range, or rows and devices that differ. The loss or
+            `contrast` checks the vocabularies, because it has the option `vocab`.
 
     Source: contrast and plausibility set: Leng et al., 2024 (VCD, arXiv:2311.16922). Confidence, schedules and
-    "subtract" are a reconstruction of SEED (arXiv:2507.04680), whose internals are not published in code.
+    "subtract" are a reconstruction of SEED (arXiv:2507.04680), which has no published code.
     """
     for name, word in dict(schedule=schedule, confidence=confidence, mode=mode, outside=outside).items():
         check_word(name, word, WORDS[name])
@@ -124,14 +125,14 @@ def contrast(
     With a constant weight this is VCD; with per-row weights ICD, AvisC, M3ID and classifier-free guidance.
 
     Args:
-        purified: what `purify` returned.
+        purified: the result of `purify`.
         temperature: positive and finite, divides the contrasted log-probabilities.
-        labels: (...) int64, needed if the teacher's confidence is "target"; else only checked.
+        labels: (...) int64, required if the teacher's confidence is "target"; otherwise only checked.
         vocab, precision, tile_memory, backend, split: as in `distill_loss`. Under a Split the clean branch is this
             process's part.
 
     Returns:
-        (..., V) float32 log-probabilities that sum to one (float64 from float64 logits), under a Split those of this
+        (..., V) float32 normalized log-probabilities (float64 from float64 logits), under a Split those of this
         process's tokens. No gradient.
 
     Raises:
@@ -142,7 +143,7 @@ def contrast(
     Source: Leng et al., 2024 (VCD, arXiv:2311.16922).
     """
     if not isinstance(purified, Purified):
-        raise ValueError(f"contrast takes what purify returns, got {shown(purified)}")
+        raise ValueError(f"contrast takes the result of purify, got {shown(purified)}")
     options = LossOptions(
         temperature=temperature, labels=labels, vocab=vocab, precision=precision, tile_memory=tile_memory,
         backend=backend, split=split,

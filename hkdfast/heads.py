@@ -1,4 +1,4 @@
-"""What the losses take beside logits: a language-model head not yet multiplied out, and a purified teacher."""
+"""Inputs of the losses other than logits: a language-model head (`Head`), and a purified teacher (`Purified`)."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,14 @@ from .split import Split
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A language-model head, not yet multiplied out: logits = cap(scale * (hidden @ weight.T + bias)).
+    """Hidden states and the language-model head after them: logits = cap(scale * (hidden @ weight.T + bias)).
+
+    The loss computes these logits tile by tile; they never exist as a whole.
 
     Args:
-        hidden: (..., H) states before the head, any float dtype. Gets a gradient as the student's.
-        weight: (V, H), hidden's dtype unless autocast is on. Gets a gradient as the student's.
-        bias: (V,) or None, weight's dtype unless autocast is on. Gets a gradient as the student's.
+        hidden: (..., H) states before the head, any float dtype. Gets a gradient if the Head is a student.
+        weight: (V, H), hidden's dtype unless autocast is on. Gets a gradient if the Head is a student.
+        bias: (V,) or None, weight's dtype unless autocast is on. Gets a gradient if the Head is a student.
         scale: factor of the logits (Granite and Cohere call it logit scale), positive and finite.
         softcap: if given, logits become softcap * tanh(logits / softcap), as in Gemma 2. Positive.
         split: Split if weight and bias are this process's part of a head that several processes hold.
@@ -64,13 +66,13 @@ class Head:
 
         Args:
             hidden: (..., H) states before the layer.
-            lm_head: torch.nn.Linear (H to V), with or without bias. Its weight and bias get a gradient as the
-                student's.
+            lm_head: torch.nn.Linear (H to V), with or without bias. Its weight and bias get a gradient if the Head is a
+                student.
             scale, softcap: as in `Head`.
 
         Raises:
-            ValueError: if lm_head is no torch.nn.Linear, as a quantized layer or one with an adapter, whose output is
-                not hidden @ weight.T + bias; else as `Head`.
+            ValueError: if lm_head is not a torch.nn.Linear. The output of a quantized layer, or of one with an adapter,
+                is not hidden @ weight.T + bias. Otherwise as `Head`.
         """
         if not isinstance(lm_head, torch.nn.Linear):
             raise ValueError(f"lm_head must be a torch.nn.Linear, got {shown(lm_head)}: pass its weight to Head(...)")
@@ -88,7 +90,7 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class Purified:
-    """A teacher contrasted row by row: what `hkdfast.purify` returns."""
+    """A contrasted teacher, as `hkdfast.purify` returns it."""
 
     clean: torch.Tensor | Head
     noisy: tuple[torch.Tensor | Head, ...]

@@ -1,4 +1,4 @@
-"""Losses over logits, heads and purified teachers: distill_loss of two sides, coupled_loss of several models."""
+"""Losses over logits, heads and purified teachers: distill_loss of two models, coupled_loss of several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -109,31 +109,33 @@ def distill_loss(
         teacher_floor: lower bound of the teacher's log-probabilities (nats), for tokens that the student does not mask.
             None: no bound. A divergence that is infinite without it is returned as inf, with a zero gradient for its
             row.
-        precision: how heads are multiplied. "float32": products summed and kept in float32, whatever their dtype;
-            gradient error to float64 at most 3e-3 for bf16 models from KL 24 to 0.001. "bfloat16": 16-bit tiles, error
-            2e-2 at KL 4, more than the gradient itself at 0.0004. "difference": 16-bit tiles of teacher minus student,
-            where all sides share one weight, bias and scale and no softcap: error 2e-2 from KL 24 down to 4e-5.
+        precision: how heads are multiplied. "float32": products are summed and kept in float32, whatever the heads'
+            dtype; the gradient's error against float64 is at most 3e-3 for bf16 models from KL 24 to 0.001. "bfloat16":
+            16-bit tiles; error 2e-2 at KL 4, more than the gradient itself at KL 0.0004. "difference": 16-bit tiles of
+            teacher minus student, for heads that share one weight, bias and scale and have no softcap; error 2e-2 from
+            KL 24 down to 4e-5.
         tile_memory: bytes for tiles; None: 512 MiB on the CPU; on CUDA 2 GiB, with a trained head 8 GiB, but at most
             half of the free memory.
-        return_metrics: also return a dict of (...) tensors, no gradient: divergence, cross_entropy, student_entropy,
-            teacher_entropy, confidence, contrast_weight, agreement (see hkdfast.ops.objective.METRICS).
+        return_metrics: also return a dict of (...) tensors without gradient: divergence, cross_entropy,
+            student_entropy, teacher_entropy, confidence, contrast_weight, agreement (see
+            hkdfast.ops.objective.METRICS).
         backend: "cpu", "cuda", "triton" or "reference"; None: the fastest that is built for the device.
-        split: `Split` if student, and teacher or not, are this process's part of a vocabulary that several processes
-            hold; None: that of the student's Head, if it has one. A teacher that is whole is cut. All processes get the
-            loss of the whole vocabulary.
+        split: `Split` if the student is this process's part of a vocabulary that several processes hold. None: the
+            Split of the student's Head, if it has one. The teacher is such a part too, or whole: then it is sliced. All
+            processes get the loss over the whole vocabulary.
 
     Returns:
         Scalar loss, or (...) with reduction "none", in nats: float32 (float64 for float64 inputs); (loss, dict) with
-        return_metrics. If every row is ignored, the loss is 0 and can be differentiated. A row with a NaN (in logits,
-        hidden states or its weight), or a positive infinity, has a NaN loss and a NaN gradient; one whose loss is
-        infinite has a zero gradient. There are no second derivatives.
+        return_metrics. If every row is ignored, the loss is 0 and has a zero gradient. A row with a NaN (in logits,
+        hidden states or its weight) or a positive infinity has a NaN loss and a NaN gradient. A row with an infinite
+        loss has a zero gradient. There are no second derivatives.
 
     Raises:
-        ValueError: on unknown words, numbers out of range, shapes, devices, dtypes or vocabularies that differ, labels
-            outside the vocabulary (CPU; on CUDA a device assertion), negative weights (CPU), options that require a
-            gradient, tensors that are not dense (sparse, nested, quantized, distributed, inside torch.func), a backend
-            for another device, a reverse_kl to a teacher that drops tokens without a teacher_floor, or tile_memory too
-            small for one row and its gradient.
+        ValueError: on unknown option values, numbers out of range, shapes, devices, dtypes or vocabularies that differ,
+            labels outside the vocabulary (CPU; on CUDA a device assertion), negative weights (CPU), options that
+            require a gradient, tensors that are not dense (sparse, nested, quantized, distributed, inside torch.func),
+            a backend for another device, a reverse_kl to a teacher that drops tokens without a teacher_floor, or a
+            tile_memory too small for one row and its gradient.
         ImportError: if the named backend does not run here; `hkdfast.backends()` gives the reason.
         TypeError: on an unknown option, or one by its name of version 0.1.
         RuntimeError: from backward with create_graph=True: there are no second derivatives.
@@ -159,11 +161,11 @@ def distill_loss(
 def labels_only_loss(
     names: Sequence[str], sources: Sequence[Tensor | Head | Purified], terms: list[LossTerm], options: LossOptions
 ) -> Any:
-    """The loss of a student whose divergence has weight 0; with metrics, those of the teacher all the same."""
+    """The loss of a student whose divergence has weight 0. The metrics still include those of the teacher."""
     _, options, found = prepared(names, sources, terms, options)
-    words = found.vocab if found.part is None else found.part.words
+    vocab = found.vocab if found.part is None else found.part.compared
     hard = loss_term(0, 0, "forward_kl", 0.5, 0.0, terms[0].objective.hard_weight)
-    loss = coupled_rows_loss(names[:1], sources[:1], [hard], replace(options, vocab=words, return_metrics=False))
+    loss = coupled_rows_loss(names[:1], sources[:1], [hard], replace(options, vocab=vocab, return_metrics=False))
     if not options.return_metrics:
         return loss
     with no_grad():
@@ -171,7 +173,7 @@ def labels_only_loss(
 
 
 class DistillLoss(nn.Module):
-    """`distill_loss` as a module: the options are given and checked once, the tensors at each call.
+    """`distill_loss` as a module: options are passed and checked once, tensors at each call.
 
         loss = DistillLoss("reverse_kl", temperature=2.0)(student, teacher, labels=labels)
 
@@ -183,8 +185,8 @@ class DistillLoss(nn.Module):
             teacher_floor, precision, tile_memory, return_metrics, backend, split, as in `distill_loss`.
 
     Raises:
-        ValueError: on an unknown word or a number out of range, here; the rest of what `distill_loss` raises, from the
-            call.
+        ValueError: on an unknown option value or a number out of range. The call raises the other errors of
+            `distill_loss`.
         TypeError: on an unknown option, one by its name of version 0.1, or labels, row_weight or num_items, which
             belong to the call.
     """
@@ -261,7 +263,7 @@ class Edge:
         check_flag("detach", self.detach)
         if not self.detach and self.divergence not in SWAPPED:
             raise ValueError(
-                f"{self.divergence} has no gradient into its teacher (detach=False), {', '.join(SWAPPED)} have"
+                f"detach=False: {self.divergence} has no gradient into its teacher, {', '.join(SWAPPED)} have"
             )
 
 
@@ -317,8 +319,8 @@ def coupled_loss(
         heads: K sources of the same rows: logits (..., V) or `Head` of any hidden size, with its own scale and softcap.
             Those that learn (from another, from labels, or through an edge with detach=False) get a gradient if they
             require one. What `purify` returns can teach, not learn. A single model learns from labels.
-        coupling: K rows of K entries. coupling[i][j] says how model i learns from model j: None or 0 for not at all, a
-            number for so many times the forward KL, or an `Edge`. The diagonal is empty.
+        coupling: K rows of K entries. coupling[i][j] says how model i learns from model j: None or 0 (not at all), a
+            number (the weight of a forward KL), or an `Edge`. The diagonal is empty.
         labels: (...) int64, the next token of each row for all models, or None.
         hard_weight: weight of the cross entropy against labels, at temperature 1: one number, or one for each model.
         return_metrics: also return {(i, j): dict}, one for each edge: the metrics of `distill_loss` for student i and
@@ -356,7 +358,7 @@ def coupled_loss(
                 )
             terms.append(loss_term(j, i, SWAPPED[edge.divergence], 1 - edge.beta, edge.weight, counted=False))
     if not terms:
-        raise ValueError("nothing to learn: the coupling has no edge, and hard_weight is 0")
+        raise ValueError("nothing to train: the coupling has no edge, and hard_weight is 0")
     idle = set(range(len(heads))) - {i for term in terms for i in (term.student, term.teacher)}
     if idle:
         raise ValueError(f"heads[{min(idle)}] neither learns nor teaches: no edge leads to it or from it")
@@ -398,12 +400,12 @@ def table_of(
 
 def hard_weights(heads: Sequence[Tensor | Head | Purified], hard_weight: float | Sequence[float]) -> list[float]:
     """One number for each head."""
-    several = isinstance(hard_weight, (list, tuple))
+    is_list = isinstance(hard_weight, (list, tuple))
     weights: list[Any] = list(hard_weight) if isinstance(hard_weight, (list, tuple)) else [hard_weight] * len(heads)
     if len(weights) != len(heads):
         raise ValueError(f"hard_weight must be one number, or one for each of {len(heads)} heads, got {len(weights)}")
     for i, one in enumerate(weights):
-        check_weight(f"hard_weight[{i}]" if several else "hard_weight", one)
-    if not several:  # a teacher that is purified has no part in the labels
+        check_weight(f"hard_weight[{i}]" if is_list else "hard_weight", one)
+    if not is_list:  # a purified teacher does not learn from labels
         weights = [0.0 if isinstance(head, Purified) else one for head, one in zip(heads, weights, strict=True)]
     return weights

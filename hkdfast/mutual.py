@@ -74,7 +74,7 @@ def coupled_batch_loss(
         coupling: table of Edge or None; [i][j] says how slot i learns from slot j, as in `hkdfast.coupled_loss`.
         hard_weight: one number per slot: weight of its cross entropy at the labeled rows.
         roles: one name per model, for the metrics.
-        slots: the index of the model in each slot (row) of the table; None: slot i is model i.
+        slots: the index of the model for each slot (row) of the table; None: slot i is model i.
         unlabeled_weight: factor of the loss of "distill_only" rows.
         options: of `coupled_loss`, except labels, ignore_index, row_weight and return_metrics.
 
@@ -95,20 +95,20 @@ def coupled_batch_loss(
     slots = range(len(models)) if slots is None else slots
     used = [i for i in range(len(coupling)) if hard_weight[i] or any(coupling[i]) or any(row[i] for row in coupling)]
     if not used:
-        raise ValueError("nothing to learn: every weight of the coupling is 0, and hard_weight is 0")
-    live = {slots[i] for i, learns in enumerate(trained_models(coupling, hard_weight)) if learns}
+        raise ValueError("nothing to train: every weight of the coupling is 0, and hard_weight is 0")
+    trained = {slots[i] for i, is_trained in enumerate(trained_models(coupling, hard_weight)) if is_trained}
     found = {}
     for i in dict.fromkeys(slots[slot] for slot in used):
-        with nullcontext() if i in live else torch.no_grad():
+        with nullcontext() if i in trained else torch.no_grad():
             found[i] = models[i](batch)
 
     known = weight = None
-    if batch.get("distill_only") is not None and labels is not None:  # which answer_rows has made of it
+    if batch.get("distill_only") is not None and labels is not None:  # answer_rows has marked these rows UNLABELED
         known = (labels != UNLABELED).nonzero()[:, 0]
         if unlabeled_weight != 1:
             weight = torch.full_like(labels, unlabeled_weight, dtype=torch.float64).index_fill(0, known, 1.0)
         if not any(map(any, coupling)) and len(known) < len(labels):
-            raise ValueError("nothing to learn for rows without a label: every weight of the coupling is 0")
+            raise ValueError("nothing to train at rows without a label: every weight of the coupling is 0")
     loss, metrics = coupled_loss(
         [found[slots[i]] for i in used],  # one object for a model in two slots, whose products are computed once
         [[coupling[i][j] for j in used] for i in used],
@@ -132,7 +132,7 @@ def metric_names(
     labels: Tensor | None,
     known: Tensor | None,
 ) -> Metrics:
-    """The metrics of coupled_loss's edges by name of the model; known: indices of labeled rows, None for all."""
+    """The metrics of coupled_loss, by the models' names; known: indices of the labeled rows, None for all."""
     found = {}
     for (i, j), rows in metrics.items():
         cross = f"{names[i]}_cross_entropy"

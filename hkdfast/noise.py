@@ -1,4 +1,4 @@
-"""Noise on images: how a vision-language model is made to lean on what its language already believes."""
+"""Noise on images, which makes a vision-language model rely on its language prior."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ STEPS = 1000
 
 @cache
 def survival() -> tuple[float, ...]:
-    """Share of the signal's variance left at each of VCD's 1000 steps.
+    """Remaining fraction of the signal's variance at each of VCD's 1000 steps.
 
-    The schedule of VCD's published code (DAMO-NLP-SG/VCD, vcd_add_noise.py), which is not the one its paper states.
+    The schedule of VCD's published code (DAMO-NLP-SG/VCD, vcd_add_noise.py); the paper states another one.
     """
     exponents = (-6 + 12 * i / (STEPS - 1) for i in range(STEPS))
     rates = ((0.5e-2 - 1e-5) / (1 + math.exp(-x)) + 1e-5 for x in exponents)
@@ -32,10 +32,10 @@ def diffuse(
     """Images under Gaussian noise, by VCD's diffusion schedule or with a given standard deviation.
 
     Args:
-        images: (..., C, H, W) normalized pixels, as a processor's pixel_values, any float dtype. No gradient passes.
-        step: 0 to 999 on VCD's schedule: sqrt(s) * images + sqrt(1 - s) * noise, where s falls from 1 to 0.08. VCD uses
-            500 or 999. Not read when sigma is given.
-        sigma: if given, images + sigma * noise instead: the signal keeps its strength. In units of normalized pixels.
+        images: (..., C, H, W) normalized pixels, as a processor's pixel_values, any float dtype. Get no gradient.
+        step: 0 to 999 of VCD's schedule: sqrt(s) * images + sqrt(1 - s) * noise, where s falls from 1 to 0.08. VCD uses
+            500 or 999. Ignored if sigma is given.
+        sigma: if given, the result is images + sigma * noise: the signal is not scaled. In normalized pixels.
         generator: a torch.Generator on the images' device, for reproducible noise.
 
     Returns:
@@ -76,10 +76,10 @@ def blend(images: torch.Tensor, noise: torch.Tensor, step: int, sigma: float | N
 
 
 def normal(shape: Sequence[int], seed: int, device: torch.device | None = None) -> torch.Tensor:
-    """Standard normal float32 numbers, each of which follows from the seed and its own indices alone.
+    """Standard normal float32 values, each of which depends only on the seed and its own indices.
 
-    A generator's numbers depend on how many are drawn at once. Here normal((3, 8, 8), s) is the corner of
-    normal((5, 16, 9), s), so that padding changes nothing, and a GPU has the numbers of a CPU up to rounding.
+    The values of a torch.Generator depend on how many are drawn at once. Here normal((3, 8, 8), s) is the corner of
+    normal((5, 16, 9), s): padding does not change the noise, and GPU and CPU agree up to rounding.
 
     SplitMix64 (Steele et al., 2014) along each dimension in turn, then Box and Muller's transform of 2 x 24 bits.
     """
@@ -91,7 +91,7 @@ def normal(shape: Sequence[int], seed: int, device: torch.device | None = None) 
     return radius.mul_(angle.cos_())
 
 
-# SplitMix64's constants, as the signed numbers that torch's int64 takes
+# SplitMix64's constants as signed int64
 GAMMA, *FACTORS = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 

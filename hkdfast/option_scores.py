@@ -1,4 +1,4 @@
-"""Which of a few words follows a prompt: their log-probabilities, by one token each or by their whole sequence.
+"""Log-probabilities of a few words after a prompt, by one token each or by their whole sequence.
 
 Used by choices.py; its module docstring defines a model and `encode`.
 """
@@ -21,19 +21,19 @@ SCORINGS = ("auto", "token", "sequence")
 
 
 class OptionScorer:
-    """Log-probabilities of the words that may follow a line, among themselves.
+    """Log-probabilities of the words after a line, normalized over these words.
 
     Args:
         model, encode: see the module docstring of choices.py.
         words: list of texts.
-        tokens: the one token of each word, or None to score the words' sequences.
+        tokens: the single token of each word; None: the words are scored by their whole sequences.
     """
 
     def __init__(self, model: Model, encode: Encode, words: Sequence[str], tokens: Sequence[int] | None) -> None:
         self.model, self.encode, self.words, self.tokens = model, encode, words, tokens
 
     def __call__(self, lines: Sequence[Line]) -> Tensor:
-        """(lines, words) float64 of lines (text, image, number of words); -inf beyond a line's own words."""
+        """(lines, words) float64 for lines (text, image, number of words); -inf beyond a line's number of words."""
         counts = torch.tensor([count for *_, count in lines]).unsqueeze(1)
         scores = self.by_sequence(lines, counts) if self.tokens is None else self.by_token(lines)
         scores = scores.masked_fill(torch.arange(scores.shape[1]) >= counts, -math.inf).log_softmax(-1)
@@ -93,14 +93,14 @@ def single_tokens(
 def word_tokens(
     encode: Encode, prompt: str, image: Any, words: Sequence[str]
 ) -> tuple[list[int], None] | tuple[None, str]:
-    """The one token by which each word begins to answer the prompt.
+    """The single token of each word as the answer to a prompt.
 
     Returns:
-        (list of token ids, None), or (None, why not): words of several tokens, or such that change how the end of the
-        prompt is cut into tokens, are not told apart by the one token after the prompt.
+        (list of token ids, None), or (None, reason) if a word has several tokens or changes the tokens at the end of
+        the prompt.
 
     Raises:
-        ValueError: if two words are the same tokens (as unknown ones are): nothing can tell them apart.
+        ValueError: if two words have the same tokens, as unknown words have.
     """
     prompted = encode([prompt], [image], None)
     context = prompted["input_ids"][0][answer_context(prompted, 0, answer_rows(prompted)[0])].tolist()
@@ -110,7 +110,7 @@ def word_tokens(
     for i, word in enumerate(words):
         if parts[i] in parts[:i]:
             twin = words[parts.index(parts[i])]
-            raise ValueError(f"the answers {twin!r} and {word!r} are the same tokens {parts[i]}: name others")
+            raise ValueError(f"the answers {twin!r} and {word!r} have the same tokens {parts[i]}: use other words")
     for i, word in enumerate(words):
         if batch["input_ids"][i][answer_context(batch, i, rows)].tolist() != context:
             return None, f"the answer {word!r} changes the tokens at the end of its prompt"
@@ -131,7 +131,7 @@ def answers_of(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
 
 
 def answer_context(batch: Batch, i: int, rows: Tensor) -> Tensor:
-    """(T,) bool: the tokens of example i, without padding, to the one after which its answer begins."""
+    """(T,) bool: the tokens of example i before its answer, without padding."""
     last = rows[i].nonzero()[0, 0]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(rows) if mask is None else mask.bool()

@@ -1,7 +1,7 @@
-"""How processors lay the pictures of a batch out: which rows are whose, which are copies, which are padding.
+"""The layout of images in a batch: which rows belong to which example, which are copies, which are padding.
 
-`pixel_values` has a row for each example, for each picture, for each tile or for each patch, by model; all but the
-first say elsewhere, or not at all, how many rows an example has.
+Depending on the model, `pixel_values` has a row for each example, each image, each tile or each patch. Except for the
+first, the number of rows per example is found in other tensors of the batch, or not at all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what counts the rows of each picture, and the pictures of each example, where a processor hands it over
+# keys with the number of rows of each image, and of the images of each example, for processors that return them
 ROWS = {
     "videos": ("video_grid_thw",),
     "local": ("num_local_patches",),
     "": ("image_grid_thw", "image_grid_hw", "num_patches", "num_crops"),
 }
 PICTURES = ("batch_num_images", "images_per_sample")
-# pixels or patches of each picture, to which its placeholders are in proportion, not to its rows, which are padded
+# keys with the pixels or patches of each image, for layouts with padded rows: placeholders are proportional to them
 AREAS = ("spatial_shapes", "image_sizes")
 
 
@@ -35,20 +35,20 @@ def rows_of_examples(
     if examples == 1:
         return [len(pixels)]
     if pixels.dim() >= 5 and len(pixels) == examples and batch.get("image_sizes") is None:
-        return [1] * examples  # (B, pictures, ...), padded with pictures of zeros
+        return [1] * examples  # (B, images, ...), padded with images of zeros
     sizes = rows_of_pictures(name, pixels, batch) or [1] * len(pixels)
     counts = pictures_of_examples(name, pixels, sizes, batch, placeholders)
     if counts is None:
         raise ValueError(
-            f"{name} has {len(pixels)} rows for {examples} examples, and the batch does not say which are whose: "
-            "use batches of one example"
+            f"{name} has {len(pixels)} rows for {examples} examples, and the batch does not show which rows belong to "
+            "which example: use batches of one example"
         )
     ends = [0, *accumulate(counts)]
     return [sum(sizes[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
 
 
 def rows_of_pictures(name: str, pixels: Tensor, batch: Mapping[str, Any]) -> list[int] | None:
-    """How many rows each picture has, by its grid or count; None where there is none that fits."""
+    """The number of rows of each image, from its grid or count; None if the batch has none that fits."""
     for key in next(keys for kind, keys in ROWS.items() if name.endswith(kind)):
         if batch.get(key) is not None:
             counts = torch.as_tensor(batch[key])
@@ -65,7 +65,7 @@ def pictures_of_examples(
     batch: Mapping[str, Any],
     placeholders: Mapping[str, int | None] | None,
 ) -> list[int] | None:
-    """How many pictures each example has, or None where that is not known."""
+    """The number of images of each example, or None if unknown."""
     examples, tokens = len(batch["input_ids"]), tokens_of_examples(name, batch, placeholders)
     for key in PICTURES:
         if batch.get(key) is not None:
@@ -81,11 +81,11 @@ def pictures_of_examples(
 
 
 def weights_of_pictures(name: str, pixels: Tensor, sizes: list[int], batch: Mapping[str, Any]) -> list[int] | None:
-    """What a picture's number of placeholders is in proportion to; None where it follows from no size in the batch."""
+    """For each image a number to which its placeholders are proportional; None if the batch has none."""
     areas = [batch[key] for key in AREAS if batch.get(key) is not None and "video" not in name]
     if not areas:
         return sizes
-    # the sizes beside tiles, (pictures, tiles, C, H, W), are those of the pictures before they were cut
+    # with tiles, (images, tiles, C, H, W), the sizes are those of the images before they were cut
     weights = torch.as_tensor(areas[0]).prod(-1).flatten().tolist()
     return weights if pixels.dim() < 5 and len(weights) == len(sizes) else None
 
@@ -93,7 +93,7 @@ def weights_of_pictures(name: str, pixels: Tensor, sizes: list[int], batch: Mapp
 def tokens_of_examples(
     name: str, batch: Mapping[str, Any], placeholders: Mapping[str, int | None] | None
 ) -> list[int] | None:
-    """How many tokens of each example stand for its pictures; None where nothing tells."""
+    """The number of image placeholders in each example; None if unknown."""
     kind, ids, kinds = "video" if "video" in name else "image", batch["input_ids"], batch.get("mm_token_type_ids")
     if placeholders and placeholders.get(kind) is not None:
         marked = ids == placeholders[kind]
@@ -106,7 +106,8 @@ def tokens_of_examples(
 
 
 def divide(weights: Sequence[int], tokens: Sequence[int]) -> list[int] | None:
-    """How many of the weights, in their order, each example has, if its tokens are in proportion to them; else None."""
+    """Divide the weights, in their order, among the examples in proportion to their tokens: the number of weights of
+    each example, or None if there is no exact division."""
     total, ends = sum(weights), {end: count for count, end in enumerate(accumulate(weights), 1)} | {0: 0}
     shares = [divmod(end * total, sum(tokens)) for end in accumulate(tokens)]
     if any(rest or end not in ends for end, rest in shares):
@@ -116,14 +117,14 @@ def divide(weights: Sequence[int], tokens: Sequence[int]) -> list[int] | None:
 
 
 def share_copies(noise: Tensor, name: str, pixels: Tensor, batch: Mapping[str, Any]) -> None:
-    """Give equal frames of a temporal patch one noise, in place.
+    """Give equal frames of a temporal patch the same noise, in place.
 
-    A row of patches (N, 3 * 2 * P * P) holds two frames: of a still picture, and of the odd last frame of a video, they
-    are copies. Qwen2-VL's relatives have the channels outside, others the frames.
+    A row of patches (N, 3 * 2 * P * P) holds two frames. For a still image, or the odd last frame of a video, they are
+    copies. In Qwen2-VL and related models the channels are the outer dimension, in others the frames.
     """
     grid = batch.get("video_grid_thw" if "video" in name else "image_grid_thw")
     if grid is None or pixels.dim() != 2 or pixels.shape[1] != 6 * isqrt(pixels.shape[1] // 6) ** 2:
-        return  # with one frame a row has 3 * P * P numbers, which is never 6 squares
+        return  # with one frame a row has 3 * P * P values, which is never 6 times a square
     grid = torch.as_tensor(grid)
     sizes = grid.prod(-1).tolist()
     if sum(sizes) != len(pixels):
@@ -138,8 +139,8 @@ def share_copies(noise: Tensor, name: str, pixels: Tensor, batch: Mapping[str, A
 
 
 def keep_padding(noisy: Tensor, pixels: Tensor) -> Tensor:
-    """Pictures and tiles of zeros, (..., C, H, W) below the rows, as they were: Idefics and SmolVLM know by its zeros
-    what is padding."""
+    """Set images and tiles of zeros, (..., C, H, W) in each row, to zero again: Idefics and SmolVLM recognize padding
+    by its zeros."""
     if pixels.dim() < 5:
         return noisy
     blank = (pixels == 0).flatten(-3).all(-1)[..., None, None, None]

@@ -1,11 +1,11 @@
-"""Pyramid-like progressive online distillation, one stage of it: reconstruction of HKD4VLM (arXiv:2506.13038).
+"""One stage of pyramid-like progressive online distillation: reconstruction of HKD4VLM (arXiv:2506.13038).
 
     for k in range(len(chain) - 1):                        # from the largest model to the smallest
         for batch in data:
             loss, metrics = pyramid.loss((chain[k], chain[k + 1]), batch)
 
-Of the method only the abstract's words are known to us. The uncertain choices are options; defaults are the likeliest:
-the teacher of a stage learns by its own cross entropy while the student learns from it on the same batch.
+Only the abstract describes the method. What it leaves open is an option, and the default is the likeliest choice: the
+teacher of a stage learns by its own cross entropy while the student learns from it on the same batch.
 A model is any function of a batch that returns logits or a `Head` at the batch's answer rows: see `hkdfast.seed`.
 `hkdfast.hf.PyramidTrainer` runs the whole chain.
 """
@@ -46,19 +46,19 @@ def coupling(
 
     Args:
         mode: "concurrent": the teacher learns by its own cross entropy, the student by cross entropy and from the
-            teacher. "mutual": both learn from each other too (deep mutual learning). "frozen": the teacher does not
-            change; its hard weight is 0 whatever is given.
-        divergence_weight: factor of the divergence, not negative; in mutual mode one number for both or (teacher's,
+            teacher. "mutual": both also learn from each other (deep mutual learning). "frozen": the teacher is not
+            trained, and its hard_weight is ignored.
+        divergence_weight: weight of the divergence, not negative; in mutual mode one number for both, or (teacher's,
             student's).
-        divergence, beta: of each learner against its source, as in `distill_loss`.
-        hard_weight: of the cross entropies: one number for both or (teacher's, student's).
-        detach: whether a source is a constant to its learner. False: the divergence has gradients into both.
+        divergence, beta: of each model from the model that it learns from, as in `distill_loss`.
+        hard_weight: weight of the cross entropies: one number for both, or (teacher's, student's).
+        detach: whether only the model that learns gets the gradient of a divergence. False: both models get it.
 
     Returns:
         2 x 2 table of Edge and None, the teacher first, and the two hard weights.
 
     Raises:
-        ValueError: on an unknown mode, weights that are negative or too many, a frozen teacher without detach.
+        ValueError: on an unknown mode, negative or too many weights, a frozen teacher with detach=False.
 
     Sources: reconstruction of HKD4VLM (arXiv:2506.13038); mutual: Zhang et al., 2018 (arXiv:1706.00384).
     """
@@ -92,16 +92,16 @@ def loss(
     """The loss of one stage on one batch: the sum of the teacher's and the student's.
 
     Args:
-        models: (teacher, student), functions of a batch. Who learns gets a gradient; a frozen teacher is run without.
-        batch: dict of tensors. At rows that it marks "distill_only" there is no cross entropy.
+        models: (teacher, student), functions of a batch. Trained models get a gradient; a frozen teacher gets none.
+        batch: dict of tensors. Rows marked "distill_only" have no cross entropy.
         mode, divergence_weight, divergence, beta, hard_weight, detach: as in `coupling`.
-        unlabeled_weight: times the loss of the rows that are "distill_only".
+        unlabeled_weight: weight of the loss of "distill_only" rows.
         options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, teacher_floor, precision,
             tile_memory, backend, as in `hkdfast.coupled_loss`.
 
     Returns:
         scalar loss in nats per answer row, and {name: (n,) tensor} without gradient: student_divergence,
-        student_agreement, student_cross_entropy, student_entropy, and the same of a teacher that learns.
+        student_agreement, student_cross_entropy, student_entropy, and the same for a teacher that is trained.
 
     Raises:
         ValueError: as `coupling`; if there are not two models, or labels are needed and the batch has none.

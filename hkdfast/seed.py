@@ -1,10 +1,10 @@
 """SEED step by step, as plain functions over a model and a batch: reconstruction of SEED (arXiv:2507.04680).
 
-    clean, confidence = identify(teacher, batch)              where is the model unsure of its answers?
-    noisy = isolate(teacher, batch)                           what would it say without a clear view?
+    clean, confidence = identify(teacher, batch)              how confident is the model in its answers?
+    noisy = isolate(teacher, batch)                           what does it answer without a clear image?
     loss, metrics = distill(student, batch, purify(clean, noisy, alpha=1.5))
 
-A batch is a dict of tensors, as a processor makes it. A model is any function of a batch that returns what comes next
+A batch is a dict of tensors, as a processor returns it. A model is any function of a batch that returns the prediction
 at the batch's answer rows, in the order of `answer_rows`: logits (N, V) or a `Head`. `hkdfast.hf.head_fn` makes such a
 function from a Hugging Face model. Teacher and student may be one model, with its adapter off and on.
 """
@@ -42,7 +42,7 @@ def identify(
     tile_memory: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | Head, Tensor]:
-    """How sure the model is of its answers.
+    """Run the model, and measure its confidence in its answers.
 
     Args:
         model: function of a batch (see the module docstring). Gets no gradient.
@@ -52,7 +52,7 @@ def identify(
         precision, tile_memory, backend: as in `distill_loss`.
 
     Returns:
-        what the model returned, and the confidence of each answer row: (N,) float32 between 0 and 1.
+        the result of the model, and the confidence of each answer row: (N,) float32 between 0 and 1.
 
     Raises:
         ValueError: on an unknown confidence, or "target" without labels.
@@ -60,8 +60,8 @@ def identify(
     check_word("confidence", confidence, WORDS["confidence"])
     labels = answer_rows(batch)[1]
     # the host waits for the device only if a row may lack a label
-    asks = confidence == "target"
-    if asks and (labels is None or batch.get("distill_only") is not None and (labels == UNLABELED).any()):
+    by_label = confidence == "target"
+    if by_label and (labels is None or batch.get("distill_only") is not None and (labels == UNLABELED).any()):
         raise ValueError('confidence "target" needs labels in the batch, of every answer row')
     with torch.no_grad():
         clean = model(batch)
@@ -90,7 +90,7 @@ def isolate(
     first: int = 0,
     placeholders: Mapping[str, int | None] | None = None,
 ) -> list[Tensor | Head]:
-    """What the model answers when noise hides the images, so that it relies on its language prior.
+    """Run the model with noise on its images, so that it relies on its language prior.
 
     Args:
         model: function of a batch (see the module docstring). Gets no gradient.
@@ -98,7 +98,7 @@ def isolate(
         draws: number of noise samples; the model runs once for each.
 
     Returns:
-        list of what the model returned, one per draw, for `purify`, which averages them.
+        list of the model's results, one per draw, for `purify`, which averages them.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
@@ -120,12 +120,12 @@ def distill(
     hard_weight: float = 0.0,
     **options: "Unpack[RowKeywords]",
 ) -> tuple[Tensor, Metrics]:
-    """The student's loss against the purified teacher, mode-seeking unless another divergence is named.
+    """The student's loss against the purified teacher. The default divergence is mode-seeking.
 
     Args:
         model: the student, a function of a batch (see the module docstring). Gets the gradient.
-        batch: dict of tensors; its labels, if any, are those that hard_weight and the confidence "target" read.
-        teacher: what `purify` returned, or any teacher of `distill_loss`.
+        batch: dict of tensors; its labels, if any, are used by hard_weight and by the confidence "target".
+        teacher: the result of `purify`, or any teacher of `distill_loss`.
         divergence, beta, divergence_weight, hard_weight, options: as in `distill_loss`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a command shares with the shell it was started from: paths, words to paste, signals."""
+"""Helpers of the commands: paths, command lines to copy, signals, checks that a folder is writable."""
 
 import os
 import shlex
@@ -13,17 +13,17 @@ from pathlib import Path
 
 
 def path(text: str) -> str:
-    """The type of every option that is a path: ~ is the home folder. A name of the Hub is left as it is."""
+    """The argparse type of paths: expands ~. A Hub name is not changed."""
     return os.path.expanduser(text)
 
 
 def absolute(name: str | None) -> str | None:
-    """A file or folder that exists, by the path that means the same from every folder; anything else as it is."""
+    """The absolute path of a file or folder that exists; any other name unchanged."""
     return os.path.abspath(name) if name and os.path.exists(name) else name
 
 
 def program() -> list[str]:
-    """The words that start this program again."""
+    """The command line that starts this program again, as a list of words."""
     script = Path(sys.argv[0])
     if script.name != "hkdfast":
         return [sys.executable, "-m", "hkdfast"]
@@ -32,13 +32,13 @@ def program() -> list[str]:
 
 
 def paste(*words: object) -> str:
-    """A command of this program with these words, as a line to paste."""
+    """A command line of this program with these arguments, to copy and paste."""
     return shlex.join([*program(), *map(str, words)])
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, unless somebody handles it."""
+    """SIGTERM raises KeyboardInterrupt, like Ctrl-C, unless it has a handler."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -56,7 +56,7 @@ def nearest(path: str | Path) -> Path:
 
 
 def check_writable(option: str, folder: str | Path) -> None:
-    """See that files can be written into a folder, which may not exist yet. Nothing is left there.
+    """Check that files can be written into a folder, which may not exist yet. The check leaves nothing behind.
 
     Raises:
         OSError: naming the option.

@@ -1,4 +1,4 @@
-"""A vocabulary that is split over the processes of a group: which part this process holds."""
+"""`Split`: this process's part of a vocabulary that is divided among the processes of a group."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,23 +10,23 @@ from .engine.arguments import check_flag, check_whole, shown
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """This process's part of a head, or of logits, whose tokens a group of processes holds together.
+    """This process's part of a head, or of logits, whose vocabulary is divided among the processes of a group.
 
-    With it, every process of the group calls the loss at the same time, on the same rows, each with its own tokens: a
-    Head of the same hidden states and a part (V_local, H) of the weight, or logits (..., V_local). All get the same
-    loss, that of the whole vocabulary, to the last bit.
+    Every process of the group calls the loss at the same time, on the same rows, with its own tokens: a Head with the
+    same hidden states and a part (V_local, H) of the weight, or logits (..., V_local). All processes get the same loss,
+    that of the whole vocabulary, bit for bit.
 
     Args:
         group: torch.distributed ProcessGroup; None: the default group.
-        first: number of this process's first token in the whole vocabulary.
+        first: index of this process's first token in the whole vocabulary.
         total: tokens of the whole vocabulary; the parts must cover it without gap or overlap. A part may be empty.
         reduce_hidden: whether the loss sums the gradient of hidden states over the group. False where the layer that
             made them does, as Megatron's column-parallel layers do.
 
     Raises:
-        ValueError: numbers that are no part of a vocabulary, something that is no group, or torch.distributed that is
-            not initialized. In the loss, on every process: parts that leave a gap or overlap, other rows, labels,
-            hidden states or options than another process has.
+        ValueError: first or total out of range, a group of another type, or torch.distributed not initialized. From the
+            loss, on every process: parts that leave a gap or overlap, or processes with different rows, labels, hidden
+            states or options.
     """
 
     group: Any

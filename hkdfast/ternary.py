@@ -2,8 +2,8 @@
 
     loss, metrics = ternary.loss((large, medium, student), batch)
 
-The student comes from the pyramid. Of the method only the abstract's words are known to us; what three parts are
-coupled is an option, and the default is the likeliest: two teachers and a student.
+The student comes from the pyramid. Only the abstract describes the method. Which three models are coupled is an option;
+the default is the likeliest choice, two teachers and a student.
 A model is any function of a batch that returns logits or a `Head` at the batch's answer rows: see `hkdfast.seed`.
 `hkdfast.hf.TernaryTrainer` trains with it.
 """
@@ -31,7 +31,7 @@ TEACHERS = ("frozen", "trained")
 FORMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "two_teachers": (("teacher1", "teacher2", "student"), (0, 1, 2)),
     "mutual": (("model1", "model2", "model3"), (0, 1, 2)),
-    # two divergences between two models are two places of the one teacher
+    # two divergences between two models: the teacher has two rows of the table
     "one_pair": (("teacher", "student"), (0, 0, 1)),
 }
 
@@ -54,26 +54,26 @@ def coupling(
     teacher_coupling: float = 0.0,
     detach: bool = True,
 ) -> tuple[Coupling, list[float]]:
-    """How three parties learn, for `hkdfast.coupled_loss`.
+    """How the models learn, for `hkdfast.coupled_loss`.
 
     Args:
-        form: "two_teachers": the student learns from both and by cross entropy. "mutual": each of three models learns
-            from the other two and by cross entropy. "one_pair": a student learns from one teacher by three terms, cross
-            entropy, forward KL and reverse KL; its table has the teacher at two places.
-        divergence_weight: factors of the divergences, not negative: one number, or one per source (two_teachers: two;
-            mutual: three, what the others learn from each), or for (forward, reverse) in one_pair.
-        divergence, beta: as in `distill_loss`. one_pair does not read them.
-        hard_weight: of the cross entropies: one number, or one per model, in order of `roles`. That of a frozen
-            teacher is 0 whatever is given.
-        teachers: "frozen", or "trained": they learn too, by their own cross entropy. mutual does not read it.
-        teacher_coupling: weight of what two trained teachers learn from each other; only in two_teachers.
-        detach: whether a source is a constant to its learner. False: the divergences have gradients into both.
+        form: "two_teachers": the student learns from both teachers and by cross entropy. "mutual": each of three models
+            learns from the other two and by cross entropy. "one_pair": a student learns from one teacher by three
+            terms, cross entropy, forward KL and reverse KL; the teacher has two rows of the table.
+        divergence_weight: weights of the divergences, not negative: one number, or one per teacher (two_teachers: two;
+            mutual: three, the weight with which the others learn from each), or (forward, reverse) in one_pair.
+        divergence, beta: as in `distill_loss`. Ignored by one_pair.
+        hard_weight: weights of the cross entropies: one number, or one per model, in the order of `roles`. Ignored for
+            frozen teachers.
+        teachers: "frozen", or "trained": they also learn, by their own cross entropy. Ignored by mutual.
+        teacher_coupling: weight of the divergences between two trained teachers; only in two_teachers.
+        detach: whether only the model that learns gets the gradient of a divergence. False: both models get it.
 
     Returns:
         3 x 3 table of Edge and None, and three hard weights.
 
     Raises:
-        ValueError: on unknown words, weights that are negative or too many, frozen teachers without detach or with
+        ValueError: on unknown option values, negative or too many weights, frozen teachers with detach=False or with
             `teacher_coupling`.
 
     Source: reconstruction of HKD4VLM (arXiv:2506.13038); mutual: Zhang et al., 2018 (arXiv:1706.00384).
@@ -121,14 +121,14 @@ def loss(
     unlabeled_weight: float = 1.0,
     **options: "Unpack[BatchKeywords]",
 ) -> tuple[Tensor, Metrics]:
-    """The loss of all that learn on one batch.
+    """The loss on one batch: the sum over all models that are trained.
 
     Args:
         models: functions of a batch, in the order of `roles`: (teacher1, teacher2, student), three models, or (teacher,
-            student) for one_pair. Who learns gets a gradient; frozen teachers are run without.
-        batch: dict of tensors. At rows that it marks "distill_only" there is no cross entropy.
+            student) for one_pair. Trained models get a gradient; frozen teachers get none.
+        batch: dict of tensors. Rows marked "distill_only" have no cross entropy.
         form, divergence_weight, divergence, beta, hard_weight, teachers, teacher_coupling, detach: as in `coupling`.
-        unlabeled_weight: times the loss of the rows that are "distill_only".
+        unlabeled_weight: weight of the loss of "distill_only" rows.
         options: temperature, t_squared, reduction ("mean" or "sum"), num_items, vocab, teacher_floor, precision,
             tile_memory, backend, as in `hkdfast.coupled_loss`.
 

@@ -1,4 +1,4 @@
-"""Checks of one argument: a word, a number, a flag, a dense tensor. And autocast."""
+"""Checks of a single argument (a word, a number, a flag, a dense tensor), and helpers for autocast."""
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +20,7 @@ DENSE = {  # how to convert a tensor of another layout to a dense one
 
 
 def shown(value: object) -> str:
-    """A wrong value as an error message shows it: short, an array by its shape."""
+    """A wrong value as an error message shows it: shortened, an array by its shape."""
     kind = type(value).__name__
     if isinstance(value, (Real, str)) or value is None:
         text = repr(value)
@@ -43,13 +43,13 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_constant(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that requires a gradient where the losses compute none."""
+    """Refuse a tensor that requires a gradient for an argument that gets none."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} gets no gradient, but requires one: pass {name}.detach()")
 
 
 def check_number(name: str, value: Any, what: str, within: Callable[[Any], Any]) -> None:
-    """A real number, or a tensor with one element, that satisfies `within`; `what` describes that in words."""
+    """Require a real number, or a tensor with one element, that satisfies `within`; `what` says so in words."""
     if isinstance(value, torch.Tensor):
         check_constant(name, value)
         good = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
@@ -67,7 +67,7 @@ def check_whole(name: str, value: Any, what: str, within: Callable[[Any], Any]) 
 
 
 def check_floats(name: str, x: Any) -> None:
-    """A dense tensor of a floating-point dtype that the losses support."""
+    """Require a dense tensor of a floating-point dtype that the losses support."""
     if not isinstance(x, torch.Tensor):
         hint = {"Linear": f": pass its .weight as {name}", "ndarray": ": pass torch.from_numpy(...)"}
         raise ValueError(f"{name} must be a floating point tensor, got {shown(x)}{hint.get(type(x).__name__, '')}")
@@ -80,22 +80,22 @@ def check_floats(name: str, x: Any) -> None:
 
 
 def check_plain(name: str, x: Any) -> None:
-    """A dense tensor with its own memory: the kernels receive its address."""
+    """Require a dense tensor with its own memory, because the kernels receive its address."""
     if not x.is_nested and is_traceable_wrapper_subclass(x):
         how = (
             "pass .full_tensor(), or .to_local() of whole rows" if hasattr(x, "full_tensor") else "pass a plain tensor"
         )
-        raise ValueError(f"{name} is a {type(x).__name__}, whose numbers lie in other tensors: {how}")
+        raise ValueError(f"{name} is a {type(x).__name__}, whose data is in other tensors: {how}")
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        raise ValueError(f"{name} is inside a transform of torch.func, which the losses do not take: use autograd")
+        raise ValueError(f"{name} is inside a transform of torch.func, which the losses do not support: use autograd")
     if x.layout is not torch.strided or x.is_nested or x.is_quantized:
         layout = str(x.layout).removeprefix("torch.").strip("_").partition("_")[0]
         kind = "nested" if x.is_nested else "quantized" if x.is_quantized else layout
         raise ValueError(f"{name} is a {kind} tensor: pass {DENSE.get(kind, 'a dense tensor')}")
     if not is_traced(x) and not x.data_ptr() and x.numel() and not x._is_zerotensor():
-        raise ValueError(f"{name} {tuple(x.shape)} has no memory: its numbers were freed, or lie elsewhere")
+        raise ValueError(f"{name} {tuple(x.shape)} has no memory: its storage was freed or is elsewhere")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -109,7 +109,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def settled(x: Any) -> Any:
-    """The tensor with its final values in memory: a lazy negation and lazy zeros are materialized."""
+    """The tensor with its values in memory: a lazy negation and lazy zeros are materialized."""
     if x is None or torch.compiler.is_compiling():
         return x
     if x.is_neg():

@@ -15,7 +15,7 @@ def run(*args, **how):
     """The tile loop: called directly, or as an operator while tensors have no values yet (tracing, fake, meta)."""
     spec, first = args[0], args[1][0][0]
     if spec.part is not None and (is_traced(first) or capturing(first.device)):
-        raise ValueError("a loss under a Split runs eagerly: keep it out of torch.compile and of CUDA graphs")
+        raise ValueError("a loss under a Split runs eagerly only: keep it out of torch.compile and of CUDA graphs")
     if is_traced(first):
         return operators.run(*args, **how)
     with without_autocast(first.device):

@@ -25,7 +25,7 @@ def check_source(name: str, source: Any) -> None:
 
 
 def check_pair(name: str, source: torch.Tensor | Head, other_name: str, other: torch.Tensor | Head) -> None:
-    """Two sources must have the same rows and be on one device."""
+    """Require the same rows and the same device for two sources."""
     if tuple(source.shape[:-1]) != tuple(other.shape[:-1]):
         raise ValueError(f"{name} {tuple(source.shape)} and {other_name} {tuple(other.shape)} differ in their rows")
     if device_of(source) != device_of(other):
@@ -33,7 +33,7 @@ def check_pair(name: str, source: torch.Tensor | Head, other_name: str, other: t
 
 
 def sizes_of(sources: Sequence[torch.Tensor | Head]) -> list[int]:
-    """Tokens of each source."""
+    """Vocabulary size of each source."""
     return [int(source.shape[-1]) for source in sources]
 
 
@@ -45,7 +45,7 @@ def check_vocab(sizes: Sequence[int], vocab: int | str | None) -> int:
         if len(set(sizes)) > 1:
             raise ValueError(
                 f"vocabularies of {' and '.join(map(str, dict.fromkeys(sizes)))} tokens differ: "
-                'vocab="common" compares the first tokens that all have, a number the first so many'
+                'vocab="common" compares the tokens up to the smallest vocabulary, a number N the first N tokens'
             )
         return sizes[0]
     if isinstance(vocab, str):  # "common"
@@ -75,7 +75,7 @@ def check_labels(labels: torch.Tensor | None, lead: tuple[int, ...], device: tor
 
 
 def check_weights(name: str, weights: torch.Tensor | None, lead: tuple[int, ...], device: torch.device) -> None:
-    """Weights must be finite and not negative. Their values are checked where the host can read them."""
+    """Require finite weights that are not negative. Values are checked only if the host can read them."""
     if weights is None:
         return
     check_per_row(name, weights, lead, device)

@@ -1,4 +1,4 @@
-"""Sources under a Split: those that are whole are cut to this process's tokens, and what does not fit is refused."""
+"""Sources under a Split: a whole source is sliced to this process's tokens, and one that does not fit is refused."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,29 +9,29 @@ from ..heads import Head, Purified
 from .checks import check_vocab
 from .split_call import Part
 
-LEAST = 0.75  # a teacher that is whole has at least so much of the vocabulary: fewer tokens are another process's part
+LEAST = 0.75  # a whole teacher has at least this fraction of the vocabulary; fewer tokens are a part of another process
 
 
 def cut(names, sources, learner, split, vocab) -> tuple[list[Any], Part | None]:
-    """(sources of this process's tokens, Part), or (sources, None) without a Split.
+    """(sources with this process's tokens, Part), or (sources, None) without a Split.
 
     Args:
-        names: what errors call the sources.
-        sources: logits, Head or Purified. One object at several places stays one.
-        learner: a source that learns, or a clean branch, whose tokens are this process's part.
-        split: Split or None for that of the learner's Head, if it has one.
+        names: names of the sources in error messages.
+        sources: logits, Head or Purified. An object that occurs twice is sliced once.
+        learner: a source that is trained, or a clean branch; its tokens are this process's part.
+        split: Split; None: the Split of the learner's Head, if it has one.
         vocab: as in `hkdfast.distill_loss`.
     """
     split = split or own_split(learner)
     branches = [branch for source in sources for branch in branches_of(source)]
     if split is None:
         if any(own_split(branch) is not None for branch in branches):
-            raise ValueError("a teacher's head is split over processes and the student's is whole: split both")
+            raise ValueError("the teacher's head is split over processes, but the student's is whole: split both")
         return list(sources), None
     held = int(learner.shape[-1])
     if split.first + held > split.total:
         raise ValueError(
-            f"the part of this process, {held} tokens from {split.first}, does not lie in the Split's total of "
+            f"the part of this process, {held} tokens from token {split.first}, ends beyond the Split's total of "
             f"{split.total}"
         )
     made: dict[int, Any] = {}
@@ -39,8 +39,8 @@ def cut(names, sources, learner, split, vocab) -> tuple[list[Any], Part | None]:
         if id(source) not in made:
             made[id(source)] = cut_source(name, source, split, held)
     sizes = [split.total if int(branch.shape[-1]) == held else int(branch.shape[-1]) for branch in branches]
-    words = check_vocab(sizes, vocab)
-    return [made[id(source)] for source in sources], Part(split, held, words)
+    compared = check_vocab(sizes, vocab)
+    return [made[id(source)] for source in sources], Part(split, held, compared)
 
 
 def branches_of(source):
@@ -52,24 +52,27 @@ def own_split(source):
 
 
 def cut_source(name, source, split, held):
-    """A source, or its branches, of this process's tokens."""
+    """A source, or each of its branches, with this process's tokens."""
     if isinstance(source, Purified):
         noisy = tuple(cut_source(name, branch, split, held) for branch in source.noisy)
         return replace(source, clean=cut_source(name, source.clean, split, held), noisy=noisy)
     own, size = own_split(source), int(source.shape[-1])
     if own is not None and not alike(own, split):
         raise ValueError(
-            f"{name} is split otherwise, from token {own.first} of {own.total}, than the student, from {split.first} "
-            f"of {split.total}: give both heads one cut over the same processes"
+            f"{name} is split differently (from token {own.first} of {own.total}) than the student (from {split.first} "
+            f"of {split.total}): split both heads in the same way over the same processes"
         )
     if size == held:
         return source
     if size < LEAST * split.total:
         raise ValueError(
-            f"{name} has {size} tokens, expected the {held} of this process, or a whole vocabulary: about {split.total}"
+            f"{name} has {size} tokens, expected the {held} of this process, or a whole vocabulary of about "
+            f"{split.total}"
         )
     if trained(source):
-        raise ValueError(f"{name} is whole, {size} tokens, and learns: under a Split it takes this process's {held}")
+        raise ValueError(
+            f"{name} is trained and whole, with {size} tokens: under a Split it must have this process's {held}"
+        )
     tokens = slice(split.first, split.first + held)
     if not isinstance(source, Head):
         return source[..., tokens]

@@ -1,4 +1,4 @@
-"""Fresh memory for tiles and gradients, and what may be asked of a device while its work is recorded."""
+"""Allocate memory for tiles and gradients, and detect the capture of a CUDA graph."""
 
 import ctypes
 import mmap
@@ -25,8 +25,8 @@ def empty_hugepages(shape, *, dtype, device):
 
 
 def capturing(device):
-    """Whether the device's current stream records a CUDA graph: then nothing may wait for the device, and memory that
-    is allocated belongs to the graph."""
+    """Whether the device's current stream captures a CUDA graph. Then the host must not wait for the device, and
+    allocated memory belongs to the graph."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):

@@ -1,4 +1,4 @@
-"""The options that every loss takes, in one list, with the checks that need no logits."""
+"""The options of every loss, in one list, with the checks that need no logits."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class BatchKeywords(TypedDict, total=False):
-    """For type checkers: the fields of LossOptions that a loss over models and a batch takes."""
+    """For type checkers: the fields of LossOptions that are options of a loss over models and a batch."""
 
     temperature: float
     t_squared: bool
@@ -31,6 +31,8 @@ class BatchKeywords(TypedDict, total=False):
 
 
 class RowKeywords(BatchKeywords, total=False):
+    """For type checkers: the same, and the options of a loss with one tensor per row."""
+
     row_weight: torch.Tensor | None
     ignore_index: int
 
@@ -43,9 +45,9 @@ class LossKeywords(RowKeywords, total=False):
 
 @dataclass(frozen=True, eq=False)
 class LossOptions:
-    """The options of `hkdfast.distill_loss`, which explains them.
+    """The options that `hkdfast.distill_loss` and `hkdfast.coupled_loss` share; `distill_loss` documents them.
 
-    What depends on the logits (shapes, devices, vocabularies) is checked later, by `terms.resolve`.
+    Checks that depend on the logits (shapes, devices, vocabularies) are in `terms.resolve`.
 
     Raises:
         ValueError: naming the option, the wrong value and the right ones.
@@ -98,9 +100,9 @@ def check_split(split: Any, reduction: str, backend: str | None) -> None:
     if not isinstance(split, Split):
         raise ValueError(f"split must be a hkdfast.Split or None, got {shown(split)}")
     if reduction == "none":
-        raise ValueError('reduction="none" is not possible under a Split: its gradients would be exchanged in backward')
+        raise ValueError('reduction="none" is not possible under a Split: backward would have to exchange gradients')
     if backend not in (None, "reference"):
-        raise ValueError(f"backend {backend!r} takes no Split: leave it out, or backend='reference'")
+        raise ValueError(f"backend {backend!r} does not support a Split: leave it out, or pass backend='reference'")
 
 
 def check_num_items(num_items: float | torch.Tensor, reduction: str) -> None:

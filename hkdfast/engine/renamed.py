@@ -1,4 +1,4 @@
-"""Option names of version 0.1 and their names now. An old name is an error that names the new one."""
+"""Option names of version 0.1 and their new names. An old name is an error that names the new one."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -35,9 +35,9 @@ CONFIG = {
 
 
 def refuses(old: dict[str, str]) -> Callable[[T], T]:
-    """Decorate a function or a dataclass: a keyword in `old` is a TypeError that names the new one.
+    """Decorate a function or a dataclass: a keyword in `old` raises a TypeError that names the new one.
 
-    A name that is a parameter of the function is not refused.
+    A keyword that is a parameter of the function is accepted.
     """
 
     def decorate(target: T) -> T:

@@ -1,4 +1,4 @@
-"""What the processes of a Split tell each other in one call of a loss: none waits for ever, none is wrong alone."""
+"""Communication between the processes of a Split during one call of a loss. An error in one is raised in all."""
 
 import zlib
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from torch import distributed
 from ..ops.stages import COUNTS, FAILED, stages
 from ..split import Split
 
-# what every process tells before the loop; those in SAME have to be the same everywhere
+# what every process sends before the loop; the values in SAME must be equal on all processes
 SAME = ("rows", "total", "options", "labels")
-TOLD = ("failed", "step", "first", "words", *SAME, "hidden")
-HIDDEN_TOLERANCE = 1e-2  # of the mean size of the hidden states: processes may round differently
+SENT = ("failed", "step", "first", "tokens", *SAME, "hidden")
+HIDDEN_TOLERANCE = 1e-2  # relative, on the mean absolute hidden state: processes may round differently
 NAMES = {
-    "rows": "other numbers of rows",
-    "total": "other totals in their Splits",
-    "options": "other options or models that learn",
-    "labels": "other labels",
+    "rows": "different numbers of rows",
+    "total": "different totals in their Splits",
+    "options": "different options or trained models",
+    "labels": "different labels",
 }
 
 
@@ -26,20 +26,20 @@ class Part:
     """This process's part of a vocabulary, for a LoopSpec."""
 
     split: Split
-    held: int  # tokens that this process holds, padding beyond the compared ones included
-    words: int  # tokens of the whole vocabulary that are compared
+    held: int  # tokens that this process holds, including padding that is not compared
+    compared: int  # tokens of the whole vocabulary that are compared
 
     @property
     def local(self) -> int:
-        """Tokens that this process compares, which may be none."""
-        return min(max(self.words - self.split.first, 0), self.held)
+        """Number of tokens that this process compares; it may be 0."""
+        return min(max(self.compared - self.split.first, 0), self.held)
 
 
 class SplitCall:
     """One call of the tile loop under a Split: the `part` of `ops.stages.rows`.
 
-    A process that fails within the loop goes on exchanging, with numbers that say so, until all have made the same
-    exchanges; then `close` raises everywhere.
+    A process that fails inside the loop continues to take part in the exchanges, with values that mark the failure.
+    After the last exchange `close` raises on all processes.
 
     Args:
         part: Part.
@@ -47,67 +47,69 @@ class SplitCall:
     """
 
     def __init__(self, part, device):
-        self.split, self.held, self.words, self.device = part.split, part.held, part.words, device
+        self.split, self.held, self.compared, self.device = part.split, part.held, part.compared, device
         self.first, self.group = self.split.first, self.split.group
         self.size, self.rank = distributed.get_world_size(self.group), distributed.get_rank(self.group)
         self.error, self.owed = None, []
 
     def exchange(self, x):
-        """(R, ...) of what each process gives, in rank order."""
+        """(R, ...): the tensors of all R processes, in rank order."""
         found = [torch.empty_like(x) for _ in range(self.size)]
         distributed.all_gather(found, x.contiguous(), group=self.group)
         return torch.stack(found)
 
     def agree(self, make, spec):
-        """The loop that make() makes, with the smallest `step` of all processes.
+        """The loop that make() returns, with the smallest `step` of all processes.
 
         Raises:
-            what make raised; on the other processes a RuntimeError that names this one.
-            ValueError: on all, processes that do not call the same loss, or parts that do not make the vocabulary.
+            the error of make(); on the other processes a RuntimeError that names this rank.
+            ValueError: on all processes, if they do not call the same loss or their parts do not cover the vocabulary.
         """
-        told, loop = dict.fromkeys(TOLD, 0.0), None
+        sent, loop = dict.fromkeys(SENT, 0.0), None
         try:
             loop = make()
-            told |= {"step": loop.step, "first": self.first, "words": self.held, "hidden": loop.hidden_size or 0.0}
-            told |= {"rows": loop.rows, "total": self.split.total, "options": digest(spec)}
-            told["labels"] = checksum(spec.labels)
+            sent |= {"step": loop.step, "first": self.first, "tokens": self.held, "hidden": loop.hidden_size or 0.0}
+            sent |= {"rows": loop.rows, "total": self.split.total, "options": digest(spec)}
+            sent["labels"] = checksum(spec.labels)
         except Exception as error:
             self.error = error
-            told["failed"] = 1.0
-        found = self.exchange(torch.tensor([told[name] for name in TOLD], dtype=torch.float64, device=self.device))
-        by_name = dict(zip(TOLD, found.T.tolist(), strict=True))
+            sent["failed"] = 1.0
+        found = self.exchange(torch.tensor([sent[name] for name in SENT], dtype=torch.float64, device=self.device))
+        by_name = dict(zip(SENT, found.T.tolist(), strict=True))
         self.raise_failed(by_name["failed"])
         for name in SAME:
             if len(set(by_name[name])) > 1:
                 values = f": {whole(by_name[name])}" if name in ("rows", "total") else ""
                 raise ValueError(f"the processes of the Split have {NAMES[name]}{values}")
-        check_parts(by_name["first"], by_name["words"], self.split.total)
+        check_parts(by_name["first"], by_name["tokens"], self.split.total)
         sizes = by_name["hidden"]
         if max(sizes) - min(sizes) > HIDDEN_TOLERANCE * max(sizes):
             raise ValueError(
-                f"the processes of the Split have other hidden states, of the mean sizes {sizes}: each needs all rows"
+                f"the processes of the Split have different hidden states, with mean absolute values {sizes}: each "
+                "process needs the hidden states of all rows"
             )
         loop.step = int(min(by_name["step"]))
         return loop
 
     def attempt(self, work, exchanges=()):
-        """Do a part of the loop, unless an earlier one failed.
+        """Run a part of the loop, unless an earlier part failed.
 
         Args:
-            exchanges: (K, n) of each exchange that all processes make in it, in their order.
+            work: function without arguments.
+            exchanges: shape (K, n) of each exchange in it, in their order.
         """
         self.owed = list(exchanges)
         try:
             if self.error is None:
                 work()
-        except Exception as error:  # whatever it is, the others wait for the exchanges that are owed
+        except Exception as error:  # the other processes wait for the remaining exchanges
             self.error = error
         for shape in self.owed:
             self.exchange(torch.full(shape, FAILED, dtype=torch.float64, device=self.device))
         self.owed = []
 
     def gather(self, numbers):
-        """(R, K, n) of all processes' (K, n) float64."""
+        """(R, K, n) float64 from the (K, n) of each process."""
         self.owed.pop(0)
         return self.exchange(numbers)
 
@@ -121,7 +123,7 @@ class SplitCall:
             raise self.error
         if any(failed):
             ranks = ", ".join(str(rank) for rank, one in enumerate(failed) if one)
-            raise RuntimeError(f"rank {ranks} of the Split's group failed, see its own error; this is rank {self.rank}")
+            raise RuntimeError(f"rank {ranks} of the Split's group failed, see its error; this is rank {self.rank}")
 
     def reduce(self, x):
         """Sum a gradient of hidden states over the group, in place."""
@@ -130,7 +132,7 @@ class SplitCall:
 
 
 def exchanges(terms, rows, teacher_only=False):
-    """(K, rows) of each exchange of a block."""
+    """Shape (K, rows) of each exchange of a block."""
     return [(COUNTS[stage], rows) for term in terms for stage in stages(term.objective, teacher_only)]
 
 
@@ -139,12 +141,12 @@ def whole(numbers):
 
 
 def digest(spec):
-    """A number of everything that has to be the same beside the tensors."""
-    return float(zlib.crc32(repr((spec.inputs, spec.terms, spec.part.words, str(spec.compute))).encode()))
+    """A checksum of all that must be equal on all processes, except the tensors."""
+    return float(zlib.crc32(repr((spec.inputs, spec.terms, spec.part.compared, str(spec.compute))).encode()))
 
 
 def checksum(labels):
-    """A number of the labels and their order, exact in float64; -1 without labels."""
+    """A checksum of the labels in their order, exact in float64; -1 without labels."""
     if labels is None:
         return -1.0
     places = torch.arange(1, len(labels) + 1, device=labels.device)
@@ -152,15 +154,15 @@ def checksum(labels):
 
 
 def check_parts(firsts, sizes, total):
-    """The parts cover 0..total without gap or overlap."""
+    """Refuse parts that do not cover 0..total without gap and overlap."""
     end = 0
     for first, size in sorted(zip(firsts, sizes, strict=True)):
         if first != end and size:
             what = "overlap" if first < end else "leave a gap"
             raise ValueError(
-                f"the parts of the Split {what} at token {int(min(first, end))}: they begin at {whole(firsts)} and "
-                f"have {whole(sizes)} tokens"
+                f"the parts of the Split {what} at token {int(min(first, end))}: they begin at tokens {whole(firsts)} "
+                f"and have {whole(sizes)} tokens"
             )
         end += size
     if end != total:
-        raise ValueError(f"the parts of the Split have {int(end)} tokens together, its total is {total}")
+        raise ValueError(f"the parts of the Split have {int(end)} tokens in all, but its total is {total}")

@@ -35,8 +35,7 @@ def check_divergence(divergence, beta):
 
 
 def end_point(divergence, beta):
-    """What an error adds where TRL, Liger and the papers of GKD and DistiLLM mean another divergence by an end point
-    of beta."""
+    """A hint for an error: TRL, Liger and the papers of GKD and DistiLLM use another divergence at this end of beta."""
     names = {0: "forward_kl", 1: "reverse_kl"} if divergence == "jensen_shannon" else {}
     return f': what TRL and Liger compute at beta={beta:g} is divergence="{names[beta]}"' if beta in names else ""
 
@@ -72,7 +71,7 @@ def loss_term(student, teacher, divergence, beta, weight=1.0, hard_weight=0.0, c
 
 
 def check_terms(terms, sources, options):
-    """What terms, sources and options require of each other, before any tensor is read."""
+    """Check terms, sources and options against each other, before any tensor is read."""
     hard = max(term.objective.hard_weight for term in terms)
     if options.labels is None and hard:
         raise ValueError(f"hard_weight {hard} needs labels")
@@ -82,8 +81,8 @@ def check_terms(terms, sources, options):
         drops = law and law.outside == "drop" and law.plausibility
         if drops and term.objective.divergence == "reverse_kl" and options.teacher_floor is None:
             raise ValueError(
-                "reverse_kl to a teacher that drops tokens is infinite: set a floor, e.g. teacher_floor=-30, "
-                'or outside="clean"'
+                "reverse_kl to a teacher that drops tokens is infinite: set teacher_floor, e.g. to -30, "
+                'or use outside="clean"'
             )
 
 
@@ -93,13 +92,13 @@ def branches_of(source):
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
-    """The facts about the inputs that building and reducing need."""
+    """What `build` and `reduce` need to know about the inputs."""
 
     lead: tuple  # leading dimensions of the logits
     device: torch.device
     vocab: int  # tokens compared
     firsts: list  # for each source, the index of the first that is the same object
-    students: list  # indices of the distinct sources that learn
+    students: list  # indices of the distinct sources that are trained
     dtype: torch.dtype  # of losses and weights: float32, or float64
     part: Part | None  # under a Split; vocab is then this process's
 
@@ -133,7 +132,7 @@ def resolve(names, sources, terms, options, part=None):
     dtypes = [parts(sources[i], math.prod(lead))[0].dtype for i in students]
     if options.precision != "float32" and torch.float64 in dtypes:
         raise ValueError(
-            f'precision={options.precision!r} makes 16-bit tiles: for float64 heads use "float32", which keeps float64'
+            f'precision={options.precision!r} uses 16-bit tiles: for float64 heads use "float32", which keeps float64'
         )
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return Resolved(lead, device, vocab, firsts, students, dtype, part)
@@ -256,13 +255,13 @@ def reduce(spec, tensors, wants, options, found, heads):
 
 
 def prepared(names, sources, terms, options):
-    """(sources of this process's tokens, options with their Split, Resolved)."""
+    """(sources with this process's tokens, options with their Split, Resolved)."""
     for name, source in zip(names, sources, strict=True):
         if not isinstance(source, Purified):
             check_source(name, source)
     sources, part = cut(names, sources, sources[terms[0].student], options.split, options.vocab)
     if part is not None:
-        options = replace(options, split=part.split)  # which may be a head's own
+        options = replace(options, split=part.split)  # it may be the Split of a head
     return sources, options, resolve(names, sources, terms, options, part)
 
 
@@ -270,8 +269,8 @@ def coupled_rows_loss(names, sources, terms, options):
     """The loss of several sources that learn from each other.
 
     Args:
-        names: what errors call the sources.
-        sources: logits, Head or Purified. One that learns gets a gradient; a Purified only teaches. An object that
+        names: names of the sources in error messages.
+        sources: logits, Head or Purified. A student gets a gradient; a Purified can only be a teacher. An object that
             occurs several times is one Input of the loop.
         terms: list of LossTerm from `loss_term`; the counted ones come first.
         options: LossOptions.

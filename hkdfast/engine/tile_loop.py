@@ -37,7 +37,7 @@ def tile_budget(tile_memory, device, weights, averaged, trained):
         return DEFAULT_BUDGET["cpu"]
     most = DEFAULT_BUDGET["cuda, trained head" if trained else "cuda"]
     if capturing(device):
-        return most  # what is free cannot be read now
+        return most  # the free memory cannot be read during capture
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(most, (torch.cuda.mem_get_info(device)[0] + idle) // 2)
 
@@ -93,7 +93,7 @@ def make_tile_source(given, tensors, vocab, compute, precision, tile_memory):
 
 
 def active_rows(labels, ignore_index, sources):
-    """Indices of the rows that are not ignored, or None for all. Their number is the only value the host waits for."""
+    """Indices of the rows that are not ignored, or None for all rows. The host waits for their number only."""
     if labels is None or all(isinstance(source, LogitTiles) for source in sources) or capturing(labels.device):
         return None  # the row operation skips ignored rows itself: no gather, no wait
     return (labels != ignore_index).nonzero().squeeze(-1)
@@ -102,7 +102,7 @@ def active_rows(labels, ignore_index, sources):
 def check_labels(spec):
     """Refuse a label outside the vocabulary: a ValueError on the CPU, a device assertion on CUDA."""
     labels, ignore_index = spec.labels, spec.terms[0].objective.ignore_index
-    vocab = spec.vocab if spec.part is None else spec.part.words
+    vocab = spec.vocab if spec.part is None else spec.part.compared
     if labels is None or not labels.numel():
         return
     laws = [term.objective.law for term in spec.terms]
@@ -132,11 +132,11 @@ class LoopSpec:
     precision: str
     tile_memory: int | None
     backend: str | None
-    part: Part | None = None  # of the vocabulary, under a Split; vocab is then this process's
+    part: Part | None = None  # under a Split: this process's part of the vocabulary; vocab is then the part's
 
 
 def make_tile_sources(spec, tensors, trained):
-    """The tile source of every input, and the bytes for their tiles; trained: whether a head gets a gradient."""
+    """(tile source of every input, memory budget of their tiles); trained: whether a head gets a gradient."""
     averaged = any(given.draws for given in spec.inputs)
     memory = tile_budget(spec.tile_memory, tensors[0][0].device, [head for _, head, _ in tensors], averaged, trained)
     how = spec.vocab, spec.compute, spec.precision, memory
@@ -150,7 +150,7 @@ def tile_reused(place, terms):
 
 
 def request_grads(sources, terms, wants):
-    """Tell the sources which gradients are required of them; return the indices of those that have one."""
+    """Request the required gradients from the sources; return the indices of the sources that get one."""
     trained = [place for place in range(len(sources)) if any(wants[place])]
     for place in trained:
         sources[place].request_grads(*wants[place], separate_grad=tile_reused(place, terms))
@@ -158,7 +158,7 @@ def request_grads(sources, terms, wants):
 
 
 def memory_needed(spec, tensors, wants, return_metrics):
-    """Bytes that `run` allocates for these arguments at most at once, gradients and results included."""
+    """Peak bytes that `run` allocates for these arguments, including gradients and results."""
     sources, memory = make_tile_sources(spec, tensors, any(weight for _, weight, _ in wants))
     trained, rows = request_grads(sources, spec.terms, wants), len(tensors[0][0])
     step = rows_per_block(sources, rows, memory)
@@ -202,10 +202,10 @@ def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
         loop.sweep(step)
         again = False
     except torch.OutOfMemoryError as error:
-        if loop.captured:  # a second try would record the first one too, to run at every replay
+        if loop.captured:  # the graph would also contain the failed first try and run it at every replay
             limit = "" if loop.memory is None else f", with a smaller tile_memory than {loop.memory} bytes"
             raise torch.OutOfMemoryError(
-                f"out of memory with blocks of {step} rows while a CUDA graph is captured: capture anew{limit}"
+                f"out of memory with blocks of {step} rows while a CUDA graph is captured: capture again{limit}"
             ) from error
         if step == 1:
             raise
@@ -213,16 +213,16 @@ def run(spec, tensors, row_weight, wants, return_metrics, deferred=False):
     if again:  # outside the except block no traceback keeps the first try's tiles alive
         for one in loop.sources:
             one.release()
-        warnings.warn(f"out of memory with blocks of {step} rows: trying once more with half", stacklevel=2)
+        warnings.warn(f"out of memory with blocks of {step} rows: trying once more with half as many", stacklevel=2)
         loop.sweep(-(-step // 2))
     return loop.results()
 
 
 def run_split(spec, make, device):
-    """`run` of a vocabulary that is split over processes.
+    """`run` for a vocabulary that is split over processes.
 
     Args:
-        make: makes the Loop of this process.
+        make: function that returns the Loop of this process.
     """
     call, loop = sweep_split(spec, make, device, stages.rows)
     for place in loop.trained:
@@ -232,7 +232,7 @@ def run_split(spec, make, device):
 
 
 def sweep_split(spec, make, device, operation):
-    """(SplitCall, the loop that make() makes, with all its blocks made); all processes make the same exchanges.
+    """(SplitCall, the loop that make() returned, after its sweep). All processes make the same exchanges.
 
     Args:
         operation: the row operation in stages.
@@ -250,7 +250,7 @@ def sweep_split(spec, make, device, operation):
 
 
 class Blocks:
-    """What the loops share. A subclass has the attributes sources, trained, rows and step, and the method block."""
+    """Base of the loops. A subclass has the attributes sources, trained, rows and step, and the method block."""
 
     @property
     def hidden_size(self):
@@ -275,7 +275,7 @@ class Blocks:
 
 
 class Loop(Blocks):
-    """One `run`, prepared: `sweep` makes all blocks, `results` returns what `run` does. Arguments as there."""
+    """One call of `run`, with its arguments: `sweep` computes all blocks, `results` returns the result of `run`."""
 
     def __init__(self, spec, tensors, row_weight, wants, return_metrics, deferred):
         check_labels(spec)
@@ -293,10 +293,10 @@ class Loop(Blocks):
                 one.select(index)
             labels, row_weight, *alphas = (t if t is None else t[index] for t in (labels, row_weight, *alphas))
         self.captured = capturing(device)
-        counted = row_weight
-        if self.captured and labels is not None:  # ignored rows are still there
-            live = labels != self.terms[0].objective.ignore_index
-            counted = live if row_weight is None else live * row_weight
+        effective_weight = row_weight
+        if self.captured and labels is not None:  # ignored rows were not removed
+            active = labels != self.terms[0].objective.ignore_index
+            effective_weight = active if row_weight is None else active * row_weight
         self.labels, self.row_weight, self.alphas = labels, row_weight, alphas
         self.rows = rows = self.n if index is None else len(index)
         students = [self.sources[term.student] for term in self.terms]
@@ -307,8 +307,8 @@ class Loop(Blocks):
         shape = (len(self.terms), len(METRICS), rows)
         self.table = torch.empty(shape, dtype=dtype, device=device) if return_metrics else None
         self.trained = request_grads(self.sources, self.terms, wants)
-        for place in self.trained if counted is not None else ():
-            self.sources[place].leave_out(counted)
+        for place in self.trained if effective_weight is not None else ():
+            self.sources[place].leave_out(effective_weight)
         self.step = rows_per_block(self.sources, rows, self.memory)
         if deferred:
             for place in self.trained:
@@ -359,7 +359,7 @@ def contrast(spec, tensors):
 
 
 class ContrastLoop(Blocks):
-    """One run of `contrast`, prepared: `sweep` fills `out`."""
+    """One call of `contrast`: `sweep` fills `out`."""
 
     trained = ()
 

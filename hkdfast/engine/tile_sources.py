@@ -7,7 +7,7 @@ import torch
 
 from .memory import empty_hugepages
 
-ALIGNED = 64  # tokens; row stride of a tile is a multiple, so that wide loads and GEMMs stay fast for odd vocabularies
+ALIGNED = 64  # tokens; the row stride of a tile is a multiple: wide loads and GEMMs stay fast for odd vocabulary sizes
 # torch 2.8 and 2.9 do not add 16-bit products to a float32 tensor (pytorch/pytorch#167931)
 WIDE_SUM = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
 
@@ -30,7 +30,7 @@ class LogitTiles:
         return self.vocab * (self.x.element_size() + (self.grad_dtype.itemsize if self.grad_dtype else 0))
 
     def select(self, index):
-        """Restrict the loop to these rows; each block is then gathered."""
+        """Restrict the loop to these rows; each block is gathered."""
         self.index = index
 
     def allocate(self, rows):
@@ -116,10 +116,8 @@ class ProjectedTiles:
         self.shapes = hiddens[0].shape, weight.shape
         self.index, self.vocab, self.base, self.left_out = None, vocab, None, None
         self.stride = -(-vocab // ALIGNED) * ALIGNED
-        self.wants, self.separate_grad = (
-            (False, False, False),
-            False,
-        )  # second: the gradient has its own tile
+        self.wants = (False, False, False)
+        self.separate_grad = False  # whether the gradient has its own tile
         self.operand = weight.dtype if compute is None or weight.dtype == torch.float64 else compute
         wide = torch.promote_types(self.operand, torch.float32)
         self.exact = precision == "float32"
@@ -246,7 +244,7 @@ class ProjectedTiles:
 
     def grads(self):
         if self.d_weight is not None:
-            self.d_weight[0 if self.first else self.vocab :] = 0  # tokens that no block has reached
+            self.d_weight[0 if self.first else self.vocab :] = 0  # tokens that no block has written
         return self.d_hidden, self.d_weight, self.d_bias
 
 

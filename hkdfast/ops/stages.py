@@ -38,7 +38,7 @@ def rows(objective, student, teacher, noisy, alpha, labels, row_weight, loss, gr
     """`reference.rows` of a row whose tokens several processes hold.
 
     Args:
-        part: the process's part: `first`, its first token; `words`, the number of tokens of all; and `gather`, from
+        part: the process's part: `first`, its first token; `compared`, the number of tokens of all; and `gather`, from
             this process's numbers (K, N) float64 to those of all (R, K, N).
     """
     tiles = Tiles(objective, student, teacher, noisy, labels, part.first)
@@ -77,7 +77,7 @@ def contrast(objective, clean, noisy, alpha, labels, out, part):
 def gather_stage(stage, tiles, part, known, alpha):
     """One stage of all rows of a block: adds its constants to `known`."""
     numbers = [sums(stage, tiles.of(chunk), sliced(known, chunk)) for chunk in tiles.chunks()]
-    made = combine(stage, tiles.objective, part.gather(torch.cat(numbers, 1)), alpha, part.words)
+    made = combine(stage, tiles.objective, part.gather(torch.cat(numbers, 1)), alpha, part.compared)
     vars(known).update(made)
 
 

@@ -284,7 +284,7 @@ def test_tensors_of_tensors_are_refused():
         "labels": lambda: distill_loss(logits, logits, labels=TwoTensor(labels, labels), hard_weight=1.0),
         "noisy": lambda: contrast(purify(logits, TwoTensor(logits, logits), 1.0)),
     }.items():
-        with pytest.raises(ValueError, match=f"^{name} is a TwoTensor, whose numbers lie in other tensors: pass"):
+        with pytest.raises(ValueError, match=f"^{name} is a TwoTensor, whose data is in other tensors: pass"):
             call()
 
 

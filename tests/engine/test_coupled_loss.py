@@ -381,7 +381,7 @@ BAD = {
     r"coupling\[0\]\[1\] must be finite and not negative, got 'much'": {"coupling": [[0, "much", 0], [0] * 3, [0] * 3]},
     r"coupling\[1\]\[1\] is 1: a model does not teach itself": {"coupling": [[0, 1, 0], [0, 1, 0], [1, 0, 0]]},
     r"heads\[2\] neither learns nor teaches": {"coupling": [[0, 1, 0], [0] * 3, [0] * 3]},
-    "nothing to learn": {"coupling": [[0] * 3] * 3},
+    "nothing to train": {"coupling": [[0] * 3] * 3},
     "hard_weight 0.5 needs labels": {"hard_weight": (0.5, 0, 0)},
     "hard_weight must be one number, or one for each of 3 heads, got 2": {"hard_weight": (0.5, 0), "labels": LABELS},
     r"hard_weight\[1\] must be finite and not negative, got -2": {"hard_weight": (0.5, -2, 0), "labels": LABELS},

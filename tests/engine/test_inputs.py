@@ -101,7 +101,7 @@ FOREIGN = {
     "is a mkldnn tensor: pass .to_dense": LOGITS.to_mkldnn,
     "is a quantized tensor: pass .dequantize": quantized,
     "is a nested tensor: pass padded": nested,
-    "has no memory: its numbers were freed": freed,
+    "has no memory: its storage was freed": freed,
 }
 
 
@@ -433,7 +433,7 @@ BAD = {
     "threshold must be between 0 and 1, got '0.5'": lambda: purify(LOGITS, OTHER, threshold="0.5"),
     "plausibility must be between 0 and 1, got True": lambda: purify(LOGITS, OTHER, plausibility=True),
     "unknown schedule 1.0, expected one of constant": lambda: purify(LOGITS, OTHER, schedule=1.0),
-    "contrast takes what purify returns, got a tensor": lambda: contrast(LOGITS),
+    "contrast takes the result of purify, got a tensor": lambda: contrast(LOGITS),
     "temperature must be positive and finite, got nan": lambda: contrast(purify(LOGITS, OTHER), temperature=math.nan),
 }
 

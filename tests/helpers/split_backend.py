@@ -11,7 +11,7 @@ class Part:
     """A thread's part, for `ops.stages`."""
 
     def __init__(self, backend, rank, first, words):
-        self.backend, self.rank, self.first, self.words = backend, rank, first, words
+        self.backend, self.rank, self.first, self.compared = backend, rank, first, words
 
     def gather(self, numbers):
         backend = self.backend

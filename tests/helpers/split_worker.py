@@ -205,7 +205,7 @@ def bytes_exchanged():
         gathered.clear(), reduced.clear()
         student, teacher, _, _ = problem({}, tokens, torch.float32, False)
         distill_loss(student, teacher, divergence, split=Split(None, tokens.start, VOCAB))
-        begin_and_end = 8 * len(split_call.TOLD) + 4
+        begin_and_end = 8 * len(split_call.SENT) + 4
         assert sum(gathered) == 8 * numbers * ROWS + begin_and_end, gathered
         assert reduced == [4 * ROWS * WIDTH]
 
@@ -238,20 +238,20 @@ def refusals():
 
     fewer = Head(student.hidden[: ROWS - rank], student.weight, student.bias)
     less = Head(teacher.hidden[: ROWS - rank], teacher.weight)
-    expect(ValueError, "other numbers of rows", loss(fewer, less))
-    expect(ValueError, "other totals", loss(total=VOCAB + rank))
+    expect(ValueError, "different numbers of rows", loss(fewer, less))
+    expect(ValueError, "different totals", loss(total=VOCAB + rank))
     expect(ValueError, "leave a gap", loss(first=tokens.start + (rank == 1), total=VOCAB + 1))
     expect(ValueError, "overlap", loss(first=max(tokens.start - (rank == 1), 0)))
-    expect(ValueError, f"have {VOCAB} tokens together, its total is {VOCAB + 5}", loss(total=VOCAB + 5))
-    expect(ValueError, "other options", loss(temperature=1.0 + rank))
-    expect(ValueError, "other labels", loss(labels=LABELS.roll(rank), hard_weight=1.0))
+    expect(ValueError, f"have {VOCAB} tokens in all, but its total is {VOCAB + 5}", loss(total=VOCAB + 5))
+    expect(ValueError, "different options", loss(temperature=1.0 + rank))
+    expect(ValueError, "different labels", loss(labels=LABELS.roll(rank), hard_weight=1.0))
     moved = Head(student.hidden * (1 + rank), student.weight, student.bias)
-    expect(ValueError, "other hidden states", loss(moved))
-    expect(ValueError, "does not lie in the Split's total", loss(total=tokens.stop - 1))
+    expect(ValueError, "different hidden states", loss(moved))
+    expect(ValueError, "ends beyond the Split's total", loss(total=tokens.stop - 1))
     whole = problem({}, slice(0, VOCAB), torch.float32, False)[0]
     expect(ValueError, "reduction", loss(reduction="none"))
-    expect(ValueError, "takes no Split", loss(backend="cpu"))
-    expect(ValueError, "does not lie in", loss(whole, first=1))
+    expect(ValueError, "does not support a Split", loss(backend="cpu"))
+    expect(ValueError, "ends beyond", loss(whole, first=1))
     small = Head(teacher.hidden, teacher.weight[:5])
     expect(ValueError, "teacher has 5 tokens, expected the", loss(other=small))
     if rank == 0:  # a process that fails alone takes the others with it

@@ -286,7 +286,7 @@ def test_letters_of_several_tokens_are_scored_by_their_sequence():
     # letters that the tokenizer does not know are one and the same
     unknown = Words({"C": ["<unk>"], "D": ["<unk>"]})
     for scoring in choices.SCORINGS:
-        with pytest.raises(ValueError, match="'C' and 'D' are the same tokens"):
+        with pytest.raises(ValueError, match="'C' and 'D' have the same tokens"):
             answer(model, unknown, [QUESTION], scoring=scoring)
 
 
@@ -406,8 +406,8 @@ def test_shuffling_keeps_the_answer_and_what_is_fixed(fixed):
     [
         (lambda: Choice("?", ("a",)), "needs 2 to 26 options, got 1"),
         (lambda: Choice("?", [str(i) for i in range(27)]), "needs 2 to 26 options, got 27"),
-        (lambda: Choice("?", ("a", " ")), "options are texts that are not empty, got ' '"),
-        (lambda: Choice("?", ("a", 3)), "options are texts that are not empty, got 3"),
+        (lambda: Choice("?", ("a", " ")), "every option must be a text that is not empty, got ' '"),
+        (lambda: Choice("?", ("a", 3)), "every option must be a text that is not empty, got 3"),
         (lambda: shifts(4, "circular"), "unknown shifts 'circular', expected one of cyclic, all, none or a number"),
         (lambda: shifts(4, True), "unknown shifts True"),
         (lambda: shifts(4, 0), "shifts is 0, expected 1 to 24"),

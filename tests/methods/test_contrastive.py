@@ -227,7 +227,7 @@ def test_the_plausible_words_of_a_masked_branch():
 def test_dropped_words_and_a_divergence_that_is_infinite_there_need_a_floor(divergence, beta):
     student, clean, noisy = branches()
     teacher = purify(clean, noisy, plausibility=0.1, outside="drop")
-    with pytest.raises(ValueError, match="reverse_kl to a teacher that drops tokens is infinite: set a floor"):
+    with pytest.raises(ValueError, match="reverse_kl to a teacher that drops tokens is infinite: set teacher_floor"):
         distill_loss(student, teacher, divergence, beta=beta)
     assert distill_loss(student, teacher, divergence, beta=beta, teacher_floor=-30).isfinite()
     assert distill_loss(student, teacher, "skew_reverse_kl", beta=0.5).isfinite()
@@ -263,7 +263,7 @@ def test_bad_input_of_purify(message):
 
 
 BAD_CONTRAST = {
-    "contrast takes what purify returns, got a tensor": (CLEAN, {}),
+    "contrast takes the result of purify, got a tensor": (CLEAN, {}),
     "temperature must be positive and finite, got -1": (purify(CLEAN, NOISY), {"temperature": -1}),
     'precision="difference" needs a student': (purify(CLEAN, NOISY), {"precision": "difference"}),
     "tile_memory must be a positive number of bytes, got -1": (purify(CLEAN, NOISY), {"tile_memory": -1}),

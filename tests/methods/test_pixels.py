@@ -239,7 +239,7 @@ def test_an_example_without_a_picture_takes_nobodys():
     noisy = noised(batch, seed=5, placeholders=PLACES)["pixel_values"]
     last = noised(dict(input_ids=ids[2:], pixel_values=batch["pixel_values"][2:]), seed=5, first=2)["pixel_values"]
     assert torch.equal(noisy[2:], last)
-    with pytest.raises(ValueError, match="does not say which are whose"):  # of unequal sizes
+    with pytest.raises(ValueError, match="does not show which rows belong to which"):  # of unequal sizes
         ids = torch.tensor([[4, 4, 4], [1, 1, 1], [4, 4, 1]])
         noised(batch | {"input_ids": ids}, seed=5, placeholders=PLACES)
 
