@@ -1,6 +1,8 @@
 // Sums of a lane, and how those of a cluster become one: over a warp by shuffles, over a block and over the cluster by one
 // warp of each block, always in the same order.
 #pragma once
+#include <cstddef>
+
 #include "layout.h"
 #include "approx_math.h"
 #include "tile_io.h"
@@ -111,33 +113,37 @@ HKDFAST_HD Softmax joined(const ThreadContext& thread, const Softmax& of, const 
   return s;
 }
 
+// Offset in shared memory of the barrier for a turn. Ring prepares both.
+HKDFAST_HD int come_at(int turn) { return static_cast<int>(offsetof(SharedMemory, come)) + 8 * turn; }
+
 // Records of all lanes of the cluster made one, for the first warp of every block. join(record) does it over a warp.
-// Between two calls the block has met at least once.
+// Between two calls the block has met at least once. Only that warp waits for the other blocks, for their records alone: a
+// barrier of the cluster would also wait for every earlier store to global memory.
 template <class ThreadContext, class Join>
-HKDFAST_HD SoftmaxTriple reduce(ThreadContext& thread, int& turn, SoftmaxTriple mine, Join join) {
+HKDFAST_HD SoftmaxTriple reduce(ThreadContext& thread, unsigned& count, SoftmaxTriple mine, Join join) {
   SharedMemory& shared = thread.template at<SharedMemory>(0);
+  const int turn = count & 1;
+  const std::uint32_t parity = count >> 1 & 1;
+  ++count;
   mine = join(mine);
   if (thread.lane() == 0) shared.of_warp[thread.warp()] = mine;
   thread.sync_block();
+  if (thread.warp() != 0) return mine;
+  mine = join(thread.lane() < thread.warps() ? shared.of_warp[thread.lane()] : SoftmaxTriple());
+  if (thread.blocks() == 1) return mine;
   SoftmaxTriple* const of_block = shared.of_block[turn];
-  turn ^= 1;
-  if (thread.warp() == 0) {
-    mine = join(thread.lane() < thread.warps() ? shared.of_warp[thread.lane()] : SoftmaxTriple());
-    if (thread.blocks() > 1) {
-      if (thread.lane() == 0) of_block[thread.block()] = mine;
-      thread.sync_warp();
-      constexpr int parts = sizeof(SoftmaxTriple) / 8;
-      static_assert(parts <= warp_lanes, "a lane sends one part of a record");
-      const std::uint64_t* from = reinterpret_cast<const std::uint64_t*>(of_block + thread.block());
-      for (int block = 0; block < thread.blocks(); ++block)
-        if (thread.lane() < parts && block != thread.block()) thread.send(block, from + thread.lane());
-    }
+  constexpr int parts = sizeof(SoftmaxTriple) / 8;
+  static_assert(parts <= warp_lanes, "a lane sends one part of a record");
+  if (thread.lane() == 0) {
+    of_block[thread.block()] = mine;
+    thread.expect_sends(come_at(turn), (thread.blocks() - 1) * parts * 8);
   }
-  if (thread.blocks() > 1) {
-    thread.sync_cluster();
-    if (thread.warp() == 0) mine = join(thread.lane() < thread.blocks() ? of_block[thread.lane()] : SoftmaxTriple());
-  }
-  return mine;
+  thread.sync_warp();
+  const std::uint64_t* from = reinterpret_cast<const std::uint64_t*>(of_block + thread.block());
+  for (int block = 0; block < thread.blocks(); ++block)
+    if (thread.lane() < parts && block != thread.block()) thread.send(block, from + thread.lane(), come_at(turn));
+  thread.wait_for_sends(come_at(turn), parity);
+  return join(thread.lane() < thread.blocks() ? of_block[thread.lane()] : SoftmaxTriple());
 }
 
 }  // namespace HKDFAST_ISA

@@ -40,20 +40,12 @@ class DeviceThread {
 
   __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
   __device__ __forceinline__ void sync_block() const { __syncthreads(); }
-  // What any thread stored before, in whose shared memory ever, every thread of the cluster sees after. Not the aligned
-  // form: lanes may come apart, after what the leader alone does.
+  // Every thread of the cluster has come here, and sees what the others stored before.
   __device__ __forceinline__ void sync_cluster() const {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
   }
 
-  // Stores what lies at this address of our shared memory to the same address of another block's.
-  __device__ __forceinline__ void send(int block, const std::uint64_t* from) const {
-    std::uint32_t to;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(address(from)), "r"(block));
-    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(to), "l"(*from) : "memory");
-  }
-
-  // A barrier of the copy engine: a phase ends when its one arrival has come and all bytes that it announced.
+  // A barrier of shared memory: a phase ends when its one arrival has come and all bytes that it announced.
   __device__ __forceinline__ void init(int barrier) const {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barrier)) : "memory");
   }
@@ -75,19 +67,44 @@ class DeviceThread {
         "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address(barrier))
         : "memory");
   }
-  // Until the phase of this parity is over; what its copies brought is visible then.
+  // Until the phase of this parity is over; what its copies brought is visible then, or with of_cluster what other blocks
+  // have sent.
+  template <bool of_cluster = false>
   __device__ __forceinline__ void wait(int barrier, std::uint32_t parity) const {
     std::uint32_t over;
     do {
-      asm volatile(
-          "{\n.reg .pred over;\n"
-          "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 over, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, over;\n}"
-          : "=r"(over)
-          : "r"(address(barrier)), "r"(parity)
-          : "memory");
+      if constexpr (of_cluster)
+        asm volatile(
+            "{\n.reg .pred over;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, over;\n}"
+            : "=r"(over)
+            : "r"(address(barrier)), "r"(parity)
+            : "memory");
+      else
+        asm volatile(
+            "{\n.reg .pred over;\n"
+            "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 over, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, over;\n}"
+            : "=r"(over)
+            : "r"(address(barrier)), "r"(parity)
+            : "memory");
     } while (!over);
   }
+
+  // Stores what lies at this address of our shared memory to the same address of another block's; the 8 bytes count at the
+  // barrier there. Such stores are seen by who has waited for them, and make nobody wait for other stores.
+  __device__ __forceinline__ void send(int block, const std::uint64_t* from, int barrier) const {
+    std::uint32_t to, there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(address(from)), "r"(block));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(barrier)), "r"(block));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(to), "l"(*from),
+                 "r"(there)
+                 : "memory");
+  }
+  // Bytes may come before they are expected: the phase does not end without this arrival.
+  __device__ __forceinline__ void expect_sends(int barrier, int bytes) const { expect(barrier, bytes); }
+  __device__ __forceinline__ void wait_for_sends(int barrier, std::uint32_t parity) const { wait<true>(barrier, parity); }
 
  private:
   static constexpr std::uint32_t all_lanes = 0xffffffffu;

@@ -69,6 +69,7 @@ struct SharedMemory {
   RowConstants constants;
   SoftmaxTriple of_warp[max_warps];
   SoftmaxTriple of_block[2][max_blocks];  // in turn: a block may be a reduction ahead of one that still reads
+  std::uint64_t come[2];                  // barriers: the records of the other blocks are in of_block
 };
 
 inline int size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }

@@ -1,7 +1,7 @@
 // How the words of a warp come into shared memory: a ring of slots that one warp fills, reads and frees by itself. While
 // the last sweep over a row frees slots, the next row's chunks are already under way into them.
 #pragma once
-#include "layout.h"
+#include "cluster_reduce.h"
 #include "../common/number_math.h"
 
 namespace hkdfast {
@@ -28,8 +28,11 @@ class Ring {
                                     static_cast<std::uintptr_t>(task.vocab) * size;
       whole_ = whole_ && places % 16 == 0;
     });
-    if (thread.lane() == 0)
+    if (thread.lane() == 0) {
       for (int slot = 0; slot < task.plan.slots; ++slot) thread.init(barrier(slot));
+      if (thread.warp() == 0)
+        for (int turn = 0; turn < 2; ++turn) thread.init(come_at(turn));
+    }
     thread.publish_barriers();
     thread.sync_cluster();
     next_row_ = live(thread.cluster());

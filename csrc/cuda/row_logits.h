@@ -201,7 +201,7 @@ class RowLogits {
   Ring<ThreadContext> ring_;
   Scale scale_;
   std::int64_t row_ = 0;
-  int turn_ = 0;
+  unsigned reductions_ = 0;
   double confidence_ = 0, a_ = 0;  // of the row, known to the leader
 };
 

@@ -24,6 +24,7 @@ class RowLoop : RowDistill<ThreadContext, Divergence, KIND, PURIFIED> {
  public:
   HKDFAST_HD RowLoop(ThreadContext& thread, const Task& task, Divergence divergence) : Base(thread, task, divergence) {}
 
+  // A block may leave when it has done its rows: it has waited for all that others send to it.
   HKDFAST_HD void rows() {
     for (row_ = thread_.cluster(); row_ < task_.n; row_ += thread_.clusters()) {
       if (ignored(task_, row_))
@@ -31,7 +32,6 @@ class RowLoop : RowDistill<ThreadContext, Divergence, KIND, PURIFIED> {
       else
         row();
     }
-    thread_.sync_cluster();  // no block leaves while another may still send to it
   }
 
  private:

@@ -13,7 +13,7 @@ class RowSums : protected RowLogits<ThreadContext, Divergence, KIND, PURIFIED> {
   using typename Base::F;
   using typename Base::W;
   using Base::mean_p, Base::mean_q, Base::stashes_tilts;
-  using Base::measured, Base::needs_sum_at_1, Base::scale_, Base::slack, Base::thread_, Base::turn_;
+  using Base::measured, Base::needs_sum_at_1, Base::scale_, Base::slack, Base::thread_, Base::reductions_;
 
   // One side's words added to a lane's sums, as distances from its origin; with the mean gap if the other side's are given.
   HKDFAST_HD void take(LaneSums& r, const F (&d)[W::count], const Scale& scale, bool with_moment, const F* to_p = nullptr,
@@ -102,7 +102,7 @@ class RowSums : protected RowLogits<ThreadContext, Divergence, KIND, PURIFIED> {
 
   template <class Join>
   HKDFAST_HD SoftmaxTriple reduced(const SoftmaxTriple& mine, Join join) {
-    return reduce(thread_, turn_, mine, join);
+    return reduce(thread_, reductions_, mine, join);
   }
 
   HKDFAST_HD SoftmaxTriple join_both(const SoftmaxTriple& of) const {

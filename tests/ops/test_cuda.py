@@ -317,7 +317,7 @@ def test_no_order_of_the_threads_changes_a_bit(cluster, case):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("without", ["sync_warp", "sync_block", "sync_cluster", "wait", "fence"])
+@pytest.mark.parametrize("without", ["sync_warp", "sync_block", "sync_cluster", "wait", "wait_for_sends", "fence"])
 def test_the_emulation_sees_what_is_missing(cluster, without):
     """Each of these, taken away, makes some run of eight fail; else the tests above would prove nothing."""
     # as little room as a row needs, so that slots are filled again while others of the warp may still read them

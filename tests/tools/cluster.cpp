@@ -41,7 +41,7 @@ class Scheduler {
 
   explicit Scheduler(unsigned seed) : random_(seed) {}
 
-  void start(std::function<void()> run) {
+  void start(std::function<void()> run, bool late) {
     fibers_.emplace_back(new Fiber);
     Fiber& f = *fibers_.back();
     f.run = std::move(run);
@@ -49,8 +49,15 @@ class Scheduler {
     getcontext(&f.begun);
     f.begun.uc_stack.ss_sp = f.stack.get(), f.begun.uc_stack.ss_size = stack_bytes;
     makecontext(&f.begun, &Scheduler::enter, 0);
-    ready_.push_back(&f);
-    fresh_.push_back(&f);
+    (late ? late_ : ready_).push_back(&f);
+  }
+  // Those that are late begin after so many turns of the arrivals.
+  void begin_late(int turns) {
+    later([=] {
+      if (turns) return begin_late(turns - 1);
+      for (Fiber* f : late_) wake(f);
+      late_.clear();
+    });
   }
 
   // Until all are done. Arrivals are things that happen at some time.
@@ -58,7 +65,7 @@ class Scheduler {
     current_scheduler = this;
     std::size_t live = fibers_.size();
     while (live) {
-      if (!arrivals_.empty() && (ready_.empty() || random_() % 64 == 0)) {
+      if (!arrivals_.empty() && (ready_.empty() || random_() % 64 < std::min<std::size_t>(arrivals_.size(), 16))) {
         const std::size_t i = random_() % arrivals_.size();
         std::swap(arrivals_[i], arrivals_.back());
         const auto arrival = arrivals_.back();
@@ -112,7 +119,7 @@ class Scheduler {
   static Scheduler* current_scheduler;
   std::mt19937 random_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<Fiber*> ready_, fresh_;
+  std::vector<Fiber*> ready_, late_;
   std::vector<std::function<void()>> arrivals_;
   std::exception_ptr failure_;
   Fiber* current_ = nullptr;
@@ -223,12 +230,25 @@ class FiberThread {
   void sync_block() const { has("sync_block") ? all_.blocks[block_].meeting.wait(all_.scheduler) : all_.scheduler.yield(); }
   void sync_cluster() const { has("sync_cluster") ? all_.meeting.wait(all_.scheduler) : all_.scheduler.yield(); }
 
-  void send(int block, const std::uint64_t* from) const {
+  void send(int block, const std::uint64_t* from, int barrier) const {
     const std::int64_t offset = reinterpret_cast<const char*>(from) - base(block_);
     const std::uint64_t part = *from;
-    char* to = base(block) + offset;
-    all_.scheduler.yield();
-    memcpy(to, &part, 8);
+    char* const to = base(block) + offset;
+    Barrier* const there = reinterpret_cast<Barrier*>(base(block) + barrier);
+    all_.scheduler.later([=] {
+      memcpy(to, &part, 8);
+      there->bytes -= 8;
+      there->settle();
+    });
+  }
+  void expect_sends(int barrier, int bytes) const {
+    Barrier& b = at<Barrier>(barrier);
+    require(b.come == 0, "a reduction begun before the one before it is over");
+    b.bytes += bytes, b.come = 1;
+    b.settle();
+  }
+  void wait_for_sends(int barrier, std::uint32_t parity) const {
+    if (has("wait_for_sends")) wait(barrier, parity);
   }
 
   void init(int barrier) const { at<Barrier>(barrier) = {0, 0, 0}; }
@@ -262,7 +282,10 @@ class FiberThread {
   }
   void wait(int barrier, std::uint32_t parity) const {
     if (!has("wait")) return;
-    while (static_cast<std::uint32_t>(at<Barrier>(barrier).phase) == parity) all_.scheduler.yield();
+    for (int times = 0; static_cast<std::uint32_t>(at<Barrier>(barrier).phase) == parity; ++times) {
+      require(times < 100000, "a wait that never ends");
+      all_.scheduler.yield();
+    }
   }
 
  private:
@@ -298,13 +321,15 @@ void run(const Task& task, bool purified, const Layout& layout, Divergence diver
   with_kind(task, purified, divergence, [&](auto kind, auto law) {
     for (int cluster = 0; cluster < layout.clusters; ++cluster) {
       Cluster all(task, layout.seed + cluster, layout.without);
+      const int late = (layout.seed + cluster) % task.plan.cluster;  // the others may send to this block before it begins
       for (int block = 0; block < task.plan.cluster; ++block)
         for (int warp = 0; warp < task.plan.warps; ++warp)
           for (int lane = 0; lane < warp_lanes; ++lane)
             all.scheduler.start([=, &all, &layout, &task] {
               FiberThread thread(all, cluster, layout.clusters, block, warp, lane);
               RowLoop<FiberThread, Divergence, kind, law>(thread, task, divergence).rows();
-            });
+            }, block == late);
+      all.scheduler.begin_late(2000);
       all.scheduler.run();
     }
     return true;
