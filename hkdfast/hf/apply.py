@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 from .family import check_words
 from .patches.distillation import DISTILLATION
@@ -73,7 +73,10 @@ def apply(
     if vars(trainer).get(MARK) is not None:
         raise ValueError(f"hkdfast is applied to this {type(trainer).__name__} already: undo() that first")
     kind.check(owner, trainer)
-    check_run(trainer.args)
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{trainer.args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch"
+        )
     check_options(divergence, options)
     if teacher is not None and kind is not TRAINER:
         raise ValueError(f"{type(trainer).__name__} has its teacher: teacher is of transformers.Trainer alone")
@@ -83,14 +86,6 @@ def apply(
         check_words(("student", trainer.processing_class), ("teacher", teacher_tokenizer))
     values = kind.prepare(trainer, Request(divergence, options, teacher))
     return Patch(trainer, values, tuple(kind.methods))
-
-
-def check_run(args: TrainingArguments) -> None:
-    """Refuse a way of running in which the loss inside the head's forward is lost."""
-    if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch")
-    if args.torch_compile:
-        raise ValueError("torch_compile would trace the loss away that runs inside the head: compile layers instead")
 
 
 def kind_of(trainer: Trainer) -> tuple[type, Kind]:

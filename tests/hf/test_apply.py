@@ -7,6 +7,7 @@ import torch
 import trainers
 import transformers as hf
 import zoo
+from accelerate.utils import is_compiled_module
 from trainers import Eager
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from zoo import one_thread, two_processes  # noqa: F401
@@ -185,6 +186,26 @@ def test_two_processes_are_one(tmp_path):
     assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["trainer", "distillation"])
+def test_a_compiled_model_learns_the_same(name, backend, tmp_path):
+    runs = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
+        torch._dynamo.reset()
+        models = [trainers.language_model(seed, num_hidden_layers=1) for seed in (0, 1)]
+        if name == "trainer":
+            trainer = make(Trainer, tmp_path, models[0], **options)
+            apply(trainer, teacher=models[1], hard_weight=0.5)
+        else:
+            trainer = trainers.distillation(tmp_path, *models, **options)
+            apply(trainer)
+        runs.append(trainers.trained(trainer))
+    assert is_compiled_module(trainer.model_wrapped)
+    torch._dynamo.reset()
+    trainers.assert_same(*reversed(runs))
+
+
 # patching and undoing
 
 
@@ -338,8 +359,4 @@ def test_settings_that_would_be_ignored(tmp_path):
     trainer = make(Trainer, tmp_path)
     trainer.args._n_gpu = 2
     with pytest.raises(ValueError, match="2 GPUs in one process"):
-        apply(trainer, teacher=teacher())
-    trainer = make(Trainer, tmp_path)
-    trainer.args.torch_compile = True
-    with pytest.raises(ValueError, match="torch_compile"):
         apply(trainer, teacher=teacher())

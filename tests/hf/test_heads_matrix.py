@@ -2,6 +2,7 @@
 
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import families
 import peft
@@ -160,6 +161,16 @@ def test_enough_families_are_compared():
     missing = (set(SKIPPED) | set(MODULES)) - set(families.FAMILIES)
     assert not missing, f"not in transformers {transformers.__version__}"
     assert len(set(families.FAMILIES) - set(SKIPPED) - set(MODULES)) >= 220
+
+
+def test_the_docs_name_those_that_are_not_compared():
+    text = (Path(__file__).parents[2] / "docs" / "losses.md").read_text().split("### Which models")[1]
+    named = [name for line in text.splitlines() if line.startswith("| `") for name in re.findall("`(.+?)`", line)]
+    assert sorted(named) == sorted([*SKIPPED, *MODULES])
+    counts = re.search(r"Of the (\d+) .* of transformers ([\d.]+), (\d+) are compared", text)
+    if transformers.__version__.startswith(counts[2]):
+        assert [int(counts[1]), int(counts[3])] == [len(families.FAMILIES), len(families.FAMILIES) - len(named)]
+    assert f"from {len(vlms.MODELS) + len(zoo.MODELS)} configurations" in text
 
 
 @pytest.mark.parametrize("name", [*vlms.MODELS, *zoo.MODELS])

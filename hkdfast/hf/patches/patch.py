@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 MARK = "hkdfast_patch"  # attribute of a trainer that is patched
 MISSING = object()
-TRIED = {"trl": "1.16.0", "transformers": "5.23.0"}  # the versions whose methods these patches were written for
+TRIED = {"trl": "1.16.0", "transformers": "5.23.0 and 5.24.0"}  # the versions with which the tests of apply passed
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Kind:
     """A trainer class that can be patched.
 
     Args:
-        methods: {name: its parameters} of the methods that are replaced, as they are in the versions in TRIED.
+        methods: {name: its parameters} of the methods that are replaced, as they are in the versions of TRIED.
         prepare: function (trainer, Request) that checks them and returns {name: value} of what is set on the trainer.
         reads: {name: its parameters} of other methods and functions that the replacements call.
     """
