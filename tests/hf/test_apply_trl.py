@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 import trainers
+import transformers as hf
 from test_seed_trainer import Widest
 from zoo import one_thread  # noqa: F401
 
@@ -215,6 +216,49 @@ def test_a_vocabulary_needs_models(tmp_path):
 
 
 # what apply refuses
+
+
+class Squared(hf.LlamaForCausalLM):
+    def forward(self, *args, **others):
+        outputs = super().forward(*args, **others)
+        return outputs.__class__(logits=outputs.logits * outputs.logits.abs())
+
+
+@pytest.mark.parametrize("wrong", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["distillation", "gkd", "gold"])
+def test_a_head_that_no_probe_explains(name, wrong, tmp_path):
+    models = {"student": trainers.language_model(0), "teacher": trainers.language_model(1, 48)}
+    odd = Squared(models[wrong].config)
+    odd.load_state_dict(models[wrong].state_dict())
+    trainer = getattr(trainers, name)(tmp_path, **models | {wrong: odd.eval()})
+    apply(trainer)
+    with pytest.raises(ValueError, match=r"Squared \(\w+\) changes the logits behind its head"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["distillation", "gkd", "gold"])
+def test_a_teacher_on_another_device(name, tmp_path):
+    trainer = getattr(trainers, name)(tmp_path)
+    trainer.teacher_model.to("meta")
+    with pytest.raises(ValueError, match=r"student is on cpu, that of the teacher on meta: move .*teacher.to\('cpu'\)"):
+        apply(trainer)
+
+
+@pytest.mark.parametrize("name", ["DistillationTrainer", "GKDTrainer"])
+def test_our_subclasses_are_patched_already(name, tmp_path):
+    make = {"DistillationTrainer": trainers.distillation, "GKDTrainer": trainers.gkd}[name]
+    trainer = make(tmp_path, kind=getattr(hkdfast.hf, name))
+    with pytest.raises(ValueError, match=f"applied to this {name} already"):
+        apply(trainer)
+
+
+def test_a_version_without_the_method(tmp_path, monkeypatch):
+    import trl
+
+    trainer = trainers.distillation(tmp_path)
+    monkeypatch.delattr(trl.DistillationTrainer, "_compute_loss")
+    with pytest.raises(ValueError, match="DistillationTrainer._compute_loss of trl .* is missing, expected .self"):
+        apply(trainer)
 
 
 def test_cross_entropy_of_the_students_own_samples_is_refused(tmp_path):
