@@ -14,7 +14,7 @@ from .. import DIVERGENCES, Head, pyramid, ternary
 from ..batch import Batch, Model
 from ..contrastive import WORDS, purify
 from ..data.generation import DTYPES
-from ..engine.options import PRECISIONS
+from ..engine.options import PRECISIONS, LossOptions
 from ..engine.renamed import CONFIG, refuses
 from ..losses import Metrics, distill_loss
 from ..noise import diffuse
@@ -25,16 +25,7 @@ from .options import own
 # options that are lists of numbers, one per model, stage or source; a single number is accepted for all
 LIST_FIELDS = ("hard_weight", "learning_rates", "stage_weights", "stage_epochs", "teacher_weights")
 LAW = ("confidence", "threshold", "mode", "plausibility", "outside")  # passed to purify unchanged
-LOSS = (
-    "divergence",
-    "beta",
-    "temperature",
-    "hard_weight",
-    "teacher_floor",
-    "precision",
-    "tile_memory",
-    "backend",
-)  # passed to distill_loss
+LOSS = ("divergence", "beta", "divergence_weight", "hard_weight", *LossOptions.__dataclass_fields__)
 # options of TrainingArguments that change the result of a training
 FINGERPRINT = (
     "learning_rate",
@@ -126,6 +117,10 @@ class SharedArguments:
     def select(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
 
+    def loss_options(self) -> dict[str, Any]:
+        """The options of `hkdfast.distill_loss` among the fields: those of LOSS that the config has."""
+        return self.select(name for name in LOSS if name in type(self).__dataclass_fields__)
+
     def check_unread(self) -> None:
         """Refuse options of TrainingArguments that would be accepted and then ignored.
 
@@ -206,7 +201,7 @@ class SeedConfig(SharedArguments, TrainingArguments):
         check_backend(self.backend)
         head = Head(torch.zeros(1, 1), torch.zeros(2, 1))
         diffuse(torch.zeros(1), self.noise_step, sigma=self.noise_sigma)
-        options = self.select(LOSS) | {"backend": "reference"}
+        options = self.loss_options() | {"backend": "reference"}
         for alpha in self.alpha:
             distill_loss(
                 head, purify(head, head, alpha, **self.contrast_options()), labels=torch.tensor([0]), **options
@@ -298,19 +293,9 @@ class CoupledConfig(StudentArguments, TrainingArguments):
         raise NotImplementedError
 
     def loss_options(self) -> dict[str, Any]:
-        """The options that every coupling takes."""
-        names = (
-            "beta",
-            "detach",
-            "divergence",
-            "teacher_floor",
-            "tile_memory",
-            "t_squared",
-            "temperature",
-            "precision",
-            "vocab",
-        )
-        return self.select((*names, "backend", "unlabeled_weight")) | {"hard_weight": self.hard_weights()}
+        """The options that `pyramid.loss` and `ternary.loss` share."""
+        own = self.select(("detach", "unlabeled_weight")) | {"hard_weight": self.hard_weights()}
+        return super().loss_options() | own
 
     def hard_weights(self) -> list[float]:
         """Weight of the cross entropy of each role."""

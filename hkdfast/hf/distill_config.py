@@ -1,7 +1,6 @@
 """The options of DistillTrainer as a Trainer's arguments."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -9,7 +8,7 @@ from transformers import TrainingArguments
 from .. import DIVERGENCES, Head
 from ..engine.renamed import CONFIG, refuses
 from ..losses import distill_loss
-from .configs import LOSS, UNREAD, StudentArguments, arg
+from .configs import UNREAD, StudentArguments, arg
 
 # read by DistillTrainer, which keeps logits for compute_metrics and the columns that its loss reads
 READ = ("include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "remove_unused_columns")
@@ -40,10 +39,6 @@ class DistillArguments(StudentArguments):
 
     def unread(self) -> dict[str, str]:
         return {name: reason for name, reason in UNREAD.items() if name not in READ}
-
-    def loss_options(self) -> dict[str, Any]:
-        """The options of `hkdfast.distill_loss`."""
-        return self.select((*LOSS, "divergence_weight", "t_squared", "vocab"))
 
 
 @refuses(CONFIG)

@@ -14,7 +14,7 @@ from ..losses import Metrics, distill_loss
 from ..seed import isolate
 from .adapter import adapted, check_adapter, seed_lora_config
 from .collator import QuestionCollator
-from .configs import LOSS, SeedConfig
+from .configs import SeedConfig
 from .family import set_attention
 from .frozen import settle
 from .head import LanguageHead, as_teacher, hidden_states, loss_in_head, unwrap_peft
@@ -146,7 +146,7 @@ class SeedTrainer(RoundsTrainer):
             teacher = [self.head.source(x, adapted=False) for x in (clean, *noisy)]
             value, metrics = distill_loss(
                 student, self.purify(*teacher), labels=labels, num_items=num_items_in_batch, return_metrics=True,
-                **self.args.select(LOSS),
+                **self.args.loss_options(),
             )  # fmt: skip
             return value, metrics | self.yes_rows(student, labels)
 
