@@ -96,27 +96,44 @@ HKDFAST_HD Softmax softmax(const LaneSums& r, const Scale& scale, double offset)
   return s;
 }
 
-// Over the lanes of a warp; every lane gets the result.
+// Which numbers of a record are wanted beside its peak and its sum.
+struct Wanted {
+  bool partner, moment, gap, at_1;  // partner: the peak's word and the other side's logit there
+};
+
+// Over the lanes of a warp, of which each group of so many holds the same records; every lane gets the result.
 template <class ThreadContext>
-HKDFAST_HD Softmax joined(const ThreadContext& thread, const Softmax& of, const Scale& scale, bool moment, bool gap, bool at_1) {
+HKDFAST_HD Softmax joined(const ThreadContext& thread, const Softmax& of, const Scale& scale, const Wanted& wanted, int width) {
   Softmax s;
   s.peak = thread.largest(of.peak);
   // lanes without a word: their sums are 0, or NaN
   const float by = of.peak > -INFINITY ? of.peak - s.peak : 0.f;
   const double factor = exp_(by, scale.rate);
-  s.word = thread.smallest(of.peak == s.peak ? of.word : no_word);
-  s.other_at_peak = thread.largest(of.peak == s.peak && of.word == s.word ? of.other_at_peak : -INFINITY);
-  s.sum = thread.sum(factor * of.sum);
-  if (moment) s.moment = thread.sum(factor * (of.moment + static_cast<double>(by) * scale.by * of.sum));
-  if (gap) s.gap = thread.sum(factor * of.gap);
-  if (at_1) s.sum_at_1 = thread.sum(static_cast<double>(exp_(by, Rate(1))) * of.sum_at_1);
+  if (wanted.partner) {
+    s.word = thread.smallest(of.peak == s.peak ? of.word : no_word);
+    s.other_at_peak = thread.of_lane_that(of.peak == s.peak && of.word == s.word, of.other_at_peak);
+  }
+  double sums[] = {factor * of.sum, 0, 0, 0};
+  if (wanted.moment) sums[1] = factor * (of.moment + static_cast<double>(by) * scale.by * of.sum);
+  if (wanted.gap) sums[2] = factor * of.gap;
+  if (wanted.at_1) sums[3] = static_cast<double>(exp_(by, Rate(1))) * of.sum_at_1;
+  thread.sum(sums, {true, wanted.moment, wanted.gap, wanted.at_1}, width);
+  s.sum = sums[0], s.moment = sums[1], s.gap = sums[2], s.sum_at_1 = sums[3];
   return s;
 }
 
 // Offset in shared memory of the barrier for a turn. Ring prepares both.
 HKDFAST_HD int come_at(int turn) { return static_cast<int>(offsetof(SharedMemory, come)) + 8 * turn; }
 
-// Records of all lanes of the cluster made one, for the first warp of every block. join(record) does it over a warp.
+// The smallest power of two that is not less.
+HKDFAST_HD int group_of(int count) {
+  int width = 1;
+  while (width < count) width *= 2;
+  return width;
+}
+
+// Records of all lanes of the cluster made one, for the first warp of every block. join(record, width) does it over the lanes
+// of a warp, each group of so many of which has the same records: fewer lanes take fewer steps, in the same order.
 // Between two calls the block has met at least once. Only that warp waits for the other blocks, for their records alone: a
 // barrier of the cluster would also wait for every earlier store to global memory.
 template <class ThreadContext, class Join>
@@ -125,11 +142,15 @@ HKDFAST_HD SoftmaxTriple reduce(ThreadContext& thread, unsigned& count, SoftmaxT
   const int turn = count & 1;
   const std::uint32_t parity = count >> 1 & 1;
   ++count;
-  mine = join(mine);
+  mine = join(mine, warp_lanes);
   if (thread.lane() == 0) shared.of_warp[thread.warp()] = mine;
   thread.sync_block();
   if (thread.warp() != 0) return mine;
-  mine = join(thread.lane() < thread.warps() ? shared.of_warp[thread.lane()] : SoftmaxTriple());
+  const auto records = [&](const SoftmaxTriple* of, int count) {
+    const int width = group_of(count), i = thread.lane() & (width - 1);
+    return join(i < count ? of[i] : SoftmaxTriple(), width);
+  };
+  if (thread.warps() > 1) mine = records(shared.of_warp, thread.warps());
   if (thread.blocks() == 1) return mine;
   SoftmaxTriple* const of_block = shared.of_block[turn];
   constexpr int parts = sizeof(SoftmaxTriple) / 8;
@@ -143,7 +164,7 @@ HKDFAST_HD SoftmaxTriple reduce(ThreadContext& thread, unsigned& count, SoftmaxT
   for (int block = 0; block < thread.blocks(); ++block)
     if (thread.lane() < parts && block != thread.block()) thread.send(block, from + thread.lane(), come_at(turn));
   thread.wait_for_sends(come_at(turn), parity);
-  return join(thread.lane() < thread.blocks() ? of_block[thread.lane()] : SoftmaxTriple());
+  return records(of_block, thread.blocks());
 }
 
 }  // namespace HKDFAST_ISA

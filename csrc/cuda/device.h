@@ -26,16 +26,31 @@ class DeviceThread {
     return *reinterpret_cast<T*>(shared_memory + offset);
   }
 
+  // Over the warp. As integers, which one instruction compares: floats are in the order of their bits but for the sign.
   __device__ __forceinline__ float largest(float x) const {
-#pragma unroll
-    for (int distance = warp_lanes / 2; distance; distance /= 2) x = fmaxf(x, __shfl_xor_sync(all_lanes, x, distance));
-    return x;
+    const int bits = __float_as_int(x), most = __reduce_max_sync(all_lanes, bits ^ (bits >> 31 & INT32_MAX));
+    return __int_as_float(most ^ (most >> 31 & INT32_MAX));
   }
   __device__ __forceinline__ int smallest(int x) const { return __reduce_min_sync(all_lanes, x); }
-  __device__ __forceinline__ double sum(double x) const {
+  // x of the first lane that has it; one has.
+  __device__ __forceinline__ float of_lane_that(bool has, float x) const {
+    return __shfl_sync(all_lanes, x, __ffs(__ballot_sync(all_lanes, has)) - 1);
+  }
+  // Of each lane and of those that differ from it in the bits below width, a power of two, for the numbers that are wanted.
+  template <int count>
+  __device__ __forceinline__ void sum(double (&x)[count], const bool (&wanted)[count], int width) const {
+    const auto add = [&](int distance) {
 #pragma unroll
-    for (int distance = warp_lanes / 2; distance; distance /= 2) x += __shfl_xor_sync(all_lanes, x, distance);
-    return x;
+      for (int i = 0; i < count; ++i)
+        if (wanted[i]) x[i] += __shfl_xor_sync(all_lanes, x[i], distance);
+    };
+    if (width == warp_lanes) {
+#pragma unroll
+      for (int distance = warp_lanes / 2; distance; distance /= 2) add(distance);
+    } else {
+#pragma unroll 1
+      for (int distance = width / 2; distance; distance /= 2) add(distance);
+    }
   }
 
   __device__ __forceinline__ void sync_warp() const { __syncwarp(); }

@@ -39,10 +39,10 @@ class RowContrast : protected RowSums<ThreadContext, Divergence, KIND, PURIFIED>
     SoftmaxTriple mine;
     mine.side[1] = softmax(clean_sums, at_1, 0);
     mine.side[2] = softmax(noisy_sums, at_1, 0);
-    found = reduced(mine, [&](const SoftmaxTriple& of) {
+    found = reduced(mine, [&](const SoftmaxTriple& of, int width) {
       SoftmaxTriple all;
-      all.side[1] = joined(thread_, of.side[1], at_1, by_entropy, false, false);
-      all.side[2] = joined(thread_, of.side[2], at_1, false, false, false);
+      all.side[1] = joined(thread_, of.side[1], at_1, {false, by_entropy, false, false}, width);
+      all.side[2] = joined(thread_, of.side[2], at_1, {false, false, false, false}, width);
       return all;
     });
     if (leader()) contrast_constants(found, clean_label);
@@ -74,10 +74,10 @@ class RowContrast : protected RowSums<ThreadContext, Divergence, KIND, PURIFIED>
     });
     mine.side[1] = softmax(mass, at_1, 0);
     mine.side[2] = softmax(odds, at_1, 0);
-    const SoftmaxTriple set = reduced(mine, [&](const SoftmaxTriple& of) {
+    const SoftmaxTriple set = reduced(mine, [&](const SoftmaxTriple& of, int width) {
       SoftmaxTriple all;
-      all.side[1] = joined(thread_, of.side[1], at_1, false, false, false);
-      all.side[2] = joined(thread_, of.side[2], at_1, false, false, false);
+      all.side[1] = joined(thread_, of.side[1], at_1, {false, false, false, false}, width);
+      all.side[2] = joined(thread_, of.side[2], at_1, {false, false, false, false}, width);
       return all;
     });
     if (leader()) {
@@ -119,7 +119,7 @@ class RowContrast : protected RowSums<ThreadContext, Divergence, KIND, PURIFIED>
       const W z = teacher(at, begin, word, contrast);
       this->template add_both<false, true>(r, z, z, begin + word);
     });
-    const SoftmaxTriple all = reduced(record(r), [&](const SoftmaxTriple& of) { return join_both(of); });
+    const SoftmaxTriple all = reduced(record(r), [&](const SoftmaxTriple& of, int width) { return join_both(of, width); });
     if (leader()) constants().peak_p = finite(all.side[1].peak), constants().shift = static_cast<float>(log(all.side[1].sum));
     thread_.sync_block();
     const float peak = constants().peak_p, log_sum = constants().shift;

@@ -37,7 +37,7 @@ class RowDistill : protected RowGradient<ThreadContext, Divergence, KIND, PURIFI
       this->template sweep<!PURIFIED, true>(both);
     else
       this->template sweep<!PURIFIED, false>(both);
-    const SoftmaxTriple found = reduced(record(r), [&](const SoftmaxTriple& of) { return join_both(of); });
+    const SoftmaxTriple found = reduced(record(r), [&](const SoftmaxTriple& of, int width) { return join_both(of, width); });
     if (leader()) comparison_constants(found);
 
     Terms sums;
@@ -77,10 +77,11 @@ class RowDistill : protected RowGradient<ThreadContext, Divergence, KIND, PURIFI
         this->template sweep<false, true>(terms);
       SoftmaxTriple mine;
       mine.side[0].sum = value.total(), mine.side[0].moment = slope.total(), mine.side[0].gap = share.total();
-      const Softmax all = reduced(mine, [&](const SoftmaxTriple& of) {
+      const Softmax all = reduced(mine, [&](const SoftmaxTriple& of, int width) {
+        double of_row[] = {of.side[0].sum, of.side[0].moment, of.side[0].gap};
+        thread_.sum(of_row, {true, true, !FAST}, width);
         SoftmaxTriple all;
-        all.side[0].sum = thread_.sum(of.side[0].sum), all.side[0].moment = thread_.sum(of.side[0].moment);
-        if (!FAST) all.side[0].gap = thread_.sum(of.side[0].gap);
+        all.side[0].sum = of_row[0], all.side[0].moment = of_row[1], all.side[0].gap = of_row[2];
         return all;
       }).side[0];
       sums = {all.sum, all.moment, all.gap};

@@ -105,10 +105,11 @@ class RowSums : protected RowLogits<ThreadContext, Divergence, KIND, PURIFIED> {
     return reduce(thread_, reductions_, mine, join);
   }
 
-  HKDFAST_HD SoftmaxTriple join_both(const SoftmaxTriple& of) const {
+  HKDFAST_HD SoftmaxTriple join_both(const SoftmaxTriple& of, int width) const {
     SoftmaxTriple all;
-    all.side[0] = joined(thread_, of.side[0], scale_, measured(), mean_q, needs_sum_at_1());
-    all.side[1] = joined(thread_, of.side[1], scale_, measured(), mean_p, false);
+    const bool of_peak = measured() || mean_q || stashes_tilts;
+    all.side[0] = joined(thread_, of.side[0], scale_, {of_peak, measured(), mean_q, needs_sum_at_1()}, width);
+    all.side[1] = joined(thread_, of.side[1], scale_, {measured(), measured(), mean_p, false}, width);
     return all;
   }
 };

@@ -217,13 +217,26 @@ class FiberThread {
     meet();
     return x;
   }
-  double sum(double x) const {
-    for (int distance = warp_lanes / 2; distance; distance /= 2) {
-      share(x);
-      x += mine().box[lane_ ^ distance];
-      meet();
-    }
+  float of_lane_that(bool has, float x) const {
+    share(has);
+    int lane = 0;
+    while (lane < warp_lanes && !mine().box[lane]) ++lane;
+    require(lane < warp_lanes, "no lane has it");
+    meet();
+    share(x);
+    x = static_cast<float>(mine().box[lane]);
+    meet();
     return x;
+  }
+  template <int count>
+  void sum(double (&x)[count], const bool (&wanted)[count], int width) const {
+    require(width > 0 && width <= warp_lanes && !(width & (width - 1)), "not a power of two of lanes");
+    for (int i = 0; i < count; ++i)
+      for (int distance = width / 2; wanted[i] && distance; distance /= 2) {
+        share(x[i]);
+        x[i] += mine().box[lane_ ^ distance];
+        meet();
+      }
   }
 
   void sync_warp() const { has("sync_warp") ? meet() : all_.scheduler.yield(); }
