@@ -47,10 +47,11 @@ def some(table, *beginnings):
 PAGES = {  # {page: {name of its markers: function that makes the table}}
     "README.md": {
         "speed": lambda: some(speed_table.readme(), *SPEED),
+        "trainers": speed_table.trainers,
         "seed": lambda: some(seed.table.readme(), *SEED),
         "hkd": lambda: some(hkd.table.readme(), *HKD),
     },
-    "benchmarks/speed/README.md": {"speed": speed_table.everything},
+    "benchmarks/speed/README.md": {"speed": speed_table.everything, "trainers": speed_table.trainers},
     "benchmarks/quality/TABLES.md": {"seed": seed.table.readme, "hkd": hkd.table.readme},
 }
 

@@ -131,7 +131,7 @@ def trainer_rows(path):
         yield [
             f"{info['what'].removeprefix('step of ')}, {info['shape']}",
             f"{seconds * 1e3:.0f} ms",
-            f"{seconds / before['median']:.2f}x",
+            f"{seconds / before['median']:.2f}x ({benchmark['stats']['min'] / before['min']:.2f}x)",
             *memory,
             f"{info['loss error']:.0e} ({before['loss error']:.0e})",
         ]
@@ -139,7 +139,10 @@ def trainer_rows(path):
 
 def trainers():
     """Steps of patched trainers, of every results file that has some."""
-    heading = "| | time | of the unpatched time | memory | of the unpatched memory | error of the loss (unpatched) |"
+    heading = (
+        "| | time | of the unpatched time (fastest rounds) | memory | of the unpatched memory "
+        "| error of the loss (unpatched) |"
+    )
     found = []
     for path in results():
         if steps := list(trainer_rows(path)):
