@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 import time
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "speed"
 
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="not a checkout")
@@ -101,3 +102,23 @@ def test_all_that_is_left_at_the_end_is_skipped(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT), "HKDFAST_TINY": "1", "HKDFAST_SECONDS": "1e-9"},
     )  # fmt: skip
     assert "2 skipped" in done.stdout and "the 1e-09 s for all are over" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_step_of_a_trainer_is_measured_with_and_without(tmp_path):
+    """The loss of both is right, and its row is in the table of trainers and in no other."""
+    pytest.importorskip("trl")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "GKDTrainer",
+         "--benchmark-json", tmp_path / "part.json", "benchmarks/speed/bench_trainers.py"],
+        cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HKDFAST_TINY": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    (found,) = json.loads((tmp_path / "part.json").read_text())["benchmarks"]
+    assert found["extra_info"]["loss error"] < 1e-5 and found["extra_info"]["unpatched"]["loss error"] < 1e-4
+    table = import_module("speed_table")
+    (row,) = table.trainer_rows(tmp_path / "part.json")
+    ratio = found["stats"]["median"] / found["extra_info"]["unpatched"]["median"]
+    assert row[0] == "GKDTrainer, beta 0.5, tiny" and row[2].startswith(f"{ratio:.2f}x (")
+    assert list(table.rows(tmp_path / "part.json")) == []
