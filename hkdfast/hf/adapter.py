@@ -1,4 +1,4 @@
-"""The Hallucination Elimination Adapter: LoRA on the language model alone, and what self-evolving rounds do with it."""
+"""The Hallucination Elimination Adapter: LoRA on the language model only. Merging and adding adapters of rounds."""
 
 import copy
 import os
@@ -21,13 +21,13 @@ from ..shell import absolute
 from .frozen import check_trained
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the frozen weights
-OWN_LOSS = ("orth_reg_weight", "kasa_config", "monteclora_config")  # of adapters that have a term of the loss
+OWN_LOSS = ("orth_reg_weight", "kasa_config", "monteclora_config")  # options of adapters that add a term to the loss
 
 
 def language_linear_names(model: Any) -> list[str]:
-    """Names of the linear layers of a model's language model: not of its vision tower, projector or head.
+    """Names of the linear layers of the language model, without vision tower, projector and head.
 
-    The language model is what directly holds the input embeddings.
+    The language model is the module that directly holds the input embeddings.
     """
     embedding = model.get_input_embeddings()
     names = {module: name for name, module in model.named_modules()}
@@ -43,7 +43,7 @@ def language_linear_names(model: Any) -> list[str]:
 
 
 def target_regex(names: Sequence[str]) -> str:
-    """A regular expression for these module names and no others, the same in every layer but for its number."""
+    """A regular expression that matches these module names only; layer numbers become a pattern."""
     forms = {re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) for name in names}
     shared, dot, _ = os.path.commonprefix(sorted(forms)).rpartition(r"\.")
     start = shared + dot
@@ -76,7 +76,7 @@ def seed_lora_config(
 
 
 def adapted(model: Any, config: Any, rounds: int = 1, shared: bool = True) -> Any:
-    """A model with a new adapter, which is taken off again where `check_adapter` refuses it."""
+    """A model with a new adapter. If `check_adapter` refuses the adapter, it is removed again."""
     check_config(config)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     made = get_peft_model(model, config)
@@ -92,10 +92,10 @@ def adapted(model: Any, config: Any, rounds: int = 1, shared: bool = True) -> An
 
 
 def check_adapter(model: Any, rounds: int = 1, shared: bool = True) -> None:
-    """Refuse an adapter that cannot be trained as it is, or not in several rounds, or not by the model without it.
+    """Refuse an adapter that cannot be trained, not in several rounds, or not with the base model as its teacher.
 
     Args:
-        shared: whether the model without the adapter is its teacher.
+        shared: whether the model without the adapter is the teacher.
 
     Raises:
         ValueError: naming what is wrong.
@@ -121,16 +121,18 @@ def check_adapter(model: Any, rounds: int = 1, shared: bool = True) -> None:
         (lambda: config.target_parameters, "has target_parameters"),
         (lambda: config.trainable_token_indices, "trains single tokens (trainable_token_indices)"),
         (lambda: any(layer.lora_variant for layer in layers), "is a variant of LoRA"),
-        (lambda: any(map(quantized, layers)), "stands on quantized weights"),
+        (lambda: any(map(quantized, layers)), "is on quantized weights"),
         (lambda: twice(model), "adapts a weight that the model uses twice"),
     )
     for wrong, what in reasons:
         if wrong():
-            raise ValueError(f"rounds={rounds} adds the rounds' LoRA products up, but the adapter {what}: use rounds=1")
+            raise ValueError(
+                f"rounds={rounds} adds the LoRA products of all rounds, but the adapter {what}: use rounds=1"
+            )
 
 
 def check_config(config: Any) -> None:
-    """Refuse what `check_adapter` does of an adapter's configuration, before there is one."""
+    """The checks of `check_adapter` that need the adapter's configuration only."""
     if config.is_prompt_learning:
         raise ValueError(
             f"{config.peft_type.value} adds tokens to the prompt: use an adapter of the weights, e.g. LoRA"
@@ -150,7 +152,7 @@ def lora_layers(model: Any) -> list[Any]:
 
 
 def twice(model: Any) -> bool:
-    """Whether an adapted weight has two places in a model: what is merged into it at one would act at both."""
+    """Whether an adapted weight is used by two modules: merging an adapter of one would change both."""
     places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     bases = [layer.get_base_layer() for layer in lora_layers(model)]
     bases += [module.original_module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
@@ -163,9 +165,9 @@ def quantized(layer: Any) -> bool:
 
 @torch.no_grad()
 def merge_and_reset(model: Any) -> None:
-    """Merge the active adapter into the weights below it and start it anew: the student becomes the next teacher.
+    """Merge the active adapter into its base weights and reset it: the student becomes the next teacher.
 
-    Weights of 16 bits are rounded once by it, so the next round starts from the student up to that rounding.
+    Weights of 16 bits are rounded once, so the next round starts from the student up to that rounding.
     """
     name = model.active_adapters[0]
     how = model.peft_config[name].init_lora_weights
@@ -187,9 +189,9 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
 
 
 def concat_adapters(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One adapter that does what the adapters of all rounds do, one upon the other.
+    """One adapter with the combined effect of the adapters of all rounds.
 
-    LoRA products add: [B1 B2] [A1; A2] = B1 A1 + B2 A2. Whatever else was trained is as the last round left it.
+    LoRA products add: [B1 B2] [A1; A2] = B1 A1 + B2 A2. Other trained weights are those of the last round.
     """
     total = dict(states[-1])
     for name in total:
@@ -202,7 +204,7 @@ def concat_adapters(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torc
 
 
 def concat_config(config: Any, rounds: int) -> Any:
-    """The LoraConfig of `concat_adapters`: as many times the rank, and the alpha that leaves the scaling as it was."""
+    """The LoraConfig of `concat_adapters`: the rank times the number of rounds, and alpha so that the scaling stays."""
     config = copy.deepcopy(config)
     gain = rounds**0.5 if config.use_rslora else rounds
     config.r, config.lora_alpha = config.r * rounds, config.lora_alpha * gain

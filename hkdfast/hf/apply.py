@@ -13,7 +13,7 @@ from .patches.patch import MARK, Kind, Patch, Request
 from .patches.plain import TRAINER
 from .patches.self_distillation import SELF_DISTILLATION
 
-# {(package, class): Kind}; by name, for TRL need not be there
+# {(package, class): Kind}, by name, because TRL may not be installed
 KINDS = {
     ("trl", "DistillationTrainer"): DISTILLATION,
     ("trl", "GKDTrainer"): GKD,

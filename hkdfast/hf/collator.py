@@ -23,20 +23,21 @@ from .templates import answered, image_marks, prompts
 class QuestionCollator:
     """Makes a batch of questions, each about one image.
 
-    An example is a dict with "image" (a PIL image or a path) and "text" (the question), and with "answer" (the text to
-    be answered, or None where nobody knows it) if `answers` is set. A batch holds what the processor makes of them,
-    padded on the left; with answers also "labels" (B, T): the tokens of the answer and of the end of its turn, -100
-    elsewhere; and if some are None "distill_only" (B, T) bool: where such an answer would begin, the end of its prompt.
+    An example is a dict with "image" (a PIL image or a path) and "text" (the question). If `answers` is set, it also
+    has "answer": the answer text, or None if it is unknown and only the teachers provide a target. A batch is the
+    processor's output, padded on the left. With answers it also has "labels" (B, T): the tokens of the answer and of
+    the end of its turn, -100 elsewhere. If some answers are None, it has "distill_only" (B, T) bool: True at the last
+    token of their prompts.
 
     Args:
-        processor: of images and text, as AutoProcessor.from_pretrained gives.
-        answers: whether the answers belong into the batch.
+        processor: for images and text, as AutoProcessor.from_pretrained returns it.
+        answers: whether the batch includes the answers.
         instruction: text after every question, separated by a space, as in `GenerationOptions.instruction`.
 
     Raises:
-        ValueError: if the processor has no tokenizer, or that has neither pad nor eos token; while batching, for an
-            image that does not decode, an example that lacks image, text or answer, one of another kind, or a text with
-            a mark of an image that is neither first nor last.
+        ValueError: if the processor has no tokenizer, or the tokenizer neither pad nor eos token; while batching, for
+            an image that cannot be decoded, an example without image, text or answer, an example that is not a dict, or
+            a text with an image placeholder that is neither first nor last.
     """
 
     processor: Any
@@ -70,13 +71,13 @@ class QuestionCollator:
         return batch
 
     def text_of(self, number: int, example: Mapping[str, Any]) -> str:
-        """The question of an example, as it is asked, after a look at what the example holds."""
+        """Check an example, and return its question with the instruction."""
         where = f"example {number} of the batch"
         if not isinstance(example, Mapping):
             raise ValueError(f"{where} is a {type(example).__name__}, expected a dict with 'image' and 'text'")
         for name in ("image", "text", *(("answer",) if self.answers else ())):
             if name not in example:
-                hint = ": give it one, or None if a teacher is to give it" if name == "answer" else ""
+                hint = ": pass a text, or None if only the teachers provide a target" if name == "answer" else ""
                 raise ValueError(f"{where} has no {name!r}, only {', '.join(map(str, example))}{hint}")
         text = example["text"]
         if not isinstance(text, str):
@@ -84,10 +85,10 @@ class QuestionCollator:
         text = without_mark(f"{where}: text", text)
         found = next((mark for mark in image_marks(self.processor) if mark in text), None)
         if found:
-            raise ValueError(f"{where}: text holds {found}, by which the model finds its image: {shown(text)}")
+            raise ValueError(f"{where}: text contains {found}, the model's own image placeholder: {shown(text)}")
         if self.answers and not isinstance(example["answer"], str | None):
             raise ValueError(
-                f"{where}: answer is {shown(example['answer'])}, expected a text, or None if nobody knows it"
+                f"{where}: answer is {shown(example['answer'])}, expected a text, or None if it is unknown"
             )
         return with_instruction(text, self.instruction)
 
@@ -100,9 +101,9 @@ class QuestionCollator:
     def labels(
         self, batch: Mapping[str, Any], asked: list[str], answered: list[str], answers: list[str | None]
     ) -> torch.Tensor:
-        """(B, T): the last tokens of each conversation, as many as it has beyond its prompt.
+        """(B, T): the last tokens of each conversation, those after its prompt.
 
-        They are counted in the texts, where an image is one token: all of its tokens stand in the prompt.
+        They are counted in the texts, where an image is one token. All tokens of an image are in the prompt.
         """
         ids = batch["input_ids"]
         labels = ids.new_full(ids.shape, IGNORE_INDEX)
@@ -127,7 +128,7 @@ class Questions:
         answers: whether the examples have answers, the labels "Yes" and "No".
 
     Raises:
-        ValueError: something that is no Question, or a question without the label that `answers` needs.
+        ValueError: an element of another type, or a question without the label that `answers` needs.
     """
 
     questions: Sequence[Question]
@@ -139,7 +140,7 @@ class Questions:
             if not isinstance(question, Question):
                 raise ValueError(f"question {number} is a {type(question).__name__}, expected a Question of pope")
             if self.answers and question.label is None:
-                raise ValueError(f"{question.place or number}: the question has no label, which is to be its answer")
+                raise ValueError(f"{question.place or number}: the question has no label, which answers=True needs")
 
     def __len__(self) -> int:
         return len(self.questions)

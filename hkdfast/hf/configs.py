@@ -57,7 +57,7 @@ FINGERPRINT = (
 NOT_IN_FINGERPRINT = ("tile_memory", "backend", "keep_checkpoints", "yes_rate", "attn_implementation")
 NO_LOGITS = "no logits exist, and the logged metrics are means over answer positions"
 CASTS = "it casts the model's weights in place, a teacher's too: load the model in that dtype"
-# options of TrainingArguments that would be ignored or would not work: refused unless they have their default value
+# options of TrainingArguments that would be ignored or do not work: refused unless they have their default value
 UNREAD = {
     "label_smoothing_factor": "the distributions of the teachers already smooth the target",
     "neftune_noise_alpha": "a frozen embedding gets no noise, and the teacher would not see the noise of the student",
@@ -306,7 +306,7 @@ class CoupledConfig(StudentArguments, TrainingArguments):
         return at_or_last(self.learning_rates, place) if self.learning_rates else self.learning_rate
 
     def check_places(self, count: int) -> None:
-        """Refuse more numbers than there are models, or stages, of which there is one less."""
+        """Refuse lists that are longer than the number of models, or of stages (one less)."""
         model, stage = ("model", count), ("stage", count - 1)
         limits = {"hard_weight": model, "learning_rates": model, "stage_weights": stage, "stage_epochs": stage}
         for name, (what, most) in limits.items():

@@ -1,4 +1,4 @@
-"""Several models in one training: what the pyramid's stages and the ternary refinement share."""
+"""Train several models together: the common part of the pyramid's stages and the ternary refinement."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ from .trainer import RowMeanTrainer
 
 
 class CoupledModels(torch.nn.Module):
-    """Models and their loss as one module, so that whatever wraps it (DDP, autocast) sees all that is used.
+    """Models and their loss as one module, so that a wrapper (DDP, autocast) sees all parameters that are used.
 
     Args:
         models: {role: model}, in the order of the loss's models.
@@ -45,7 +45,7 @@ class CoupledModels(torch.nn.Module):
         return self.loss(self.functions, batch, num_items)
 
     def verify(self, batch):
-        """See that the heads are what they seem. Not in forward: autocast would keep what it casts without gradient."""
+        """Verify the heads. Not in forward: autocast would cache weights that it casts without gradient."""
         for model, head in zip(self.models.values(), self.heads, strict=True):
             if not head.verified:
                 head.verify(model, batch)
@@ -68,7 +68,7 @@ class CoupledModels(torch.nn.Module):
 
 
 class CoupledTrainer(RowMeanTrainer):
-    """Trainer of CoupledModels: a learning rate, a gradient norm and a folder for each model that learns.
+    """Trainer of CoupledModels: a learning rate, a gradient norm and a folder for each trained model.
 
     Args:
         models: {role: model}.
@@ -77,12 +77,12 @@ class CoupledTrainer(RowMeanTrainer):
         rates: {role: learning rate}.
         title: of the progress bar.
         log_extra: dict that is added to every entry of the log.
-        manifest: what decides the result, for `run_state.start_or_resume`; None: output_dir is not checked.
+        manifest: all that determines the result, for `run_state.start_or_resume`; None: output_dir is not checked.
         data_collator: default: QuestionCollator(processing_class, answers=True), if that is a processor.
         others: as in Trainer.
 
     Raises:
-        ValueError: on models that are one object, a head with fewer words than the tokenizer, FSDP or DeepSpeed.
+        ValueError: on a model that occurs twice, a head with fewer tokens than the tokenizer, FSDP or DeepSpeed.
     """
 
     model: CoupledModels
@@ -103,10 +103,10 @@ class CoupledTrainer(RowMeanTrainer):
         **others,
     ):
         if len({id(model) for model in models.values()}) < len(models):
-            raise ValueError(f"the models {', '.join(models)} must be different objects: one stands at two places")
+            raise ValueError(f"the models {', '.join(models)} must be different objects: one occurs twice")
         check_apart(models, args.roles())
         if args.learning_rates and others.get("optimizers", (None, None))[0] is not None:
-            raise ValueError("learning_rates are not read with an optimizer that is given: set the rates of its groups")
+            raise ValueError("learning_rates are ignored with your own optimizer: set the rates of its groups")
         if data_collator is None and hasattr(processing_class, "tokenizer"):
             data_collator = QuestionCollator(processing_class, answers=True)
         check_heads(models, processing_class)
@@ -116,15 +116,15 @@ class CoupledTrainer(RowMeanTrainer):
         if title and self.pop_callback(ProgressCallback):
             self.add_callback(TitledBar(title))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed split weights that the coupled loss reads whole: use DDP")
+            raise ValueError("FSDP and DeepSpeed shard weights that the coupled loss needs whole: use DDP")
 
     def train(self, resume_from_checkpoint=None, **others):
-        """Trainer.train. True for resume_from_checkpoint takes the last checkpoint that is whole; one that stands at
-        the end is loaded, and nothing trained: then None is returned. ValueError if it is of another run, or a
-        fresh one finds checkpoints of another in its output_dir."""
+        """Trainer.train. resume_from_checkpoint=True resumes from the last complete checkpoint. A checkpoint at the end
+        of its training is loaded without further training, and None is returned. ValueError if the checkpoint belongs
+        to another run, or a new run finds checkpoints of another run in its output_dir."""
         for role in self.model.learning:
             if isinstance(self.model.models[role], PeftModel):
-                check_adapter(self.model.models[role], shared=False)  # what is trained may be another since
+                check_adapter(self.model.models[role], shared=False)  # the caller may have changed requires_grad
         checkpoint = run_state.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
         self.check_room()
         if self.manifest is not None:
@@ -145,7 +145,7 @@ class CoupledTrainer(RowMeanTrainer):
         return (value, {"loss": value}) if return_outputs else value
 
     def without_copies(self, inputs):
-        """The batch with no labels where `counted` counts no rows."""
+        """The batch without labels at the rows of repeated examples, see `counted`."""
         out = ~self.counted(torch.ones_like(inputs["input_ids"], dtype=torch.bool))
         nothing = {"labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "distill_only": False}
         masked = {name: inputs[name].masked_fill(out, x) for name, x in nothing.items() if inputs.get(name) is not None}
@@ -178,21 +178,21 @@ class CoupledTrainer(RowMeanTrainer):
         return self.clip(float("inf")) if grad_norm is None else grad_norm
 
     def clip(self, largest):
-        """Clip the gradient of each model by itself: the norm of one must not scale another. Returns that of all."""
+        """Clip the gradient of each model separately, so that none scales another. Returns the total norm."""
         self.accelerator.unscale_gradients()
         for role in self.model.learning:
             norm = torch.nn.utils.clip_grad_norm_(self.model.models[role].parameters(), largest)
             self.grad_norms[role] = norm.to(self.args.device)  # without gradients it is on the CPU
         return torch.stack(list(self.grad_norms.values())).norm()
 
-    # each model its own folder. Trainer has no public hook for what a checkpoint holds: these stand in its way.
+    # each model has its own folder. Trainer has no public hook for the content of a checkpoint, hence these overrides.
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:
             self.save_models(output_dir or self.args.output_dir)
 
     def save_models(self, folder):
-        """Every model that learns as an ordinary folder of its role in this one, with the processor."""
+        """Save every trained model, with the processor, as an ordinary Hugging Face folder named by its role."""
         for role in self.model.learning:
             save_model(self.model.models[role], Path(folder) / role, self.processing_class)
 
@@ -204,7 +204,7 @@ class CoupledTrainer(RowMeanTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def finish(self):
-        """Save the models in output_dir, and then that they are finished; checkpoints go unless they are to be kept."""
+        """Save the models in output_dir, mark the training as finished, and delete checkpoints unless they are kept."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.save_models(self.args.output_dir)
@@ -235,7 +235,7 @@ def save_model(model, folder, processor=None):
 
 
 def restore(model, folder):
-    """Weights from a folder that `save_model` wrote into a model like the one that was saved."""
+    """Load the weights of a folder that `save_model` wrote into a model of the same kind."""
     if isinstance(model, PeftModel):
         fill_adapter(model, folder)
     else:

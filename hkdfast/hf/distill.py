@@ -1,4 +1,4 @@
-"""Distillation from one teacher or several as a Trainer, and as a mixin for a Trainer of one's own."""
+"""Distillation from one teacher or several as a Trainer, and as a mixin for your own Trainer."""
 
 from dataclasses import replace
 from typing import Any
@@ -80,8 +80,8 @@ class DistillMixin(RowMeanMixin):
         answers, labels = answer_rows(inputs)
         if labels is None:
             raise ValueError(
-                "the batch has no labels: -100 marks what is not to be learned, e.g. by DataCollatorForSeq2Seq; "
-                "distill_only (B, T) bool marks positions whose next token is unknown"
+                "the batch has no labels: use a collator that sets them, e.g. DataCollatorForSeq2Seq, with -100 at "
+                "positions without a loss; distill_only (B, T) bool marks positions whose next token is unknown"
             )
         rows = self.counted(answers)
         labels = labels[rows[answers]]
@@ -181,7 +181,7 @@ class TeacherCollator:
     def __call__(self, examples):
         named = [TEACHER_ID in each if hasattr(each, "keys") else False for each in examples]
         if self.names == [None] and any(named):
-            raise ValueError("an example has a teacher_id, but there is one teacher: pass a dict of teachers")
+            raise ValueError("an example has a teacher_id, but there is a single teacher: pass a dict of teachers")
         if not any(named):
             batch = self.collator(examples)
             if self.names != [None] and TEACHER_ID not in batch:
@@ -252,7 +252,7 @@ class DistillTrainer(DistillMixin, Trainer):
         names = [name for name in model_names([model, *named.values()]) if name and name != teachers.SELF]
         processing_class = check_family(names, processing_class)
         if data_collator is not None and getattr(args, "max_length", None) is not None:
-            raise ValueError("max_length is read by the default collator of text only: cut in your data_collator")
+            raise ValueError("max_length is used by the default text collator only: truncate in your data_collator")
         if isinstance(args, DistillArguments):
             if model_names([model])[0]:
                 model = load_model(model, args.dtype)
@@ -272,11 +272,11 @@ class DistillTrainer(DistillMixin, Trainer):
         check_heads({"the model": self.model} | heads, processing_class)
 
     def train(self, resume_from_checkpoint: Any = None, **others: Any) -> Any:
-        """Trainer.train. True for resume_from_checkpoint takes the last checkpoint that is whole; one at the end of its
-        training is loaded, and nothing trained: then None is returned."""
+        """Trainer.train. resume_from_checkpoint=True resumes from the last complete checkpoint. A checkpoint at the end
+        of its training is loaded without further training, and None is returned."""
         if isinstance(self.model, PeftModel):
             shared = any(isinstance(one, teachers.BaseTeacher) for one in self.teachers.values())
-            check_adapter(self.model, shared=shared)  # what is trained may be another since
+            check_adapter(self.model, shared=shared)  # the caller may have changed requires_grad
         checkpoint = run_state.checkpoint_of(self.args.output_dir, resume_from_checkpoint)
         self.check_room()
         if checkpoint and self.restore_if_finished(checkpoint):

@@ -1,4 +1,4 @@
-"""Models of one family: loading them by name, and whether one batch means the same to all."""
+"""Load models of one family by name, and check that one batch has the same meaning for all."""
 
 import copy
 from contextlib import nullcontext
@@ -14,17 +14,17 @@ from .adapter import adapted, check_adapter, seed_lora_config
 from .head import LanguageHead, unwrap_peft
 from .loading import base_of, is_adapter, reading, reason
 
-# of an image processor: what it is called says nothing about the pixels it makes
+# fields of an image processor that only name its class and do not change its pixels
 KINDS = ("image_processor_type", "processor_class", "auto_map")
 
 
 def model_names(models):
-    """The folder or Hub name of each model that is given by one, None for each that is an object."""
+    """For each model its folder or Hub name, or None if it is an object."""
     return [str(model) if isinstance(model, (str, Path)) else None for model in models]
 
 
 def absolute_names(names):
-    """The same with folders as absolute paths, which mean the same wherever a run is resumed from."""
+    """The names with folders as absolute paths, so that a run can be resumed from any working directory."""
     return [absolute(name) for name in names]
 
 
@@ -97,7 +97,7 @@ def loaded(name, load):
 
 
 def prepare_for_training(model, args, peft_config=None, shared=False):
-    """The model as it is trained: its frozen weights frozen, with a LoRA adapter if one is asked for.
+    """Prepare a model for training: freeze weights, and add a LoRA adapter if the options say so.
 
     Args:
         model: a Hugging Face model, or a PEFT model, whose own adapter is trained.
@@ -107,15 +107,15 @@ def prepare_for_training(model, args, peft_config=None, shared=False):
 
     Raises:
         ValueError: if there is no head, nothing to train, an adapter on an adapter, weights outside an adapter that
-            would be trained and not saved with it, or a text of args.frozen that is in the name of no weight.
+            would be trained and not saved with it, or a text of args.freeze that is in the name of no weight.
     """
     LanguageHead(model)
     names = [name for name, _ in unwrap_peft(model).named_parameters()]
     for text in args.freeze or ():
         if not any(text in name for name in names):
-            raise ValueError(f"frozen: {text!r} is in the name of no weight of {type(unwrap_peft(model)).__name__}")
+            raise ValueError(f"freeze: {text!r} is in the name of no weight of {type(unwrap_peft(model)).__name__}")
     if not isinstance(model, PeftModel) and (peft_config is not None or args.lora_r is not None):
-        set_seed(args.seed)  # the adapter starts from the same numbers in every process and every run
+        set_seed(args.seed)  # the adapter starts with the same weights in every process and every run
         lora = {"alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
         # PEFT writes the model's name into the configuration, which may be that of other models too
         config = copy.deepcopy(peft_config) or seed_lora_config(model, r=args.lora_r, **lora)
@@ -133,7 +133,7 @@ def prepare_for_training(model, args, peft_config=None, shared=False):
 
 
 def check_family(names, processor=None):
-    """The processor that makes the batches of these models, after a look that it means the same to all of them.
+    """The processor for the batches of these models, after a check that it fits all of them.
 
     Args:
         names: folders or Hub names.
@@ -159,7 +159,7 @@ def check_family(names, processor=None):
 
 
 def check_words(first, second):
-    """Two (name, processor or tokenizer) number the same words the same way."""
+    """Refuse two (name, processor or tokenizer) whose vocabularies differ."""
     one, two = (getattr(processor, "tokenizer", processor).get_vocab() for _, processor in (first, second))
     differ = sorted(word for word in one.keys() | two.keys() if one.get(word) != two.get(word))
     if differ:
@@ -172,7 +172,7 @@ def check_words(first, second):
 
 
 def check_pixels(first, second):
-    """Two (name, processor) make the same pixels of an image, as far as both tell."""
+    """Refuse two (name, processor) that process images differently, as far as their configurations show."""
     made = [getattr(processor, "image_processor", None) for _, processor in (first, second)]
     if None in made:
         return
@@ -206,16 +206,18 @@ def check_apart(models, roles=None):
 
 
 def check_heads(models, processor):
-    """Every head of {name: model} has a word for each of the tokenizer's."""
+    """Refuse a head of {name: model} with fewer tokens than the tokenizer."""
     tokenizer = getattr(processor, "tokenizer", processor)
     if not hasattr(tokenizer, "get_vocab"):
         return
     for name, model in models.items():
         words = len(LanguageHead(model).base().weight)
         if words < len(tokenizer):
-            raise ValueError(f"the head of {name} has {words} words, the tokenizer {len(tokenizer)}: another family")
+            raise ValueError(
+                f"the head of {name} has {words} tokens, fewer than the tokenizer's {len(tokenizer)}: another family"
+            )
 
 
 def free_memory():
-    """Collect what is no longer used and return the device's cached memory, so that the next model has room."""
+    """Collect garbage and release the device's cached memory, to make room for the next model."""
     clear_device_cache(garbage_collection=True)

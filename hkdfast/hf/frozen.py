@@ -1,4 +1,4 @@
-"""What is not trained stays as it is: modes of frozen modules, weights and buffers that no adapter saves."""
+"""Keep frozen modules unchanged: their training mode, and weights and buffers that no adapter saves."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +15,7 @@ SAVE = 'freeze it, or name its module in modules_to_save of the adapter\'s confi
 
 
 def adapters_own(model):
-    """The ids of the parameters that are the adapters' own, with which a PEFT model without them does not compute."""
+    """The ids of the adapters' own parameters, which a PEFT model with disabled adapters does not use."""
     own = set()
     for module in model.modules():
         if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
@@ -57,11 +57,11 @@ def plain_name(name):
 
 
 def settle(model):
-    """Put what is trained into training mode, and every other module into evaluation mode.
+    """Put trained modules into training mode, and all others into evaluation mode.
 
-    A module is trained if a parameter below it is. One without parameters (dropout, an activation) is in the mode of
-    the module around it; unless it has buffers that no adapter saves, as the running statistics of a normalization.
-    Frozen layers that transformers checkpoints stay checkpointed, see FrozenCheckpoint.
+    A module is trained if a parameter in it is. A module without parameters (dropout, an activation) gets the mode of
+    its parent, unless it has buffers that no adapter saves, such as the running statistics of a normalization. Frozen
+    layers with gradient checkpointing keep it, see FrozenCheckpoint.
 
     Args:
         model: a PEFT model, or another, all of whose buffers are saved.
@@ -99,8 +99,8 @@ def stays_checkpointed(layer):
 class FrozenCheckpoint:
     """A layer's checkpointing function, inside which the layer is in evaluation mode if nothing in it is trained.
 
-    transformers checkpoints layers in training mode only, but gradients pass through frozen layers too, and what they
-    keep for the backward pass is as large as that of others. So they are marked as training on the outside.
+    transformers checkpoints layers in training mode only. Gradients also pass through frozen layers, which save as many
+    activations for backward as others do. So frozen layers are marked as training, but run in evaluation mode.
     """
 
     def __init__(self, layer, checkpoint):
@@ -120,7 +120,7 @@ class FrozenCheckpoint:
 
 @contextmanager
 def flags_kept(model):
-    """PEFT sets requires_grad of all adapter weights where it switches an adapter on: it comes back as it was."""
+    """Restore requires_grad of all weights. PEFT changes it when it enables an adapter."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -132,7 +132,7 @@ def flags_kept(model):
 
 @contextmanager
 def buffers_kept(model):
-    """See that a run of a PEFT model in training mode changes no buffer that its adapter does not save.
+    """Check that a run of a PEFT model in training mode changes no buffer that its adapter does not save.
 
     Raises:
         ValueError: naming the first that changed.

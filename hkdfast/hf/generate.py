@@ -1,4 +1,4 @@
-"""Ask a vision-language model the questions of a file about their images, and keep the answers as POPE's scripts do."""
+"""Generate a vision-language model's answers to questions about images, in the file format of POPE's scripts."""
 
 import hashlib
 import json
@@ -39,15 +39,15 @@ def load(
         adapter: folder with adapter_config.json, or None.
         device: torch device; None takes a GPU if there is one.
         dtype: "auto" (as the weights are saved), "float32", "bfloat16" or "float16".
-        attn_implementation: as in from_pretrained; None: the one that transformers chooses.
+        attn_implementation: as in from_pretrained; None: transformers chooses.
 
     Raises:
         OSError: no model or processor under that name.
         ImportError: an attention that is not installed.
         FileNotFoundError: no adapter in that folder.
-        ValueError: no such device; a model that answers nothing about images, or whose processor reads none; damaged
-            files, weights that are missing or fit nothing, of the model or its adapter; an adapter made of virtual
-            tokens, or of another task; a chat template that shows no image. Each names what it is about.
+        ValueError: an unknown device; a model or processor that does not support images; damaged files; missing or
+            unexpected weights of the model or its adapter; an adapter of virtual tokens or for another task; a chat
+            template without an image. The message names the file or folder.
     """
     device = devices.find(device)
     if adapter is not None:
@@ -68,45 +68,47 @@ def load(
 
 
 def check_images(questions: Iterable[Any], folder: str | PathLike[str], progress: bool = True) -> None:
-    """Decode every image once, so that a broken one is known before a model is loaded and half the answers are made."""
+    """Decode every image once, so that a broken one is reported before a model is loaded."""
     names = dict.fromkeys(question.image for question in questions)
     for name in tqdm(names, desc="images", unit="image", disable=None if progress else True, leave=False):
         read_image(Path(folder).expanduser() / name)
 
 
 def check_texts(processor: Any, texts: Sequence[tuple[str, str]]) -> None:
-    """See that the processor takes every question, before the first is asked.
+    """Check that the processor accepts every question, before the first answer.
 
     Args:
-        texts: list of (what an error begins with, text).
+        texts: list of (prefix of an error message, text).
 
     Raises:
-        ValueError: a text with a mark of the processor's own for images, or that its template or tokenizer stumbles
-            over; names it.
+        ValueError: naming a text that contains the processor's own image placeholder, or that its template or tokenizer
+            does not accept.
     """
     marks = image_marks(processor)
     for where, text in texts:
         found = next((mark for mark in marks if mark in text), None)
         if found:
-            raise ValueError(f"{where} holds {found}, by which the model finds its image: {jsonl.shown(text)}")
+            raise ValueError(f"{where} contains {found}, the model's own image placeholder: {jsonl.shown(text)}")
     usual = placeholders(processor, ["Is there a cat?"])[0]
     counts: Sequence[int | None]
     try:
         counts = placeholders(processor, [text for _, text in texts])
-    except Exception:  # of one of them: which one is found below
+    except Exception:  # raised for one of the texts, which is found below
         counts = [None] * len(texts)
     for (where, text), count in zip(texts, counts, strict=True):
         if count is None:
             try:
                 count = placeholders(processor, [text])[0]
-            except Exception as error:  # templates and tokenizers raise whatever they stumble over
-                raise ValueError(f"{where}: the processor does not take {jsonl.shown(text)}: {error}") from error
+            except Exception as error:  # templates and tokenizers raise errors of any type
+                raise ValueError(f"{where}: the processor does not accept {jsonl.shown(text)}: {error}") from error
         if count != usual:
-            raise ValueError(f"{where} makes {count} images of its one: {jsonl.shown(text)}")
+            raise ValueError(
+                f"{where} gives a prompt with {count} image placeholders, expected {usual}: {jsonl.shown(text)}"
+            )
 
 
 def placeholders(processor: Any, texts: list[str]) -> list[int]:
-    """How many tokens of each prompt stand for an image or another medium."""
+    """The number of placeholder tokens for images, videos and audio in each prompt."""
     names = ("image_token_id", "video_token_id", "audio_token_id")
     media = [token for name in names if (token := getattr(processor, name, None)) is not None]
     rows = processor.tokenizer(prompts(processor, texts)).input_ids
@@ -114,7 +116,7 @@ def placeholders(processor: Any, texts: list[str]) -> list[int]:
 
 
 def encode(processor: Any, texts: list[str], images: list[Any]) -> Any:
-    """Model inputs for one image and one text each, padded on the left: generation continues where the prompt ends."""
+    """Model inputs for one text and one image each, padded on the left for generation."""
     return tokenize(processor, prompts(processor, texts), images)
 
 
@@ -140,7 +142,7 @@ def tokenize(processor: Any, written: list[str], images: list[Any]) -> Any:
 
 @contextmanager
 def plain_generation(model: Any, tokenizer: Any) -> Iterator[None]:
-    """Only the special tokens of the model's generation config: its penalties and top-k would bias the comparison."""
+    """Use only the special tokens of the model's generation config: its penalties and top-k would bias a comparison."""
     kept = model.generation_config
     ends = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
     pad = next(
@@ -188,7 +190,7 @@ def answer_file(
     resume: bool = False,
     progress: bool = True,
 ) -> list[str]:
-    """Answer every question and write the answers, in the format of VCD's scripts, to a file that appears when whole.
+    """Answer every question, and write the answers in the format of VCD's scripts to a file that appears when complete.
 
     Args:
         model, processor: as `load` gives them.
@@ -197,9 +199,9 @@ def answer_file(
         path: the JSON-lines file to write. Until it is complete, finished lines are in `path` with ".partial" added.
         decoding: GenerationOptions.
         name: model_id of each line.
-        resume: take over the answers of a run that was stopped, or that is whole, if questions, name and decoding are
-            the same; the answers are those of an uninterrupted run. Weights that changed under the name go unnoticed.
-        progress: show a bar.
+        resume: reuse the answers of a stopped or complete run if questions, name and decoding are the same. The result
+            is that of an uninterrupted run. A change of the weights under the same name is not detected.
+        progress: show a progress bar.
 
     Returns:
         list of str, the answers.
@@ -231,20 +233,20 @@ def resumable_jsonl(
     resume: bool = False,
     progress: bool = True,
 ) -> Iterator[tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], None]]]:
-    """Lines to be filled in, batch by batch, in a JSON-lines file that appears when all are.
+    """Write a JSON-lines file batch by batch. The file appears when all lines are complete.
 
     Until then finished lines are in `path` with ".partial" added.
 
     Args:
         path: the file.
-        lines: list of dicts as they will be written, None in their blanks.
+        lines: list of dicts as they will be written, with None in the fields to fill in.
         blanks: names of the fields to fill in.
-        size: lines of a batch. What a resumed run finds of an unfinished batch is done again.
-        resume: take over what an earlier run left, as far as its lines are these but for the blanks.
-        progress: show a bar.
+        size: lines per batch. A resumed run repeats an unfinished batch.
+        resume: reuse the lines of an earlier run, as long as they equal `lines` except for the blanks.
+        progress: show a progress bar.
 
     Yields:
-        (list of the lines that are done, which grows; function from a list of dicts of blanks to write the next ones).
+        (list of the finished lines, which grows; function that writes the next lines from a list of dicts of blanks).
     """
     path = Path(path).expanduser()
     partial = path.with_name(path.name + ".partial")
@@ -274,7 +276,7 @@ def resumable_jsonl(
 
 
 def reusable_lines(path: Path, lines: list[dict[str, Any]], blanks: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines that an earlier run left in `path`, as far as they are those expected."""
+    """The lines of an earlier run in `path`, up to the first one that differs from the expected lines."""
     if not path.is_file():
         return []
     kept = []

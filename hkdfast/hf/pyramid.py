@@ -84,7 +84,7 @@ class PyramidTrainer:
             raise ValueError("each stage has its own optimizer: pass optimizer_cls_and_kwargs instead of optimizers")
         objects = [id(model) for model in models if not isinstance(model, (str, Path))]
         if len(set(objects)) < len(objects):
-            raise ValueError("a model stands twice in the chain: each place needs an object of its own, or a name")
+            raise ValueError("a model occurs twice in the chain: pass different objects, or names")
         check_apart({f"model {place}": model for place, model in enumerate(models, 1)})
         args.check_places(len(models))
         self.adapters, self.names = adapters_of(peft_config, len(models)), model_names(models)
@@ -134,7 +134,7 @@ class PyramidTrainer:
             self.history += self.run(stage, teacher, student, resume_from_checkpoint)
             teacher = student
             del student
-            gc.collect()  # a Trainer and its parts hold each other, and the model before
+            gc.collect()  # a Trainer and its parts refer to each other, and keep the last model alive
         self.model = teacher
         return self.model
 
@@ -149,11 +149,16 @@ class PyramidTrainer:
     def finished_stages(self, resume: bool | None) -> list[dict[str, Any]]:
         """What `finish` wrote of the stages that are finished, in their order."""
         if resume not in (True, False, None):
-            raise ValueError(f"resume_from_checkpoint must be True or False, got {resume!r}: output_dir says how far")
+            raise ValueError(
+                f"resume_from_checkpoint must be True or False, got {resume!r}: a pyramid resumes from its output_dir"
+            )
         output_dir = Path(str(self.args.output_dir))
         begun = [str(folder) for folder in sorted(output_dir.glob("stage-*")) if run_state.has_training(folder)]
         if begun and not resume:
-            raise ValueError(f"{begun[-1]} has been trained in: resume it, or name another output_dir")
+            raise ValueError(
+                f"{begun[-1]} already holds a training run: pass resume_from_checkpoint=True or choose another "
+                "output_dir"
+            )
         if resume and not output_dir.is_dir():
             raise ValueError(f"nothing to resume: no folder {output_dir}")
         for stage in range(1, self.stages + 1):
@@ -169,11 +174,13 @@ class PyramidTrainer:
         ]
         if late:
             missing = self.folder(len(done) + 1)
-            raise ValueError(f"{late[0]} has been trained in, but {missing} is not finished: name another output_dir")
+            raise ValueError(
+                f"{late[0]} already holds a training run, but {missing} is not finished: choose another output_dir"
+            )
         return done
 
     def manifest(self, stage: int) -> dict[str, Any]:
-        """What decides the result of a stage, for `run_state.start_or_resume`."""
+        """All that determines the result of a stage, for `run_state.start_or_resume`."""
         adapters = [adapter and adapter.to_dict() for adapter in self.adapters]
         chain = {"stage": stage, "models": absolute_names(self.names), "peft_config": adapters}
         return chain | self.args.of_stage(stage).fingerprint()
@@ -184,11 +191,11 @@ class PyramidTrainer:
         return bool(place) or args.roles()["teacher"]
 
     def load_stage_model(self, place: int, done: int) -> Any:
-        """The model in this place of the chain, from 0, as the first `done` stages have left it."""
+        """The model at this index of the chain, after the first `done` stages."""
         if self.names[place]:
             model = load_model(self.names[place], self.args.dtype)
         else:
-            model, self.given[place] = self.given[place], None  # so that nothing here outlives its stages
+            model, self.given[place] = self.given[place], None  # no model is kept longer than its stages
         set_attention(model, self.args.attn_implementation)
         if self.is_trained(place, self.args):
             model = prepare_for_training(model, self.args, self.adapters[place])

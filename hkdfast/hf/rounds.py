@@ -11,24 +11,24 @@ from .adapter import adapter_state, check_adapter, merge_and_reset, save_adapter
 from .loading import fill_adapter, reading
 from .trainer import RowMeanTrainer
 
-ROUNDS = "rounds"  # folder beside a saved adapter: what each round has learned, where there was more than one
-HISTORY = "history.json"  # in it: what earlier rounds have logged
+ROUNDS = "rounds"  # folder beside a saved adapter with the adapter of each round, if there was more than one
+HISTORY = "history.json"  # in it: the log of earlier rounds
 
 
 class RoundsTrainer(RowMeanTrainer):
     """Trainer of a PEFT model that runs `args.rounds` trainings, each with its own optimizer, schedule and checkpoints.
 
-    Between rounds the adapter is merged into the weights below it and starts anew. What is saved is the sum of all
-    rounds: one PEFT adapter on the original model.
+    Between rounds the adapter is merged into the base weights and reset. The saved adapter is the sum of all rounds:
+    one PEFT adapter on the original model.
     """
 
     round = 1  # the one that is trained
 
     def __init__(self, *args, **others):
         super().__init__(*args, **others)
-        self.states, self.history = [], []  # of the rounds before this one: what they learned and logged
+        self.states, self.history = [], []  # adapters and logs of earlier rounds
         if self.args.rounds > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(f"rounds={self.args.rounds} merges whole weights, which FSDP and DeepSpeed split: use DDP")
+            raise ValueError(f"rounds={self.args.rounds} merges whole weights, which FSDP and DeepSpeed shard: use DDP")
 
     def train(self, resume_from_checkpoint=None, **others):
         """Train all rounds, or from a checkpoint on those that are left.
@@ -41,13 +41,13 @@ class RoundsTrainer(RowMeanTrainer):
             TrainOutput of the last round; None if the checkpoint is at its end.
 
         Raises:
-            ValueError: no whole checkpoint to resume, one of another run (the first difference is named), or a fresh
-                training where another has left checkpoints.
+            ValueError: no complete checkpoint to resume from, a checkpoint of another run (the first difference is
+                named), or a new training in a folder with checkpoints.
         """
         if self.states:
-            raise ValueError("the model has been through its rounds: make a new trainer for more")
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which hold parts of the weights
-            check_adapter(self.model, self.args.rounds)  # what is trained may be another since
+            raise ValueError("all rounds have been trained: make a new trainer for more")
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they shard the weights
+            check_adapter(self.model, self.args.rounds)  # the caller may have changed requires_grad
         output_dir, result = self.args.output_dir, None
         checkpoint = run_state.checkpoint_of(output_dir, resume_from_checkpoint)
         self.check_room()
@@ -83,7 +83,7 @@ class RoundsTrainer(RowMeanTrainer):
         """The student becomes the next teacher, with a new adapter."""
         self.states.append(adapter_state(self.model))
         self.history = self.history + self.state.log_history
-        set_seed(self.args.seed + self.round)  # the adapter starts from the same numbers in every process and every run
+        set_seed(self.args.seed + self.round)  # the adapter starts with the same weights in every process and every run
         merge_and_reset(self.model)
 
     def load_round(self, checkpoint):
@@ -92,19 +92,19 @@ class RoundsTrainer(RowMeanTrainer):
             state = load_file(folder / f"{self.round}.safetensors")
         fill_adapter(self.model, folder, state)
 
-    # Trainer has no public hook for what a checkpoint holds: these stand in the way of its own.
+    # Trainer has no public hook for the content of a checkpoint, hence these overrides.
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if round_of(resume_from_checkpoint) > 1:
             self.load_round(resume_from_checkpoint)
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which hold parts of the weights
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they shard the weights
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:  # Trainer warns of weights that fit nothing and goes on
+        else:  # Trainer only warns of unexpected weights
             fill_adapter(self.model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial=None):
         super()._save_checkpoint(model, trial)
-        if self.args.rounds > 1 and self.args.should_save:  # it holds what earlier rounds have learnt
+        if self.args.rounds > 1 and self.args.should_save:  # Trainer rotates within a round only
             run_state.rotate(Path(self.args.output_dir).parent, self.args.save_total_limit)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -126,7 +126,7 @@ def folders(output_dir, rounds):
 
 
 def round_of(checkpoint):
-    """The round that a checkpoint was made in; 1 for none."""
+    """The round of a checkpoint; 1 for None."""
     return max(1, len(list((Path(checkpoint) / ROUNDS).glob("*.safetensors")))) if checkpoint else 1
 
 

@@ -1,4 +1,4 @@
-"""The folder of a training: what was begun in it, and how far it came."""
+"""The state of a training in its folder: its manifest, its checkpoints, and whether it is finished."""
 
 import hashlib
 import json
@@ -12,32 +12,33 @@ from safetensors import SafetensorError
 
 from ..data import jsonl
 
-RUN = "run.json"  # what decides the result, written before the first step
-DONE = "done.json"  # what a finished training logged, written last
+RUN = "run.json"  # the manifest: all that determines the result, written before the first step
+DONE = "done.json"  # the log of a finished training, written last
 STATE = "trainer_state.json"  # of a checkpoint: Trainer's own, written last
 
 
 def write_manifest(folder, manifest):
-    """Write into a folder, which is made if need be, what decides the result of the training that begins there.
+    """Write the manifest of a training into its folder, which is created if necessary.
 
     Args:
-        manifest: {name: what JSON can hold, or a dict of the same kind}; sets become sorted lists.
+        manifest: {name: value} of all that determines the result; values of JSON, nested dicts, or sets, which become
+            sorted lists.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     write(Path(folder) / RUN, manifest)
 
 
 def check_manifest(folder, manifest):
-    """See that the training that was begun in a folder is this one.
+    """Check that the training in a folder has this manifest.
 
     Raises:
-        ValueError: naming the first difference with both values, or that the folder does not say what was begun there.
+        ValueError: naming the first difference with both values, or a folder without a manifest.
     """
     stored = read(Path(folder) / RUN)
     if stored is None:
-        raise ValueError(f"{folder} cannot be resumed: it has no {RUN} to say what was begun there")
+        raise ValueError(f"{folder} cannot be resumed: it has no {RUN}, which describes the run")
     for name, old, new in differences(stored, json.loads(as_json(manifest))):
-        raise ValueError(f"{folder} is another run, {name} was {old!r} and is {new!r} now: begin in another folder")
+        raise ValueError(f"{folder} is another run: {name} was {old!r} and is {new!r} now; choose another folder")
 
 
 def start_or_resume(folder, manifest, checkpoint=None, save=True):
@@ -46,18 +47,19 @@ def start_or_resume(folder, manifest, checkpoint=None, save=True):
     Args:
         folder: of this training.
         manifest: as in `write_manifest`.
-        checkpoint: to resume from, in this folder or another; None for a fresh training.
+        checkpoint: to resume from, in this folder or another; None for a new training.
         save: whether this process writes.
 
     Raises:
-        ValueError: a checkpoint of another training; or one where another has left in the folder what would be taken
-            for its own, checkpoints or a finished training.
+        ValueError: a checkpoint of another training; or a folder that already has checkpoints or a finished training.
     """
     if checkpoint is not None:
         check_manifest(run_folder(checkpoint), manifest)
     if has_training(folder):
         if checkpoint is None:
-            raise ValueError(f"{folder} has been trained in: resume it, or name another output_dir")
+            raise ValueError(
+                f"{folder} already holds a training run: pass resume_from_checkpoint=True or choose another output_dir"
+            )
         check_manifest(folder, manifest)
     if save:
         sweep(folder)
@@ -65,13 +67,13 @@ def start_or_resume(folder, manifest, checkpoint=None, save=True):
 
 
 def run_folder(checkpoint):
-    """The folder of the training that a checkpoint belongs to, which may have rounds."""
+    """The folder of the training to which a checkpoint belongs; the training may have rounds."""
     folder = Path(checkpoint).absolute().parent
     return folder.parent if re.fullmatch(r"round-\d+", folder.name) else folder
 
 
 def has_training(folder):
-    """Whether a folder holds something to resume from."""
+    """Whether a folder has a complete checkpoint or a finished training."""
     return read_done(folder) is not None or last_checkpoint(folder) is not None
 
 
@@ -85,7 +87,7 @@ def differences(old, new, name=""):
 
 
 def mark_done(folder, results):
-    """Write that the training in a folder is finished."""
+    """Mark the training in a folder as finished."""
     write(Path(folder) / DONE, results)
 
 
@@ -95,7 +97,7 @@ def read_done(folder):
 
 
 def checkpoints(folder):
-    """Those of a training, or of its rounds, in the order in which they were made."""
+    """The checkpoints of a training, or of its rounds, in the order in which they were written."""
     folder, found = Path(folder), {}
     for one in (*folder.glob("checkpoint-*"), *folder.glob("round-*/checkpoint-*")):
         number = re.fullmatch(r"(?:round-(\d+)/)?checkpoint-(\d+)", one.relative_to(folder).as_posix())
@@ -105,8 +107,8 @@ def checkpoints(folder):
 
 
 def rotate(folder, limit):
-    """Remove all checkpoints of a training, or of its rounds, but so many of the last; none for a limit that is None
-    or not above 0. The last one that is whole stays, and with it all that a resumed training reads."""
+    """Delete all but the last `limit` checkpoints of a training, or of its rounds. A limit of None or 0 deletes none.
+    The last complete checkpoint is always kept, because a resumed training needs it."""
     if limit is None or limit <= 0:
         return
     kept = {last_checkpoint(folder), *map(str, checkpoints(folder)[-limit:])}
@@ -116,14 +118,14 @@ def rotate(folder, limit):
 
 
 def sweep(folder):
-    """Remove checkpoints that a stop has left half written or half removed: they would be counted among the last."""
+    """Delete incomplete checkpoints that a stopped run left: `rotate` would count them."""
     for one in checkpoints(folder):
         if not is_whole(one):
             shutil.rmtree(one, ignore_errors=True)
 
 
 def kept(folder):
-    """What a stopped command has left in its folder, as text; None where there is nothing."""
+    """What a stopped command has kept in its folder, as text; None if nothing."""
     folder, found = Path(folder), []
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
@@ -137,21 +139,21 @@ def kept(folder):
 
 
 def last_checkpoint(folder):
-    """The last checkpoint in a folder that is whole: Trainer writes its state last. None if there is none."""
+    """The last complete checkpoint in a folder, or None. Trainer writes the state of a checkpoint last."""
     return next((str(one) for one in reversed(checkpoints(folder)) if is_whole(one)), None)
 
 
 def checkpoint_of(folder, asked):
-    """The checkpoint to resume from: the given one, or with True the last one in the folder; None for neither.
+    """The checkpoint to resume from: the given one, or with True the last one in the folder; None for a new training.
 
     Raises:
-        ValueError: one that is not whole or not there; with True, none in the folder that is whole.
+        ValueError: a checkpoint that is incomplete or missing; with True, a folder without a complete checkpoint.
     """
     if not asked:
         return None
     checkpoint, where = (last_checkpoint(folder), f"in {folder}") if asked is True else (asked, asked)
     if checkpoint is None or not is_whole(Path(checkpoint)):
-        raise ValueError(f"no whole checkpoint {where}")
+        raise ValueError(f"no complete checkpoint {where}")
     return checkpoint
 
 
@@ -174,27 +176,26 @@ def as_json(content):
 
 @contextmanager
 def writing(what):
-    """What a full or failing disk raises in whichever library, as one OSError that says what could not be written."""
+    """Turn the errors that libraries raise for a full or failing disk into one OSError that names the file."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        raise OSError(f"{what} cannot be written: {reason}; what was saved before it is whole") from error
+        raise OSError(f"{what} cannot be written: {reason}; earlier files are complete") from error
 
 
 def digest(file):
-    """What a manifest holds of a file: its content's digest, wherever it lies."""
+    """The digest of a file's content, for a manifest."""
     return "sha256 " + hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
 
 
 def save_whole(trainer, folder, what):
-    """Save the model and the processor of a trainer into a folder, each file as a whole: what is there stays as it is
-    until another is written.
+    """Save the model and the processor of a trainer into a folder. An existing file is replaced only by a complete one.
 
     Args:
-        what: what an error calls it.
+        what: name of the result in error messages.
     """
     draft = Path(folder) / "saving"
     with writing(f"{what} in {folder}"):
@@ -205,7 +206,7 @@ def save_whole(trainer, folder, what):
 
 
 def move(draft, folder):
-    """Let the files of a draft take the places of those in a folder, each as a whole."""
+    """Move the files of a draft into a folder. Each replaces an existing file atomically."""
     draft = Path(draft)
     for file in sorted(each for each in draft.rglob("*") if each.is_file()):
         place = Path(folder) / file.relative_to(draft)
@@ -215,12 +216,12 @@ def move(draft, folder):
 
 
 def write(file, content):
-    """As a whole or not at all."""
+    """Write JSON completely or not at all."""
     part = file.with_name(f"{file.name}.partial")
     part.write_text(as_json(content))
     os.replace(part, file)
 
 
 def read(file):
-    """What JSON a file holds; None where there is none. ValueError for a damaged one, naming it."""
+    """The JSON value of a file, None if there is no file. ValueError, naming the file, if it is damaged."""
     return jsonl.parse(file, file.read_bytes()) if file.is_file() else None

@@ -19,19 +19,18 @@ from .trainer import check_parts
 
 
 class TernaryTrainer(CoupledTrainer):
-    """Trainer of three coupled parties: reconstruction of HKD4VLM's ternary-coupled refinement distillation
+    """Trainer of coupled models: reconstruction of HKD4VLM's ternary-coupled refinement distillation
     (arXiv:2506.13038). The student is meant to come from the pyramid.
 
     Args:
         models: in the order of TernaryConfig.form: [teacher1, teacher2, student] (two_teachers), three models (mutual)
             or [teacher, student] (one_pair); each a folder or Hub name of a model or a PEFT adapter, or a Hugging Face
-            model. Weights of those that do not learn are left asking for no gradient.
+            model. The weights of models that are not trained are left with requires_grad=False.
         args: TernaryConfig.
         data_collator: default: QuestionCollator(processing_class, answers=True).
         train_dataset, eval_dataset, callbacks, optimizers, ...: as in Trainer.
         processing_class: the processor of the batches, saved with the models; default: that of the first name.
-        peft_config: an adapter of the caller's own making for all models that learn, or a list with one or None for
-            each of the models.
+        peft_config: PEFT config of an adapter for all trained models, or a list with one config or None per model.
 
     Raises:
         ValueError: before any work: another number of models than the form couples, a model twice, tokenizers or image
@@ -40,10 +39,10 @@ class TernaryTrainer(CoupledTrainer):
             what it seems, or a buffer that training changes and an adapter does not save.
         OSError: before any work: no model or processor under a name.
 
-    Checkpoints hold each model that learns in a folder of its role; beside them run.json tells what the run is, and one
-    of another run is not resumed: ValueError, naming the first difference. That the data is the same is not checked.
-    save_model(folder) writes the student as an ordinary Hugging Face folder, or a PEFT adapter with lora_r; in mutual
-    form all three, each in a folder of its role.
+    A checkpoint has a folder for each trained model, named by its role. run.json in output_dir describes the run; a
+    checkpoint of another run is refused (ValueError, naming the first difference). Whether the data is the same is not
+    checked. save_model(folder) writes the student as an ordinary Hugging Face folder, or a PEFT adapter with lora_r; in
+    the mutual form all three models, each in a folder of its role.
 
     Logged beside the loss as by PyramidTrainer, e.g. student_divergence_teacher1.
     """

@@ -1,4 +1,4 @@
-"""What the trainers share: a loss that is a mean over answer rows, and its metrics."""
+"""Base of the trainers: a loss that is a mean over answer rows, and its metrics."""
 
 import inspect
 import shutil
@@ -19,37 +19,39 @@ from .frozen import buffers_kept
 from .loading import reading
 from .progress import Progress
 
-# parts of a Trainer that nothing here would read
+# arguments of Trainer that would be ignored
 UNREAD = {
-    "model_init": "it takes a model",
-    "compute_loss_func": "its loss is that of its config's options",
-    "compute_metrics": "it makes no logits, and logs the means over answer positions that its docstring names",
+    "model_init": "it needs a model",
+    "compute_loss_func": "the options of its config define the loss",
+    "compute_metrics": "it makes no logits; it logs the means over answer positions that its docstring names",
     "preprocess_logits_for_metrics": "it makes no logits",
 }
 
 
 def check_parts(args, others, kind=Trainer, unread=UNREAD):
-    """Refuse what a trainer cannot be given, before any work.
+    """Refuse arguments that a trainer would ignore or does not have, before any work.
 
     Args:
         args: its config.
-        others: {name: value} of its arguments that go to Trainer.
+        others: {name: value} of the arguments for Trainer.
         kind: the class of the trainer.
-        unread: {argument: reason} of those that are refused.
+        unread: {argument: reason} of the refused arguments.
 
     Raises:
         ValueError: naming the option or argument, with the reason.
         TypeError: an argument that no class of the trainer has.
     """
     if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start one process each, by torchrun or accelerate launch")
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process: start one process per GPU with torchrun or accelerate launch"
+        )
     args.check_unread()
     known = {name for base in kind.__mro__ if "__init__" in vars(base) for name in parameters(base.__init__)}
     for name in others:
         if name not in known:
             raise TypeError(f"{kind.__name__} has no argument {name!r}")
         if name in unread and others[name] is not None:
-            raise ValueError(f"{name} is not read by this trainer: {unread[name]}")
+            raise ValueError(f"{name} is not used by this trainer: {unread[name]}")
 
 
 def parameters(function):
@@ -57,10 +59,11 @@ def parameters(function):
 
 
 class RowMeanMixin:
-    """For a subclass of Trainer: its loss is a mean over the answer rows of a step's batches, over all its processes.
+    """Mixin for a subclass of Trainer whose loss is a mean over the answer rows of a step, over all processes.
 
-    A subclass computes it, divided by num_items_in_batch where that is given, and hands per-row metrics to `log_rows`,
-    whose means are logged beside the loss. No logits are made: `predict` gives metrics, and None for predictions.
+    A subclass computes the loss, divided by num_items_in_batch if it is given, and passes per-row metrics to
+    `log_rows`; their means are logged beside the loss. No logits are made: `predict` returns metrics, and None for
+    predictions.
     """
 
     unread = UNREAD  # arguments of Trainer that are refused
@@ -70,7 +73,7 @@ class RowMeanMixin:
     def __init__(self, model, args, **others):
         check_parts(args, others, type(self), self.unread)
         if args.device.type == "cpu":
-            args.dataloader_pin_memory = False  # without a device there is nothing to pin for, and torch warns of it
+            args.dataloader_pin_memory = False  # pinning memory is for GPUs, and torch warns without one
         super().__init__(model, args, **others)
         if any(isinstance(each, Progress) for each in self.callback_handler.callbacks):
             for kind in (ProgressCallback, PrinterCallback):
@@ -79,7 +82,7 @@ class RowMeanMixin:
 
     @contextmanager
     def watched(self, *models):
-        """Around the first run of models in training: what it changes beside what is trained is found before a step."""
+        """Check the first training run of models: a change of an unsaved buffer is found before the first step."""
         if not (self.watching and self.model.training):
             yield
             return
@@ -90,14 +93,14 @@ class RowMeanMixin:
         self.watching = False
 
     def scale_for_processes(self, value, num_items_in_batch):
-        """What this process has to return, so that the mean over processes is the loss of all."""
+        """Scale the loss of this process so that the mean over processes is the loss of the whole step."""
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             return value * (self.accelerator.num_processes // self.get_tp_size())
         return value
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        # Trainer counts labels only, and not for every model: answers are counted here, labeled or not
+        # Trainer counts labels only, and not for every model; here all answer rows are counted, labeled or not
         if not batch_samples:
             return None
         count = sum(answer_rows(batch)[0].sum() for batch in batch_samples).to(device)
@@ -115,9 +118,9 @@ class RowMeanMixin:
         return loss, None, None
 
     def counted(self, rows):
-        """The (B, T) rows of a batch, in an evaluation without those of examples that are there for a second time.
+        """The (B, T) rows of a batch; in an evaluation without those of repeated examples.
 
-        Processes get as many batches of one size each, for which the last ones are filled up with the first examples.
+        All processes get the same number of full batches: the last ones are filled with the first examples again.
         """
         state, size = self.accelerator.gradient_state, len(rows)
         single = self.accelerator.num_processes == 1
@@ -144,9 +147,9 @@ class RowMeanMixin:
         sums[name] = sums[name] + torch.stack([total.float(), count.float()])
 
     def means(self, sums):
-        """{name: mean} of what was added in all processes, and nothing added any more."""
+        """{name: mean} over all processes; the sums are reset."""
         found = {}
-        # a process may have met no row of some kind, but all have to add up the same names
+        # a process may have no row of some kind, but all must reduce the same names
         for name in sorted(set(gather_object(list(sums)))):
             total = sums.get(name, torch.zeros(2, device=self.args.device))
             value, count = self.accelerator.reduce(total, "sum").tolist()
@@ -160,7 +163,7 @@ class RowMeanMixin:
         super().log(logs, *rest)
 
     def check_room(self):
-        """See that there is room for a checkpoint, before any work; OSError if there is none."""
+        """Check before any work that the disk has room for a checkpoint; OSError if not."""
         if self.args.save_strategy == "no" or not self.args.should_save:
             return
         copies = 3 if self.args.optim.startswith("adamw_torch") else 1  # the weights, and two moments of each
@@ -174,7 +177,7 @@ class RowMeanMixin:
 
     def _save_checkpoint(self, model, trial=None):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:  # one that is overwritten is not whole until its state is written anew
+        if self.args.should_save:  # a checkpoint that is overwritten is incomplete until its state is written
             (folder / run_state.STATE).unlink(missing_ok=True)
         with run_state.writing(f"checkpoint {folder}"):
             super()._save_checkpoint(model, trial)
@@ -191,7 +194,7 @@ class RowMeanMixin:
             whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(checkpoint) / OPTIMIZER_NAME).is_file()
             if not whole:  # Trainer would begin with a new one
                 raise ValueError(
-                    f"{checkpoint} has no {OPTIMIZER_NAME}, so that training cannot go on from it: it was saved with "
+                    f"{checkpoint} has no {OPTIMIZER_NAME}, so training cannot be resumed from it: it was saved with "
                     "save_only_model, or it is damaged"
                 )
             return False

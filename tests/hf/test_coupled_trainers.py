@@ -467,17 +467,19 @@ def test_a_killed_run_goes_on_to_the_same_losses_bit_for_bit(whole, tmp_path, st
 def test_stages_are_not_overwritten_nor_mixed(whole, tmp_path):
     folder, names, options, _ = whole
     kept(folder, tmp_path / "out", 1, (), True)
-    with pytest.raises(ValueError, match="stage-1 has been trained in: resume it, or name another output_dir"):
+    with pytest.raises(
+        ValueError, match="stage-1 already holds a training run: pass resume_from_checkpoint=True or choose another"
+    ):
         pyramid(tmp_path / "out", names, batch(), **options).train()
     other = [names[1], names[0], names[2]]
-    with pytest.raises(ValueError, match=r"another run, models was \['.*model-0', '.*model-1'.* is \['.*model-1'"):
+    with pytest.raises(ValueError, match=r"another run: models was \['.*model-0', '.*model-1'.* is \['.*model-1'"):
         pyramid(tmp_path / "out", other, batch(), **options).train(True)
     for change, told in (
         (dict(stage_weights=0.5), r"stage_weights was \[1.0\] and is \[0.5\]"),
         (dict(learning_rates=[1.0, 2.0, 3.0]), "learning_rates was .* and is .1.0, 2.0. now"),
         (dict(seed=7), "seed was 42 and is 7"),
     ):
-        with pytest.raises(ValueError, match=f"stage-1 is another run, {told}"):
+        with pytest.raises(ValueError, match=f"stage-1 is another run: {told}"):
             pyramid(tmp_path / "out", names, batch(), **(options | change)).train(True)
     (tmp_path / "out/stage-1/run.json").unlink()
     with pytest.raises(ValueError, match="stage-1 cannot be resumed: it has no run.json"):
@@ -488,7 +490,7 @@ def test_stages_are_not_overwritten_nor_mixed(whole, tmp_path):
         pyramid(tmp_path / "out", names, batch(), **options).train(str(folder / "stage-1/checkpoint-1"))
     shutil.copytree(folder, tmp_path / "gap")
     shutil.rmtree(tmp_path / "gap/stage-1")
-    with pytest.raises(ValueError, match="stage-2 has been trained in, but .*stage-1 is not finished"):
+    with pytest.raises(ValueError, match="stage-2 already holds a training run, but .*stage-1 is not finished"):
         pyramid(tmp_path / "gap", names, batch(), **options).train(True)
 
 
@@ -511,9 +513,11 @@ def test_a_refinement_resumes_bit_for_bit(tmp_path, form):
         for ours, theirs in zip(run.model.parameters(), runs[0].model.parameters(), strict=True):
             assert torch.equal(ours, theirs)
     other = ternary(tmp_path / "two", chain(count), batch(), **(options | dict(temperature=2.0)))
-    with pytest.raises(ValueError, match="two is another run, temperature was 1.0 and is 2.0 now"):
+    with pytest.raises(ValueError, match="two is another run: temperature was 1.0 and is 2.0 now"):
         other.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-1"))
-    with pytest.raises(ValueError, match="two has been trained in: resume it, or name another output_dir"):
+    with pytest.raises(
+        ValueError, match="two already holds a training run: pass resume_from_checkpoint=True or choose another"
+    ):
         ternary(tmp_path / "two", chain(count), batch(), **options).train()  # its checkpoints would be taken for this
 
 
@@ -726,7 +730,7 @@ def test_wrong_models_are_told_before_any_work(tmp_path):
     cases = [
         (names[:1], "at least two models"),
         (names[0], "at least two models"),
-        ([model, sized(1), model], "stands twice"),
+        ([model, sized(1), model], "occurs twice"),
         (
             [names[0], str(tmp_path / "words")],
             "tokenizers of '.*model-0' and '.*words' differ in 1 of 25 and 26.*giraffe",
@@ -743,7 +747,7 @@ def test_wrong_models_are_told_before_any_work(tmp_path):
         ternary(out, names, batch())
     with pytest.raises(ValueError, match="must be different objects"):
         ternary(out, [model, model, sized(1)], batch())
-    with pytest.raises(ValueError, match="head of model 2 has 20 words, the tokenizer 25"):
+    with pytest.raises(ValueError, match="head of model 2 has 20 tokens, fewer than the tokenizer's 25"):
         PyramidTrainer([model, small], PyramidConfig(str(out), **QUIET), processing_class=zoo.processor())
     with pytest.raises(ValueError, match="'nothing' is in the name of no weight"):
         pyramid(out, names, batch(), freeze=["nothing"]).train()
@@ -772,7 +776,7 @@ def test_later_models_of_a_chain_are_looked_at_before_the_first_is_trained(tmp_p
     with pytest.raises(ValueError, match="init_lora_weights 'pissa' changes the frozen weights"):
         pyramid(out, names, batch(), peft_config=peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     zoo.llava(zoo.llama(vocab=20)).save_pretrained(names[2])
-    with pytest.raises(ValueError, match="head of model 3 has 20 words, the tokenizer 25"):
+    with pytest.raises(ValueError, match="head of model 3 has 20 tokens, fewer than the tokenizer's 25"):
         pyramid(out, names, batch())
     assert not out.exists()
 

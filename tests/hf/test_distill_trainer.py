@@ -455,7 +455,7 @@ def test_what_cannot_teach_is_refused(tmp_path, tokenizer):
         trainer(tmp_path, tokenizer, model, tied)
     with pytest.raises(ValueError, match=r"the model \(61 tokens\) and teacher \(64\) differ: set vocab"):
         trainer(tmp_path, tokenizer, teacher=lm(1, vocab=64), vocab=None)
-    with pytest.raises(ValueError, match="head of teacher has 20 words, the tokenizer 25"):
+    with pytest.raises(ValueError, match="head of teacher has 20 tokens, fewer than the tokenizer's 25"):
         trainer(tmp_path, tokenizer, teacher=lm(1, vocab=20))
 
 
@@ -485,9 +485,9 @@ def test_bad_options_are_refused_before_any_work(tmp_path, tokenizer):
         DistillTrainer(lm(), lm(1), hf.TrainingArguments(str(tmp_path)), processing_class=tokenizer)
     with pytest.raises(TypeError, match="DistillTrainer has no argument 'teachers'"):
         DistillTrainer(lm(), lm(1), config(tmp_path), processing_class=tokenizer, teachers=[])
-    with pytest.raises(ValueError, match="compute_loss_func is not read"):
+    with pytest.raises(ValueError, match="compute_loss_func is not used"):
         DistillTrainer(lm(), lm(1), config(tmp_path), processing_class=tokenizer, compute_loss_func=print)
-    with pytest.raises(ValueError, match="max_length is read by the default collator"):
+    with pytest.raises(ValueError, match="max_length is used by the default text collator"):
         DistillTrainer(lm(), lm(1), config(tmp_path, max_length=9), data_collator=hf.default_data_collator)
     with pytest.raises(ValueError, match="attn_implementation 'fastest'"):
         trainer(tmp_path, tokenizer, attn_implementation="fastest")
@@ -504,7 +504,7 @@ def test_batches_without_what_is_needed_are_refused(tmp_path, tokenizer):
         collate(examples(2))
     with pytest.raises(ValueError, match="example 1 of the batch: teacher_id is 'c', expected one of"):
         collate([each | {"teacher_id": name} for each, name in zip(examples(2), "ac", strict=True)])
-    with pytest.raises(ValueError, match="there is one teacher"):
+    with pytest.raises(ValueError, match="there is a single teacher"):
         TeacherCollator(TextCollator(tokenizer), [None])([each | {"teacher_id": "a"} for each in examples(2)])
 
 

@@ -505,7 +505,7 @@ def test_parts_of_a_trainer_that_would_be_ignored_are_refused(tmp_path):
             lambda **part: PyramidTrainer(names, PyramidConfig(str(tmp_path / "out"), **QUIET), **part),
             lambda **part: TernaryTrainer(names, TernaryConfig(str(tmp_path / "out"), **QUIET), **part),
         ):
-            with pytest.raises(ValueError, match=f"{name} is not read by this trainer"):
+            with pytest.raises(ValueError, match=f"{name} is not used by this trainer"):
                 make(**{name: lambda *_: {}})
             with pytest.raises(TypeError, match="Trainer has no argument 'eval_datset'"):
                 make(eval_datset=[])
@@ -516,7 +516,7 @@ def test_rates_beside_an_optimizer_are_refused(tmp_path):
     models = chain(3)
     optimizer = torch.optim.SGD(models[2].parameters(), lr=1e-3)
     args = TernaryConfig(str(tmp_path), **QUIET, learning_rates=[1e-3])
-    with pytest.raises(ValueError, match="learning_rates are not read with an optimizer"):
+    with pytest.raises(ValueError, match="learning_rates are ignored with your own optimizer"):
         TernaryTrainer(models, args, train_dataset=Rows(batch()), data_collator=STACK, optimizers=(optimizer, None))
 
 

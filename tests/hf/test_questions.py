@@ -31,7 +31,7 @@ def test_marks_are_found_with_their_place(family):
     whole = [("q.json:1", "Is there a cat?"), ("q.json:2", "Is there a dog? Yes.")]
     generate.check_texts(found, whole)
     with pytest.raises(
-        ValueError, match="q.json:7 holds <image>, by which the model finds its image: 'Is <image> it.'"
+        ValueError, match="q.json:7 contains <image>, the model's own image placeholder: 'Is <image> it.'"
     ):
         generate.check_texts(found, [*whole, ("q.json:7", "Is <image> it?")])
 
@@ -40,15 +40,17 @@ def test_any_text_that_the_processor_stumbles_over_is_found(processor, monkeypat
     template = processor.chat_template
 
     texts = [("q.json:1", "Is there a cat?"), ("q.json:2", "Is there a \ud83d?")]
-    with pytest.raises(ValueError, match=r"^q.json:2: the processor does not take 'Is there a \\ud83d\?': "):
+    with pytest.raises(ValueError, match=r"^q.json:2: the processor does not accept 'Is there a \\ud83d\?': "):
         generate.check_texts(processor, texts)
     wrong = "{% if 'dog' in messages[0]['content'][1]['text'] %}{{ raise_exception('no dogs') }}{% endif %}"
     monkeypatch.setattr(processor, "chat_template", wrong + template)
-    with pytest.raises(ValueError, match="^q.json:2: the processor does not take 'Is there a dog.': no dogs"):
+    with pytest.raises(ValueError, match="^q.json:2: the processor does not accept 'Is there a dog.': no dogs"):
         generate.check_texts(processor, [("q.json:1", "Is there a cat?"), ("q.json:2", "Is there a dog?")])
     double = "{% if 'dog' in messages[0]['content'][1]['text'] %}<image>{% endif %}"
     monkeypatch.setattr(processor, "chat_template", double + template)
-    with pytest.raises(ValueError, match="^q.json:2 makes 2 images of its one: 'Is there a dog.'"):
+    with pytest.raises(
+        ValueError, match="^q.json:2 gives a prompt with 2 image placeholders, expected 1: 'Is there a dog.'"
+    ):
         generate.check_texts(processor, [("q.json:1", "Is there a cat?"), ("q.json:2", "Is there a dog?")])
 
 
@@ -65,8 +67,8 @@ def home(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("Is <start> it?", [], "q.json:2 holds <start>, by which the model finds its image"),
-        ("Is it?", ["--instruction", "<end>"], "--instruction holds <end>, by which the model finds its image"),
+        ("Is <start> it?", [], "q.json:2 contains <start>, the model's own image placeholder"),
+        ("Is it?", ["--instruction", "<end>"], "--instruction contains <end>, the model's own image placeholder"),
     ],
 )
 @pytest.mark.parametrize("command", ["evaluate", "seed"])
@@ -111,7 +113,7 @@ GOOD = {"image": PICTURE, "text": "Is there a cat?", "answer": "Yes"}
     [
         ({"image": ...}, "example 1 of the batch has no 'image', only text, answer"),
         ({"text": ...}, "example 1 of the batch has no 'text', only image, answer"),
-        ({"answer": ...}, "example 1 of the batch has no 'answer', only image, text: give it one, or None"),
+        ({"answer": ...}, "example 1 of the batch has no 'answer', only image, text: pass a text, or None"),
         ({"image": [PICTURE, PICTURE]}, "example 1 of the batch: image is a list of 2, expected one PIL image"),
         ({"image": {"bytes": b"x" * 999}}, "example 1 of the batch: image is a dict of bytes, expected a PIL image"),
         ({"text": ["a"] * 999}, "example 1 of the batch: text is a list of 999, ['a', 'a'"),
@@ -131,7 +133,7 @@ def test_examples_that_are_none(processor, change, message):
 def test_questions_that_are_none():
     asked = [Question(0, "0.png", "Is there a cat?", "yes"), Question(1, "1.png", "?", None, "q.json:2")]
     assert Questions(asked, ".")[1]["text"] == "?"
-    with pytest.raises(ValueError, match="q.json:2: the question has no label, which is to be its answer"):
+    with pytest.raises(ValueError, match="q.json:2: the question has no label, which answers=True needs"):
         Questions(asked, ".", answers=True)
     with pytest.raises(ValueError, match="question 0 is a dict, expected a Question"):
         Questions([{"image": "0.png"}], ".")

@@ -123,22 +123,24 @@ def test_resuming_looks_at_what_it_finds(tmp_path, rounds):
     again = trainer_of(tmp_path, batch, **options)
     again.train(resume_from_checkpoint=True)
     assert losses(again) == losses(whole) and last.is_dir()
-    with pytest.raises(ValueError, match="another run, max_steps was 2 and is 4 now"):
+    with pytest.raises(ValueError, match="another run: max_steps was 2 and is 4 now"):
         trainer_of(tmp_path, batch, **options | {"max_steps": 4}).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="another run, alpha was .1.5, 1.0. and is .2.0. now"):
+    with pytest.raises(ValueError, match="another run: alpha was .1.5, 1.0. and is .2.0. now"):
         trainer_of(tmp_path, batch, **options, alpha=2.0).train(resume_from_checkpoint=str(last))
-    with pytest.raises(ValueError, match="another run, dataloader_drop_last was False and is True now"):
+    with pytest.raises(ValueError, match="another run: dataloader_drop_last was False and is True now"):
         trainer_of(tmp_path, batch, **options, dataloader_drop_last=True).train(resume_from_checkpoint=str(last))
-    with pytest.raises(ValueError, match="has been trained in: resume it, or name another output_dir"):
+    with pytest.raises(
+        ValueError, match="already holds a training run: pass resume_from_checkpoint=True or choose another"
+    ):
         trainer_of(tmp_path, batch, **options).train()
-    with pytest.raises(ValueError, match="no whole checkpoint in .*nowhere"):
+    with pytest.raises(ValueError, match="no complete checkpoint in .*nowhere"):
         trainer_of(tmp_path / "nowhere", batch, **options).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="no whole checkpoint .*checkpoint-7"):
+    with pytest.raises(ValueError, match="no complete checkpoint .*checkpoint-7"):
         trainer_of(tmp_path, batch, **options).train(resume_from_checkpoint=str(last.with_name("checkpoint-7")))
     other = trainer_of(tmp_path / "other", batch, **options, temperature=2.0)
     other.train()
     shutil.copytree(last, last.with_name("checkpoint-2-mine"))  # no checkpoint of ours: nothing trips over it
-    with pytest.raises(ValueError, match="other is another run, temperature was 2.0 and is 1.0 now"):
+    with pytest.raises(ValueError, match="other is another run: temperature was 2.0 and is 1.0 now"):
         trainer_of(tmp_path / "other", batch, **options).train(resume_from_checkpoint=str(last))
 
 
