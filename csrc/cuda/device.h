@@ -36,6 +36,7 @@ class DeviceThread {
   __device__ __forceinline__ float of_lane_that(bool has, float x) const {
     return __shfl_sync(all_lanes, x, __ffs(__ballot_sync(all_lanes, has)) - 1);
   }
+  __device__ __forceinline__ double of_lane(double x, int lane) const { return __shfl_sync(all_lanes, x, lane); }
   // Of each lane and of those that differ from it in the bits below width, a power of two, for the numbers that are wanted.
   template <int count>
   __device__ __forceinline__ void sum(double (&x)[count], const bool (&wanted)[count], int width) const {

@@ -11,8 +11,9 @@ class RowCompare : protected RowContrast<ThreadContext, Divergence, KIND, PURIFI
   using Base = RowContrast<ThreadContext, Divergence, KIND, PURIFIED>;
   using Base::Base;
   using typename Base::F;
-  using Base::FAST, Base::stashes_tilts, Base::tilt_scale;
-  using Base::constants, Base::divergence_, Base::floored, Base::scale_, Base::task_;
+  using Base::FAST, Base::mean, Base::mean_p, Base::stashes_tilts, Base::tilt_scale;
+  using Base::constants, Base::divergence_, Base::scale_, Base::task_, Base::thread_;
+  using Base::floored, Base::hard, Base::leader, Base::measured, Base::needs_sum_at_1;
 
   // The words of a step as a divergence wants them.
   struct Compare {
@@ -43,38 +44,66 @@ class RowCompare : protected RowContrast<ThreadContext, Divergence, KIND, PURIFI
 
   HKDFAST_HD Compare compare() const { return {scale_, constants(), floored()}; }
 
-  HKDFAST_HD void comparison_constants(const SoftmaxTriple& found) {
+  // Quotients and logarithms of a row's sums, for the first warp. Each is computed by another lane, all at once: a division
+  // or a logarithm of doubles takes one lane as long as it takes all of them.
+  struct Ratios {
+    double per_q, per_p, per_at_1, per_temperature, mean_gap, moment_q, moment_p;
+    double log_q, log_p, log_at_1, log_p_over_q;
+  };
+  HKDFAST_HD Ratios ratios(const SoftmaxTriple& found) const {
     const Softmax &q = found.side[0], &p = found.side[1];
-    RowConstants& f = constants();
-    f.peak_q = finite(q.peak), f.peak_p = finite(p.peak);
+    const double at_1 = needs_sum_at_1() ? q.sum_at_1 : q.sum;
+    const double above[] = {1, 1, 1, p.sum, 1, mean_p ? p.gap : q.gap, q.moment, p.moment};
+    const double below[] = {q.sum, p.sum, at_1, q.sum, task_.temperature, mean_p ? p.sum : q.sum, q.sum, p.sum};
+    double a = 1, b = 1;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (thread_.lane() == i) a = above[i], b = below[i];
+    const double quotient = a / b, logarithm = log(thread_.lane() == 3 ? quotient : b);
+    Ratios of = {};
+    of.per_q = thread_.of_lane(quotient, 0), of.per_p = thread_.of_lane(quotient, 1);
+    of.per_temperature = thread_.of_lane(quotient, 4);
+    if (mean != Mean::none) of.mean_gap = thread_.of_lane(quotient, 5);
+    of.log_p = thread_.of_lane(logarithm, 1), of.log_p_over_q = thread_.of_lane(logarithm, 3);
+    if (hard()) of.per_at_1 = thread_.of_lane(quotient, 2), of.log_at_1 = thread_.of_lane(logarithm, 2);
+    if (measured()) {
+      of.log_q = thread_.of_lane(logarithm, 0);
+      of.moment_q = thread_.of_lane(quotient, 6), of.moment_p = thread_.of_lane(quotient, 7);
+    }
+    return of;
+  }
+
+  // By the first warp.
+  HKDFAST_HD void comparison_constants(const SoftmaxTriple& found, const Ratios& of) {
+    const Softmax &q = found.side[0], &p = found.side[1];
     if constexpr (stashes_tilts) {
       log_constants(q, p);
-      return;
+    } else if (leader()) {
+      RowConstants& f = constants();
+      f.peak_q = finite(q.peak), f.peak_p = finite(p.peak);
+      f.share_q = static_cast<float>(of.per_q), f.share_q_low = static_cast<float>(of.per_q - f.share_q);
+      f.share_p = static_cast<float>(of.per_p), f.share_p_low = static_cast<float>(of.per_p - f.share_p);
+      f.shift = static_cast<float>(of.log_p_over_q);
+      f.floor = floored() ? static_cast<float>((task_.teacher_floor + of.log_p) * task_.temperature) : -INFINITY;
     }
-    f.share_q = static_cast<float>(1 / q.sum), f.share_q_low = static_cast<float>(1 / q.sum - f.share_q);
-    f.share_p = static_cast<float>(1 / p.sum), f.share_p_low = static_cast<float>(1 / p.sum - f.share_p);
-    f.shift = static_cast<float>(log(p.sum / q.sum));
-    f.floor = floored() ? static_cast<float>((task_.teacher_floor + log(p.sum)) * task_.temperature) : -INFINITY;
   }
 
   // The logarithm of a sum of float is rounded, which would make every p off by the same part. So most of it goes into the
   // origin, in parts of 2^-12, with which distances are still exact, and a small rest remains. Beyond 2^12 an origin has no
-  // such parts: the rest is what it did not take.
+  // such parts: the rest is what it did not take. Even lanes do it for the student, odd ones for the teacher.
   HKDFAST_HD void log_constants(const Softmax& q, const Softmax& p) {
-    RowConstants& f = constants();
     const double rate = scale_.rate.high;
-    double rest[2];
-    const Softmax* const sides[] = {&q, &p};
-    float* const origins[] = {&f.peak_q, &f.peak_p};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const double bits = log2(sides[i]->sum), part = floor((bits < 16 * rate ? bits / rate : 16) * 4096) / 4096;
-      const double before = *origins[i];
-      *origins[i] += static_cast<float>(part);
-      rest[i] = bits - (*origins[i] - before) * rate;
-    }
-    f.rest_q = static_cast<float>(rest[0]), f.rest_p = static_cast<float>(rest[1]);
-    f.rest_gap = static_cast<float>(rest[1] - rest[0]);
+    const bool of_p = thread_.lane() & 1;
+    const float before = finite(of_p ? p.peak : q.peak);
+    const double bits = log2(of_p ? p.sum : q.sum), part = floor((bits < 16 * rate ? bits / rate : 16) * 4096) / 4096;
+    const float origin = before + static_cast<float>(part);
+    const double rest = bits - (static_cast<double>(origin) - before) * rate;
+    const double rest_q = thread_.of_lane(rest, 0), rest_p = thread_.of_lane(rest, 1), origin_p = thread_.of_lane(origin, 1);
+    if (!leader()) return;
+    RowConstants& f = constants();
+    f.peak_q = origin, f.peak_p = static_cast<float>(origin_p);
+    f.rest_q = static_cast<float>(rest_q), f.rest_p = static_cast<float>(rest_p);
+    f.rest_gap = static_cast<float>(rest_p - rest_q);
     f.tilt = Tilt<Divergence>(divergence_)(compare().logs(q.peak, q.other_at_peak)).tilt * tilt_scale;
   }
 };

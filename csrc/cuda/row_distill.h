@@ -13,11 +13,12 @@ class RowDistill : protected RowGradient<ThreadContext, Divergence, KIND, PURIFI
   using typename Base::Compare;
   using typename Base::F;
   using typename Base::Pair;
+  using typename Base::Ratios;
   using typename Base::W;
   using Base::FAST, Base::mean, Base::mean_p, Base::mean_q, Base::stashes_contrast, Base::stashes_tilts, Base::tilt_scale;
   using Base::a_, Base::confidence_, Base::divergence_, Base::row_, Base::scale_, Base::task_, Base::thread_;
-  using Base::constants, Base::labeled, Base::leader, Base::mean_known, Base::measured, Base::needs_sum_at_1, Base::writer;
-  using Base::compare, Base::comparison_constants, Base::gradient, Base::join_both, Base::record, Base::reduced;
+  using Base::constants, Base::labeled, Base::leader, Base::mean_known, Base::measured, Base::writer;
+  using Base::compare, Base::comparison_constants, Base::gradient, Base::join_both, Base::ratios, Base::record, Base::reduced;
   using Base::stash, Base::stash_tilts, Base::student, Base::teacher, Base::teacher_again;
 
   struct Terms {
@@ -38,7 +39,12 @@ class RowDistill : protected RowGradient<ThreadContext, Divergence, KIND, PURIFI
     else
       this->template sweep<!PURIFIED, false>(both);
     const SoftmaxTriple found = reduced(record(r), [&](const SoftmaxTriple& of, int width) { return join_both(of, width); });
-    if (leader()) comparison_constants(found);
+    const bool first_warp = thread_.warp() == 0;
+    Ratios of = {};
+    if (first_warp) {
+      if (!stashes_tilts) of = ratios(found);
+      comparison_constants(found, of);
+    }
 
     Terms sums;
     if (!mean_known()) {
@@ -86,21 +92,21 @@ class RowDistill : protected RowGradient<ThreadContext, Divergence, KIND, PURIFI
       }).side[0];
       sums = {all.sum, all.moment, all.gap};
     }
-    if (leader()) result(found, sums, student_label);
+    if (first_warp && !mean_known()) of = ratios(found);  // again: they would take registers from the sweep
+    if (leader()) result(found, of, sums, student_label);
     thread_.sync_block();
     if (wanted) gradient(contrast);
   }
 
   // Loss and metrics of the row, and what its gradient is made of.
-  HKDFAST_HD void result(const SoftmaxTriple& found, const Terms& sums, float student_label) {
+  HKDFAST_HD void result(const SoftmaxTriple& found, const Ratios& of, const Terms& sums, float student_label) {
     const Softmax &q = found.side[0], &p = found.side[1];
     RowConstants& f = constants();
     double value = sums.value;
     if constexpr (mean != Mean::none) {
       if (mean_known()) {
-        const double gap = mean_p ? p.gap / p.sum : q.gap / q.sum;
-        const double offset = (static_cast<double>(p.peak) - q.peak) / task_.temperature + log(p.sum / q.sum);
-        value = divergence_.total(gap / task_.temperature - offset).value;
+        const double offset = (static_cast<double>(p.peak) - q.peak) * of.per_temperature + of.log_p_over_q;
+        value = divergence_.total(of.mean_gap * of.per_temperature - offset).value;
       }
     }
     if constexpr (stashes_tilts) value *= Tilt<Divergence>(divergence_).value_unit();
@@ -108,16 +114,15 @@ class RowDistill : protected RowGradient<ThreadContext, Divergence, KIND, PURIFI
     if (value < 0) value = 0;
     // a NaN among the logits is one in these, whatever a divergence selects; they are 0 if every word is masked
     if (!(q.sum > 0) || !(p.sum > 0)) value = NAN;
-    const double sum_at_1 = needs_sum_at_1() ? q.sum_at_1 : q.sum;
-    const double target = labeled() ? static_cast<double>(student_label) - q.peak - log(sum_at_1) : 0;
+    const double target = labeled() ? static_cast<double>(student_label) - q.peak - of.log_at_1 : 0;
     const float loss = static_cast<float>(task_.soft_weight * value - (task_.hard_weight != 0 ? task_.hard_weight * target : 0));
     if (writer()) {
       task_.loss[row_] = loss;
       if (measured()) {
-        const double of[] = {value, -target, log(q.sum) - q.moment / q.sum, log(p.sum) - p.moment / p.sum,
-                             PURIFIED ? confidence_ : 1 / p.sum, a_, q.word == p.word ? 1. : 0.};
+        const double metrics[] = {value, -target, of.log_q - of.moment_q, of.log_p - of.moment_p,
+                                  PURIFIED ? confidence_ : of.per_p, a_, q.word == p.word ? 1. : 0.};
 #pragma unroll
-        for (int i = 0; i < 7; ++i) task_.metrics[i * task_.n + row_] = static_cast<float>(of[i]);
+        for (int i = 0; i < 7; ++i) task_.metrics[i * task_.n + row_] = static_cast<float>(metrics[i]);
       }
     }
     const float weight = task_.weight ? task_.weight[row_] : 1.f;
@@ -130,14 +135,14 @@ class RowDistill : protected RowGradient<ThreadContext, Divergence, KIND, PURIFI
       // Where q is nearly 1 its gap and the mean gap are nearly equal and may be large: the gap of that word is taken off
       // both before either is rounded.
       f.peak_p = q.other_at_peak, f.shift = 0;
-      slope = (static_cast<double>(q.other_at_peak) - f.peak_q - q.gap / q.sum) / task_.temperature;
+      slope = (static_cast<double>(q.other_at_peak) - f.peak_q - of.mean_gap) * of.per_temperature;
     }
     if (without_numbers(loss, weight)) slope = NAN;
     f.slope = static_cast<float>(slope), f.slope_low = static_cast<float>(slope - f.slope);
-    f.soft_by = static_cast<float>(task_.soft_weight * weight / task_.temperature);
+    f.soft_by = static_cast<float>(task_.soft_weight * weight * of.per_temperature);
     if constexpr (stashes_tilts) f.soft_by *= static_cast<float>(Tilt<Divergence>(divergence_).slope_unit() / tilt_scale);
     f.hard_by = labeled() ? static_cast<float>(task_.hard_weight * weight) : 0.f;
-    f.peak_1 = finite(q.peak), f.share_1 = static_cast<float>(1 / sum_at_1);
+    f.peak_1 = finite(q.peak), f.share_1 = static_cast<float>(of.per_at_1);
   }
 };
 

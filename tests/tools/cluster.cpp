@@ -228,6 +228,12 @@ class FiberThread {
     meet();
     return x;
   }
+  double of_lane(double x, int lane) const {
+    share(x);
+    x = mine().box[lane];
+    meet();
+    return x;
+  }
   template <int count>
   void sum(double (&x)[count], const bool (&wanted)[count], int width) const {
     require(width > 0 && width <= warp_lanes && !(width & (width - 1)), "not a power of two of lanes");
