@@ -9,7 +9,6 @@ Labels are not read.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,17 +47,15 @@ def seed(model, images, questions, output, **options):
 
 def tiny(folder):
     """A model, its processor, four images and a question about each, in a folder."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "quality"))
-    from world.tinyllava import make_model, make_processor  # 1.4 million parameters, random weights
+    from tiny_models import image_processor, vision_language_model  # random weights
 
-    processor = make_processor()
-    make_model(processor.tokenizer).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    vision_language_model().save_pretrained(folder / "model")
+    image_processor().save_pretrained(folder / "model")
     (folder / "images").mkdir()
     lines = []
     for number, color in enumerate(("red", "green", "blue", "yellow")):
         Image.new("RGB", (64, 64), color).save(folder / "images" / f"{color}.png")
-        lines.append({"question_id": number, "image": f"{color}.png", "text": "Is there a cat in the image?"})
+        lines.append({"question_id": number, "image": f"{color}.png", "text": "is there a cat in the image ?"})
     (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "model", folder / "images", folder / "questions.jsonl"
 

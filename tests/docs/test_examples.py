@@ -119,3 +119,7 @@ def test_wrong_questions_are_named_before_a_model_is_loaded(example, tmp_path):
 def test_every_example_has_a_test():
     text = Path(__file__).read_text()
     assert all(f'["{path.stem}"]' in text for path in EXAMPLES.glob("*.py"))
+
+
+def test_no_example_edits_the_path_of_modules():
+    assert not any("sys.path" in path.read_text() for path in EXAMPLES.glob("*.py"))

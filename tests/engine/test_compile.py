@@ -141,6 +141,7 @@ def test_a_step_compiles_as_one_graph(options, kind):
         assert off(ours, eager.double()) < 1e-6 and ours.dtype == eager.dtype
 
 
+@pytest.mark.slow
 def test_a_whole_training_step_compiles_with_inductor():
     """A model in front, a purified teacher of several draws, metrics, a frozen head: two steps as eagerly."""
 
@@ -199,6 +200,7 @@ def test_one_graph_for_every_number_of_rows(kind):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_no_graph_for_each_value_of_a_schedule():
     """Temperature, alpha, floor, hard_weight and num_items may change every step: one more graph each, then none."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -114,6 +114,7 @@ def test_value_and_gradients(backend, coupling, kind):
     check(three(kind), table, hard, backend=backend, labels=labels, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [name for name in USABLE if name not in FAST])
 def test_value_and_gradients_on_other_backends(backend):
     for coupling in ("mutual", "gradients into both"):
@@ -330,6 +331,7 @@ def full(shape):
     return (shape[0] if isinstance(shape[0], tuple) else shape,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["heads", "logits"])
 @pytest.mark.parametrize("coupling", ["chain", "gradients into both"])
 def test_a_step_compiles_as_one_graph(kind, coupling):

@@ -73,6 +73,7 @@ def test_value_and_gradients(backend, kind, divergence, setting):
     check(*pair(kind, size=0.1 if setting == "cold" else 1.0), divergence, backend=backend, **SETTINGS[setting])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("kind", ["logits", "heads"])
 @pytest.mark.parametrize("backend", USABLE)
@@ -153,6 +154,7 @@ def test_beta_at_its_ends_is_the_kl_that_the_docstring_says():
         torch.testing.assert_close(value, distill_loss(student, teacher, limit), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("kind", ["logits", "heads"])
 @pytest.mark.parametrize("backend", USABLE)
@@ -186,6 +188,7 @@ def test_a_divergence_of_weight_zero_does_not_count_even_if_infinite(backend):
         torch.testing.assert_close(metrics[name], rows, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", USABLE)
 def test_t_squared_scales_value_and_gradient_alike(backend, divergence):

@@ -355,6 +355,7 @@ BUDGETS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_stays_within_the_budget():
     """Resident bytes at the highest moment over inputs and float32 gradient sums: the budget and 10 %. Backward adds

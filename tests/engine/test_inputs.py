@@ -466,6 +466,7 @@ def test_numbers_of_numpy_and_tensors_of_one_are_numbers():
     assert torch.equal(again, distill_loss(LOGITS, OTHER, labels=LABELS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", FAST)
 def test_labels_out_of_range_read_no_memory(backend):
     """Compiled too, where the check waits for the run."""

@@ -86,6 +86,7 @@ WHERE = ("first", "middle", "last", "all")
 EACH = list(product(VALUES, WHERE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", USABLE)

@@ -14,21 +14,25 @@ def run(folder, what, count):
     assert codes == [0] * count, "\n".join(error[-3000:] for error in errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_losses_are_those_of_one_process(tmp_path, count):
     run(tmp_path, "losses", count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["coupled", "difference", "decoding", "own_split", "bytes_exchanged"])
 def test_the_same_for(tmp_path, what):
     run(tmp_path, what, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["refusals", "out_of_memory"])
 def test_an_error_reaches_every_process(tmp_path, what):
     run(tmp_path, what, 2)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_an_error_of_the_others_within_a_minute(tmp_path):
     start = time.monotonic()
     codes, _ = zoo.processes(tmp_path, "import split_worker\nsplit_worker.dies()", 3)

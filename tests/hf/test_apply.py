@@ -173,6 +173,7 @@ if dist.get_rank() == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """average_tokens_across_devices, which is Trainer's default."""
     two_processes(tmp_path, BODY)

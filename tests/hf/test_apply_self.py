@@ -28,12 +28,14 @@ def compare(name, folder, names=NAMES, change=None, **options):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", ["sdft", "sdpo"])
 def test_a_patched_trainer_trains_as_before(name, alpha, tmp_path):
     compare(name, tmp_path, distillation_alpha=alpha, temperature=0.8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdft", "sdpo"])
 def test_samples_of_an_older_student_are_weighted(name, tmp_path):
     """Completions that serve for two steps: the clipped ratio of probabilities is no longer 1."""
@@ -52,6 +54,7 @@ def test_the_first_tokens_are_skipped(tmp_path):
     compare("sdft", tmp_path, num_loss_tokens_to_skip=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["live", "base", "ema"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_every_kind_of_teacher(kind, adapted, tmp_path):

@@ -20,6 +20,7 @@ DIVERGENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("name", ["distillation", "gkd", "gold"])
 def test_a_patched_trainer_trains_as_before(name, beta, tmp_path):

@@ -147,6 +147,7 @@ def test_the_loss_of_a_stage_is_its_terms(tmp_path, mode, unlabeled):
     assert teacher.training == (mode != "frozen") and trainer.model.models["student"].training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["concurrent", "frozen"])
 def test_hard_weights_go_by_place_in_the_chain(tmp_path, mode):
     options = dict(mode=mode, hard_weight=[0.25, 0.5, 2.0], stage_weights=0.7, max_steps=1)
@@ -312,6 +313,7 @@ class Memory:
         return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["concurrent", "frozen"])
 def test_two_models_of_the_chain_are_in_memory(tmp_path, monkeypatch, mode):
     names = [*saved(tmp_path), *saved(tmp_path / "more", 1)]
@@ -330,6 +332,7 @@ def test_two_models_of_the_chain_are_in_memory(tmp_path, monkeypatch, mode):
     assert [ref() is None for ref in memory.made] == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_every_finished_model_is_an_ordinary_folder(tmp_path):
     names = saved(tmp_path)
     trainer = pyramid(tmp_path / "out", names, batch(), stage_epochs=[1, 2], max_steps=-1, stage_weights=[1.0, 0.5])
@@ -345,6 +348,7 @@ def test_every_finished_model_is_an_ordinary_folder(tmp_path):
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)  # it went on learning as a teacher
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_does_not_change_and_is_not_saved_again(tmp_path):
     names = saved(tmp_path)
     trainer = pyramid(tmp_path / "out", names, batch(), mode="frozen")
@@ -356,6 +360,7 @@ def test_a_frozen_teacher_does_not_change_and_is_not_saved_again(tmp_path):
 LORA = dict(lora_r=4, lora_alpha=8, lora_dropout=0.2, learning_rate=1e-2)
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_the_weights_below_stay(tmp_path):
     names = saved(tmp_path)
     student = pyramid(tmp_path / "out", names, batch(), max_steps=3, **LORA).train()
@@ -389,6 +394,7 @@ def test_one_configuration_makes_adapters_of_all_models(tmp_path):
         assert family.base_of(tmp_path / "out" / folder) == name, folder
 
 
+@pytest.mark.slow
 def test_adapters_know_their_models_from_everywhere(tmp_path, monkeypatch):
     saved(tmp_path, 2)
     monkeypatch.chdir(tmp_path)
@@ -441,6 +447,7 @@ def kept(source, target, stage, steps, done):
                 shutil.copytree(each, where) if each.is_dir() else shutil.copy(each, where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, steps, done",
     [(1, (1,), False), (1, (1, 2, 3), False), (1, (), True), (2, (1, 2), False), (2, (1, 2, 3), False), (2, (), True)],
@@ -464,6 +471,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_bit_for_bit(whole, tmp_path, st
     assert (tmp_path / "out/stage-2/done.json").is_file()
 
 
+@pytest.mark.slow
 def test_stages_are_not_overwritten_nor_mixed(whole, tmp_path):
     folder, names, options, _ = whole
     kept(folder, tmp_path / "out", 1, (), True)
@@ -494,6 +502,7 @@ def test_stages_are_not_overwritten_nor_mixed(whole, tmp_path):
         pyramid(tmp_path / "gap", names, batch(), **options).train(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_refinement_resumes_bit_for_bit(tmp_path, form):
     count = 2 if form == "one_pair" else 3
@@ -570,6 +579,7 @@ def steps_of(folder, **options):
     return trainer, seen.steps
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_large_batch(tmp_path):
     """An answer that nobody knows is met by one of the processes in some steps, by both or none in others."""
     trainer, expected = steps_of(tmp_path / "one", per_device_train_batch_size=4)
@@ -607,6 +617,7 @@ def evaluated(folder, kind, **options):
 KINDS = ("prompts", "labels", "stage")
 
 
+@pytest.mark.slow
 def test_an_evaluation_by_two_processes_counts_each_example_once(tmp_path):
     """Of five examples in batches of two, one process gets three and the other two: the last batches are filled up."""
     zoo.two_processes(
@@ -631,6 +642,7 @@ if torch.distributed.get_rank() == 0:
 # from pictures
 
 
+@pytest.mark.slow
 def test_pictures_with_and_without_answers(tmp_path):
     """Processor, collator, both systems; the rows without an answer are those where it would begin."""
     processor = zoo.processor()

@@ -394,6 +394,7 @@ def test_the_mixin_serves_a_trainer_of_trl(tmp_path, tokenizer):
     assert len(losses(made)) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path, tokenizer):
     options = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=2)
     whole = trainer(tmp_path / "one", tokenizer, **options)

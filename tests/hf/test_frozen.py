@@ -95,6 +95,7 @@ def test_weights_that_are_unfrozen_later_are_refused_too(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_projector_among_modules_to_save_is_trained_and_saved_and_the_teacher_stays(tmp_path, rounds):
     base = zoo.build("llava")
@@ -195,6 +196,7 @@ def test_a_new_round_begins_as_its_teacher_however_the_adapter_was_drawn():
     assert off(logits(model), before) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [SAVED, dict(bias="all")], ids=["modules_to_save", "bias"])
 def test_stage_folders_hold_what_was_trained(tmp_path, options):
     names = saved(tmp_path)
@@ -311,6 +313,7 @@ def test_student_and_teacher_see_the_same_features_of_a_frozen_tower(tmp_path, f
     assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["pyramid", "pyramid, adapters", "ternary"])
 def test_frozen_towers_of_coupled_models_stay_in_evaluation_mode(tmp_path, make):
     models = [fronted(model, *(FRONTS[name]() for name in FRONTS)) for model in chain(3, dropout=0.1)]

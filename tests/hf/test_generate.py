@@ -254,6 +254,7 @@ def hkdfast(*args):
     )
 
 
+@pytest.mark.slow
 def test_the_command_asks_a_model_with_and_without_its_adapter(home, tmp_path):
     options = [
         "--model",
@@ -288,6 +289,7 @@ def test_the_command_asks_a_model_with_and_without_its_adapter(home, tmp_path):
     assert json.loads((tmp_path / "again.json").read_text())["sets"] == report["sets"]
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_broken_image_before_the_model_is_loaded(home, tmp_path):
     (tmp_path / "0.png").write_text("not an image")
     (tmp_path / "q.json").write_text('{"question_id": 0, "image": "0.png", "text": "Is there a cat?", "label": "yes"}')

@@ -137,6 +137,7 @@ def check(model, batch):
     assert loss <= LOSS and gradient <= GRADIENT, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
 def test_every_family(family):
     if family in MODULES and find_spec(MODULES[family]) is None:

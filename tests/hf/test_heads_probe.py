@@ -213,6 +213,7 @@ def test_the_only_head_inside_a_model_that_names_none_is_taken():
         LanguageHead(Outer(family("granite"), family("llama")))
 
 
+@pytest.mark.slow
 def test_weights_over_several_processes(tmp_path):
     """Tensor parallelism and FSDP, whose weights are DTensors: the probe, the loss, and every gradient."""
     torch.manual_seed(0)

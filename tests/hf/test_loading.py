@@ -361,6 +361,7 @@ def test_an_adapter_without_its_base_is_refused(adapter):
 STEPS = dict(max_steps=2, save_strategy="steps", save_steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_checkpoint_that_does_not_fit_is_not_resumed(tmp_path, rounds):
     def trainer():
@@ -379,6 +380,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_resumed(tmp_path, rounds):
         trainer().train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "run.json"])
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(tmp_path, name):
     def trainer():

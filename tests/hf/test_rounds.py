@@ -48,6 +48,7 @@ def evolved(tmp_path_factory):
     return folder, trainer
 
 
+@pytest.mark.slow
 def test_rounds_are_logged_with_their_own_schedule_and_contrast(evolved):
     history = [entry for entry in evolved[1].state.log_history if "loss" in entry]
     assert [(entry["round"], entry["step"]) for entry in history] == [(r, s) for r in (1, 2) for s in (1, 2, 3)]
@@ -79,6 +80,7 @@ def test_the_first_round_merged_is_the_teacher_of_the_second(evolved):
         assert torch.allclose(taught, first(**batch).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["round-1/checkpoint-2", "round-1/checkpoint-3", "round-2/checkpoint-2", True])
 def test_resuming_goes_on_to_the_same_losses_bit_for_bit(evolved, tmp_path, checkpoint):
     folder, whole = evolved
@@ -97,6 +99,7 @@ def test_resuming_goes_on_to_the_same_losses_bit_for_bit(evolved, tmp_path, chec
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_resuming_one_round_amid_an_accumulated_epoch(tmp_path):
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5, save_strategy="steps")
     batch = zoo.batch(size=10, answers=2)
@@ -107,6 +110,7 @@ def test_resuming_one_round_amid_an_accumulated_epoch(tmp_path):
     assert losses(again) == losses(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_resuming_looks_at_what_it_finds(tmp_path, rounds):
     options = dict(rounds=rounds, max_steps=2, save_strategy="steps", save_steps=1, lr_scheduler_type="constant")
@@ -144,6 +148,7 @@ def test_resuming_looks_at_what_it_finds(tmp_path, rounds):
         trainer_of(tmp_path / "other", batch, **options).train(resume_from_checkpoint=str(last))
 
 
+@pytest.mark.slow
 def test_rounds_with_an_adapted_head(tmp_path):
     """LoRA on an untied head: the sum must not count the merged head twice."""
     model = zoo.build("llava")
@@ -160,6 +165,7 @@ def test_rounds_with_an_adapted_head(tmp_path):
         assert torch.allclose(loaded(**batch).logits, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rounds_in_bfloat16_keep_to_the_adapter_that_is_saved(tmp_path):
     """The merged weights are rounded once: loaded as an adapter, the rounds give what training saw up to that."""
     model = zoo.build("llava").bfloat16()
@@ -176,6 +182,7 @@ def test_rounds_in_bfloat16_keep_to_the_adapter_that_is_saved(tmp_path):
     assert (found - trained).norm() < 0.1 * (trained - base).norm()
 
 
+@pytest.mark.slow
 def test_training_twice_is_the_same_training(tmp_path):
     found = []
     for _ in range(2):
@@ -206,6 +213,7 @@ def test_a_trainer_runs_its_rounds_once(evolved):
 # two processes
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_large_batch(tmp_path):
     import test_seed_trainer
 
@@ -253,6 +261,7 @@ def home(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [False, True], ids=["prompts", "labels"])
 @pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_from_pictures_to_answers(tmp_path, name, answers):
@@ -318,6 +327,7 @@ def seed(home, output, *options, questions="questions.jsonl", images="images", m
 FEW = ("--max-steps", "2", "--per-device-train-batch-size", "3", "--logging-steps", "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [False, True])
 def test_the_command_trains_an_adapter(home, tmp_path, capfd, labels):
     options = ("--labels", "--hard-weight", "0.5") if labels else ()
@@ -331,6 +341,7 @@ def test_the_command_trains_an_adapter(home, tmp_path, capfd, labels):
     assert moved > 0
 
 
+@pytest.mark.slow
 def test_the_command_resumes(home, tmp_path):
     all_of_them = ("--save-total-limit", "9")
     assert seed(home, tmp_path / "whole", *FEW, "--rounds", "2", "--save-steps", "1", *all_of_them) == 0
@@ -341,6 +352,7 @@ def test_the_command_resumes(home, tmp_path):
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_command_that_died_before_its_first_checkpoint_begins_again(home, tmp_path, monkeypatch):
     plain = SeedTrainer.training_step
     monkeypatch.setattr(SeedTrainer, "training_step", lambda *_: 1 / 0)

@@ -205,6 +205,7 @@ def test_the_teacher_is_the_frozen_model_and_every_mode_comes_back():
 # the loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MODELS)
 @pytest.mark.parametrize("labeled", [False, True], ids=["prompts", "labels"])
 def test_the_loss_is_the_definition(tmp_path, name, labeled):
@@ -389,6 +390,7 @@ def train(folder, batch, name="llava", adapter=None, **options):
     return trainer, found.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labeled", [False, True], ids=["prompts", "labels"])
 def test_accumulated_batches_are_the_large_batch(tmp_path, labeled):
     batch = zoo.batch(size=8, answers=3 if labeled else None)
@@ -412,6 +414,7 @@ def test_accumulated_batches_are_the_large_batch(tmp_path, labeled):
             assert math.isclose(logged[key], expected[key], rel_tol=1e-5), key
 
 
+@pytest.mark.slow
 def test_metrics_reach_the_log_without_a_further_forward(tmp_path):
     batch = zoo.batch(size=4)
     model = zoo.build("llava")
@@ -497,6 +500,7 @@ def test_the_noise_of_an_evaluation_does_not_depend_on_its_batches(tmp_path):
     assert max(found) - min(found) < 1e-5 * found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options",
     [("llava", dict()), ("internvl", dict(alpha_schedule="linear", alpha=2.0, divergence="jensen_shannon"))],
@@ -511,6 +515,7 @@ def test_training_approaches_the_purified_teacher(tmp_path, name, options):
     assert after < 0.7 * before
 
 
+@pytest.mark.slow
 def test_a_training_of_labels_and_difference_tiles(tmp_path):
     batch = zoo.batch(size=4, answers=2)
     runs = [
@@ -565,6 +570,7 @@ def test_a_batch_without_images_is_refused(tmp_path):
         make_trainer(tmp_path, zoo.build("llava"), batch).train()
 
 
+@pytest.mark.slow
 def test_missing_libraries_are_named():
     code = "import sys; sys.modules['peft'] = None\nimport hkdfast\nimport hkdfast.hf"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
