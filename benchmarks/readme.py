@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "benchmarks/speed"), str(ROOT / "benchmarks/quality")]
+sys.path += [str(ROOT), str(ROOT / "benchmarks/speed"), str(ROOT / "benchmarks/quality")]
 
 import speed_table  # noqa: E402
 

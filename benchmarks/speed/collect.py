@@ -44,12 +44,24 @@ def merge(parts):
     return {**kept, "command": commands, "failures": list(failures.values()), "benchmarks": list(benchmarks.values())}
 
 
+def join(path, parts):
+    """Put the parts of one stage that its processes have left into one file."""
+    whole = json.loads(parts[0].read_text())
+    for part in map(json.loads, (each.read_text() for each in parts[1:])):
+        whole["benchmarks"] += part["benchmarks"]
+        whole["failures"] += part["failures"]
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--name", help="of the results file; by default the GPU's")
     parser.add_argument("--into", type=Path, default=RESULTS, help="folder of the results file")
+    parser.add_argument("--join", type=Path, help="put the parts, files here, into this one and do no more")
     args = parser.parse_args()
+    if args.join:
+        return join(args.join, [path for path in args.folders if path.is_file()])
     paths = sorted(path for folder in args.folders for path in folder.glob("*.json"))
     if not paths:
         sys.exit(f"no parts (*.json) in {', '.join(map(str, args.folders))}: run benchmarks/speed/gpu.sh")

@@ -1,25 +1,36 @@
 #!/usr/bin/env bash
 # Proves hkdfast on a machine with a GPU and measures it against its peers, stage by stage, what tells most first.
 #
-#   benchmarks/speed/gpu.sh [--tiny] [--seconds N] [STAGE...]     without a stage: all of them
+#   benchmarks/speed/gpu.sh [--seconds N] STAGE...  stages, or the names of groups of them: first, second, more
+#   benchmarks/speed/gpu.sh --rehearse              the whole plan on any machine, in shapes whose times say nothing
 #   benchmarks/speed/gpu.sh report [FOLDER...]      anywhere: one results file of the parts, its figures, README's table
 #
 # Stages add to one log and leave their parts of the results in $OUT (out/gpu by default); they build first what is not
-# built, and do not run if that fails. Wheels in .whl/, collected by wheels.sh, are installed if there are any; nothing is
-# downloaded. --seconds, for a machine that is lent by the minute, cuts what runs so long after the start: what a stage
-# has measured by then is kept. --tiny takes every stage through on any machine, with or without a GPU, in shapes whose
-# times say nothing.
+# built, and do not run if that fails. Extensions that lie in hkdfast/ ready for this Python are not built again. Wheels
+# in .whl/, collected by wheels.sh, are installed if there are any; nothing is downloaded. --seconds, for a machine that
+# is lent by the minute, cuts what runs so long after the start: what a stage has measured by then is kept. A kernel that
+# hangs costs its stage's process alone; if the first contact with the CUDA kernels fails, Triton runs in their place.
 set -euo pipefail
 [ -z "${OUT:-}" ] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "$0")/../.."
 self=benchmarks/speed/gpu.sh
-STAGES=(build correct heads-ab logits coupled frozen heads-cde sweeps vocabulary sanitize)
+# stages in their order, with the seconds each is expected to take on an H200: by counting, not measured
+declare -A EXPECTED=(
+    [build]=10 [smoke]=60 [plans]=25 [logits]=60 [heads-a]=90 [frozen-a]=40
+    [correct]=120 [compiled]=90 [heads-bd]=50 [coupled]=40 [errors]=20 [steps]=60
+    [vocabulary]=120 [heads-more]=200 [frozen]=200 [tokens]=60 [compiled-more]=900 [sanitize]=300
+)
+FIRST=(build smoke plans logits heads-a frozen-a)
+SECOND=(correct compiled heads-bd coupled errors steps)
+MORE=(vocabulary heads-more frozen tokens compiled-more sanitize)
+STAGES=("${FIRST[@]}" "${SECOND[@]}" "${MORE[@]}")
 export OUT=${OUT:-$PWD/out/gpu} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 site=${HKDFAST_SITE:-/tmp/hkdfast-site}
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$site:$PWD${PYTHONPATH:+:$PYTHONPATH} # programs in tests/ and benchmarks/ import hkdfast from here
 export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc and compute-sanitizer, where they are not on it
 mkdir -p "$OUT"
+if [ -e "$site/no-cuda" ]; then export HKDFAST_BACKEND=triton; fi # smoke has found a fault
 
 limited() { # a command, interrupted in time to write what it has found
     if [ -z "${HKDFAST_DEADLINE:-}" ]; then
@@ -36,9 +47,13 @@ build() {
             $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
         fi
         nvidia-smi
-        nvcc --version
-        rm -f hkdfast/_cpu*.so hkdfast/_cuda*.so
-        $python setup.py -q build_ext --inplace
+        if $python -c 'from hkdfast.ops.dispatch import load; load("cuda")'; then
+            echo "the extensions were built before"
+        else
+            nvcc --version
+            rm -f hkdfast/_cpu*.so hkdfast/_cuda*.so
+            $python setup.py -q build_ext --inplace
+        fi
     fi
     $python -m hkdfast doctor
     $python - <<'PYTHON'
@@ -49,7 +64,7 @@ import torch
 from hkdfast import backends
 
 report = backends()
-wanted = {"cpu"} if not torch.cuda.is_available() else {"cpu", "triton"}
+wanted = {"triton"} if torch.cuda.is_available() else {"cpu"}
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9:
     wanted.add("cuda")
 missing = {name: report.get(name, "unknown") for name in wanted if report.get(name) != "ok"}
@@ -67,12 +82,43 @@ tests() { # pytest on several processes where pytest-xdist is there: most of the
     limited $python -m pytest -q -p no:cacheprovider "${several[@]}" "$@"
 }
 
-correct() {
+smoke() { # seconds: every kernel of the CUDA and of the Triton backend, each in a process that may hang
+    if [ -n "${HKDFAST_TINY:-}" ]; then
+        $python benchmarks/speed/smoke.py check cpu --tiny
+        return
+    fi
+    if ! timeout -k 5 90 $python benchmarks/speed/smoke.py check cuda; then
+        echo "the CUDA kernels are left out from here on"
+        touch "$site/no-cuda"
+    fi
+    timeout -k 5 90 $python benchmarks/speed/smoke.py check triton
+}
+
+PLANS=("" "blocks=1" "blocks=2" "blocks=2,warps=8" "blocks=4,warps=4" "chunk=256" "chunk=512")
+plans() { # the times that decide how the CUDA kernels lay out a row
+    if [ -n "${HKDFAST_TINY:-}" ]; then
+        $python benchmarks/speed/smoke.py time cpu --tiny
+        return
+    fi
+    local plan
+    for plan in "${PLANS[@]}"; do
+        if [ -e "$site/no-cuda" ]; then break; fi
+        echo "HKDFAST_CUDA_PLAN=$plan"
+        HKDFAST_CUDA_PLAN=$plan timeout -k 5 60 $python benchmarks/speed/smoke.py time cuda || echo "failed with $plan"
+    done
+    echo triton
+    timeout -k 5 60 $python benchmarks/speed/smoke.py time triton
+}
+
+correct() { # what a GPU alone can tell; the emulations have run elsewhere
     if [ -n "${HKDFAST_TINY:-}" ]; then
         tests tests/engine/test_device.py -k decoding
-    else
-        tests tests/ops/test_rows.py tests/engine/test_device.py tests/ops/test_triton.py $(compgen -G "tests/ops/test_cuda*.py")
+        return
     fi
+    local limit=()
+    if $python -c 'import pytest_timeout' 2> /dev/null; then limit=(--timeout 60 --timeout-method thread); fi
+    tests "${limit[@]}" tests/ops/test_rows.py tests/engine/test_device.py tests/ops/test_cuda.py tests/ops/test_triton.py \
+        -k "cuda or gpu or graph or does_not_fit or (triton and not any_row)"
 }
 
 watched() { # BACKEND DIVERGENCE OPERATION KERNEL, as tests/tools/sanitize.py --list has them
@@ -105,21 +151,46 @@ sanitize() {
     return $status
 }
 
-bench() { # bench NAME PYTEST-ARGUMENTS...: one part of the results
-    local name=$1
-    shift
-    limited $python -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-group-by=param:shape \
-        --benchmark-json="$OUT/$name.json" "$@"
+bench() { # bench NAME WHICH PYTEST-ARGUMENTS...: one part of the results, ours, Triton's and the peers' apart
+    local name=$1 which=$2 who status=0 ended
+    shift 2
+    # a rehearsal of one stage in three processes says enough of all
+    if [ -n "${HKDFAST_TINY:-}" ] && [ "$name" != logits ] && [ ${#APART[@]} = 3 ]; then APART=("not compile"); fi
+    for who in "${APART[@]}"; do
+        ended=0
+        limited $python -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
+            --benchmark-group-by=param:shape --benchmark-json="$OUT/$name-$((++parts)).part" -k "($which) and ($who)" "$@" ||
+            ended=$?
+        if [ $ended != 0 ] && [ $ended != 5 ]; then status=$ended; fi # 5: none of these
+    done
+    find "$OUT" -name "$name-*.part" -empty -delete # of a process that was killed
+    if compgen -G "$OUT/$name-*.part" > /dev/null; then
+        $python $speed/collect.py --join "$OUT/$name.json" "$OUT/$name"-*.part
+        rm "$OUT/$name"-*.part
+    fi
+    return $status
 }
+parts=0
 speed=benchmarks/speed
-logits() { bench logits $speed/bench_logits.py -k "not vocabulary"; }
-vocabulary() { bench vocabulary $speed/bench_logits.py -k vocabulary; }
+APART=("hkdfast and not triton and not compile" "hkdfast and triton and not compile" "not hkdfast and not compile")
 heads="$speed/bench_heads.py::bench_gemms $speed/bench_heads.py::bench_heads" # the floor first: nothing is judged without
-heads-ab() { bench heads-ab $heads -k "trained and (A: or B:)"; }
-heads-cde() { bench heads-cde $heads -k "trained and not (A: or B:)"; }
-frozen() { bench frozen $heads -k frozen; }
-coupled() { bench coupled $speed/bench_coupled.py; }
-sweeps() { bench sweeps $speed/bench_heads.py -k "bench_tokens or bench_errors"; }
+logits() { bench logits "not vocabulary" $speed/bench_logits.py; }
+heads-a() { bench heads-a "trained and A:" $heads; }
+frozen-a() { bench frozen-a "frozen and A:" $heads; }
+compiled() {
+    APART=(compile)
+    bench compiled "(reverse_kl or jensen_shannon) and (qwen or A:) and not frozen and not vocabulary" $speed/bench_logits.py \
+        $speed/bench_heads.py::bench_heads
+}
+heads-bd() { bench heads-bd "trained and (B: or D:)" $heads; }
+coupled() { bench coupled "coupled" $speed/bench_coupled.py; }
+errors() { APART=("hkdfast and not compile") && bench errors "bench_errors" $speed/bench_heads.py; }
+steps() { APART=("not nothing") && bench steps "bench" $speed/bench_steps.py; }
+vocabulary() { bench vocabulary "vocabulary" $speed/bench_logits.py; }
+heads-more() { bench heads-more "trained and not (A: or B: or D:)" $heads; }
+frozen() { bench frozen "frozen and not A:" $heads; }
+tokens() { bench tokens "bench_tokens" $speed/bench_heads.py; }
+compiled-more() { APART=(compile) && bench compiled-more "not compiled" $speed/bench_logits.py $heads $speed/bench_coupled.py; }
 
 report() {
     $python $speed/collect.py "${@:-$OUT}"
@@ -146,11 +217,27 @@ built() { # what stands in build/ for these sources: the marker goes with the ma
     echo "build/gpu-$(find setup.py csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c -16)"
 }
 
+timetable() { # seconds of each stage in this log, beside those that are expected on an H200
+    local group name call sum
+    printf '\n%-14s %10s %20s\n' stage "here, s" "expected there, s"
+    for group in first second more; do
+        local -n stages=${group^^}
+        sum=0
+        for name in "${stages[@]}"; do
+            call=$(sed -n "s/^=== $name: done after \([0-9]*\) s$/\1/p" "$OUT/gpu.log" | tail -n 1)
+            printf '%-14s %10s %20s\n' "$name" "${call:--}" "${EXPECTED[$name]}"
+            sum=$((sum + EXPECTED[$name]))
+        done
+        printf '%-14s %10s %20s\n\n' "all of $group" "" "$sum"
+    done
+}
+
 main() { # whole before it runs: bash would read on in a file that is edited meanwhile
-    if [ "${1:-}" = --tiny ]; then
-        export HKDFAST_TINY=1
-        shift
-    fi
+    local rehearsal=
+    case "${1:-}" in
+        --rehearse) rehearsal=1 && shift && export HKDFAST_TINY=1 ;;
+        --tiny) shift && export HKDFAST_TINY=1 ;;
+    esac
     if [ "${1:-}" = --seconds ]; then
         export HKDFAST_DEADLINE=$(($(date +%s) + $2))
         shift 2
@@ -160,21 +247,31 @@ main() { # whole before it runs: bash would read on in a file that is edited mea
         --watched) shift; watched "$@"; return ;;
         report) shift; report "$@"; return ;;
     esac
-    local name failed=()
+    local name failed=() wanted=()
     for name in "$@"; do
-        if [[ " ${STAGES[*]} " != *" $name "* ]]; then
-            echo "unknown stage '$name', expected report or some of: ${STAGES[*]}" >&2
-            return 2
-        fi
+        case $name in
+            first) wanted+=("${FIRST[@]}") ;;
+            second) wanted+=("${SECOND[@]}") ;;
+            more) wanted+=("${MORE[@]}") ;;
+            *)
+                if [[ " ${STAGES[*]} " != *" $name "* ]]; then
+                    echo "unknown stage '$name', expected report, first, second, more or some of: ${STAGES[*]}" >&2
+                    return 2
+                fi
+                wanted+=("$name")
+                ;;
+        esac
     done
-    if [ $# = 0 ]; then set -- "${STAGES[@]}"; fi
-    if [ "$1" != build ] && [ -z "${HKDFAST_TINY:-}" ] && { [ ! -e "$(built)" ] || [ ! -d "$site" ]; }; then
+    if [ ${#wanted[@]} = 0 ]; then wanted=("${STAGES[@]}"); fi
+    if [ "${wanted[0]}" != build ] && [ -z "${HKDFAST_TINY:-}" ] && { [ ! -e "$(built)" ] || [ ! -d "$site" ]; }; then
         stage build || failed+=(build)
     fi
-    for name in "$@"; do
+    for name in "${wanted[@]}"; do
         if [ "${failed[*]}" = build ]; then break; fi # the rest would measure something else
         stage "$name" || failed+=("$name")
+        if [ -e "$site/no-cuda" ]; then export HKDFAST_BACKEND=triton; fi # smoke has found a fault
     done
+    if [ -n "$rehearsal" ]; then timetable | tee -a "$OUT/gpu.log"; fi
     if [ ${#failed[@]} != 0 ]; then
         echo "failed: ${failed[*]}; the log is $OUT/gpu.log"
         return 1

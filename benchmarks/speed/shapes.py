@@ -26,7 +26,7 @@ LOGITS = {
 
 # (rows, hidden size of the student, of the teacher, vocabulary) of heads
 HEADS = {
-    "tiny": {"A: tiny": (8, 16, 16, 300), "C: tiny": (8, 8, 16, 300)},
+    "tiny": {"A: tiny": (8, 16, 16, 300), "B: tiny": (8, 8, 16, 300), "C: tiny": (8, 16, 8, 300)},
     "cpu": {"1024 rows, 512 x 32000": (1024, 512, 512, 32_000)},
     "cuda": {
         "A: 8192 rows, 4096/4096 x 151936": (8192, 4096, 4096, 151_936),

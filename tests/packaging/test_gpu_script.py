@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -12,15 +13,29 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "speed" / "gpu.sh"
+HEADS = {"bench_heads", "bench_gemms"}
 BENCHMARKS = {
     "logits": {"bench_logits", "bench_seed", "bench_contrast", "bench_copy"},
-    "vocabulary": {"bench_vocabulary"},
-    "heads-ab": {"bench_heads", "bench_gemms"},
-    "heads-cde": {"bench_heads", "bench_gemms"},
-    "frozen": {"bench_heads", "bench_gemms"},
+    "heads-a": HEADS,
+    "frozen-a": HEADS,
+    "heads-bd": HEADS,
     "coupled": {"bench_coupled", "bench_coupled_gemms"},
-    "sweeps": {"bench_tokens", "bench_errors"},
+    "errors": {"bench_errors"},
+    "steps": {"bench_language_model", "bench_seed"},
+    "vocabulary": {"bench_vocabulary"},
+    "heads-more": HEADS,
+    "frozen": HEADS,
+    "tokens": {"bench_tokens"},
 }
+OTHERS = {
+    "build",
+    "smoke",
+    "plans",
+    "correct",
+    "sanitize",
+    "compiled",
+    "compiled-more",
+}  # no peer compiles in tiny shapes
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not a checkout")
 for package in ("pytest_benchmark", "trl", "liger_kernel", "matplotlib"):
@@ -37,7 +52,7 @@ def run(*args, **environment):
 def parts(tmp_path_factory):
     """What all stages leave in $OUT."""
     out = tmp_path_factory.mktemp("gpu")
-    code, said = run("--tiny", OUT=str(out), HKDFAST_SITE=str(out / "site"))
+    code, said = run("--rehearse", OUT=str(out), HKDFAST_SITE=str(out / "site"))
     assert code == 0, said[-4000:]
     return out
 
@@ -45,9 +60,23 @@ def parts(tmp_path_factory):
 def test_every_stage_runs_and_leaves_its_log(parts):
     log = (parts / "gpu.log").read_text()
     told = {one.split("\n")[0]: one for one in log.split("\n=== ")[1:] if "done" not in one.split("\n")[0]}
-    assert set(told) == {"build", "correct", "sanitize", *BENCHMARKS}
+    assert set(told) == OTHERS | set(BENCHMARKS)
     assert " passed" in told["correct"] and "3 cases ran" in told["sanitize"]
-    assert len(list(parts.glob("*.*"))) == 8  # as many files as the machine that is lent gives back
+    assert "216 cases are right" in told["smoke"] and "GB/s" in told["plans"]
+
+
+def test_a_call_leaves_as_many_files_as_come_back_from_the_machine_that_is_lent(parts):
+    for group in ("FIRST", "SECOND"):
+        stages = re.search(rf"^{group}=\((.*)\)$", SCRIPT.read_text(), re.M)[1].split()
+        assert len({*stages} - OTHERS | {*stages} & {"compiled"}) + 1 <= 8  # and the log
+
+
+def test_the_rehearsal_ends_with_the_seconds_of_each_stage(parts):
+    table = (parts / "gpu.log").read_text().split("expected there, s\n")[1]
+    rows = dict(re.findall(r"^(\S+) +(\d+) +\d+$", table, re.M))
+    assert set(rows) == OTHERS | set(BENCHMARKS)
+    sums = dict(re.findall(r"^all of (\w+) +(\d+)$", table, re.M))
+    assert int(sums["first"]) + int(sums["second"]) <= 900 - 120 - 60  # start and transfers
 
 
 @pytest.mark.parametrize("stage", BENCHMARKS)
@@ -57,7 +86,7 @@ def test_a_stage_measures_what_it_says(parts, stage):
     assert names == BENCHMARKS[stage] and part["failures"] == []
     for benchmark in part["benchmarks"]:
         info = benchmark["extra_info"]
-        assert info["who"] and info["what"] and info["shape"] and benchmark["stats"]["rounds"] in (1, 9)
+        assert info["who"] and info["what"] and info["shape"] and benchmark["stats"]["rounds"] in (1, 3, 9)
         if info["who"].startswith("hkdfast") and "float32 tiles" in info["who"] and "gradient error" in info:
             assert info["gradient error"] < 4e-3, info
 
@@ -150,7 +179,7 @@ def test_a_peer_out_of_memory_is_a_result(tmp_path):
 
 def test_an_unknown_stage_is_named():
     code, said = run("bench")
-    assert code == 2 and "unknown stage 'bench'" in said and "heads-ab" in said
+    assert code == 2 and "unknown stage 'bench'" in said and "heads-bd" in said
 
 
 def test_time_is_summed_from_event_to_event(monkeypatch):
@@ -182,3 +211,18 @@ def test_time_is_summed_from_event_to_event(monkeypatch):
     start = clock()
     now[0] += 1.7e-6
     assert clock() - start == pytest.approx(1.7e-6, rel=1e-2)
+
+
+PROGRAMS = [*ROOT.glob("tests/tools/*.py"), *(ROOT / "benchmarks" / name for name in ("readme.py", "speed/collect.py"))]
+PROGRAMS += [ROOT / "benchmarks" / "speed" / name for name in ("smoke.py", "figures.py")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_programs_run_where_hkdfast_is_not_installed(program, tmp_path):
+    """Without its site the interpreter has no .pth files: packages are there, a checkout that is installed is not."""
+    packages = str(Path(torch.__file__).parents[1])
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": packages}}
+    without = subprocess.run([sys.executable, "-S", "-c", "import hkdfast"], **how)
+    assert "No module named 'hkdfast'" in without.stderr
+    done = subprocess.run([sys.executable, "-S", program, "--help"], **how)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]

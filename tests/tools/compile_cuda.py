@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where hkdfast is not installed
+
 from hkdfast import DIVERGENCES
 
 KINDS = ("any", "narrow", "wide")  # in the order of csrc/cuda/layout.h

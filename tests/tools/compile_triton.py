@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where hkdfast is not installed
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported: interpreted functions cannot be compiled
 
 import torch

@@ -4,6 +4,11 @@ Nothing is compared here, that is the tests' part. benchmarks/speed/gpu.sh runs 
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where hkdfast is not installed
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
 from cases import CASES, DEVICE, Case, home, inputs, law, run_rows
