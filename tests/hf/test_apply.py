@@ -1,6 +1,7 @@
 """hkdfast.hf.apply: patching, undoing, refusing; and transformers.Trainer with a teacher against eager logits."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -188,8 +189,13 @@ def test_two_processes_are_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", ["trainer", "distillation"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *itertools.product(("trainer", "distillation"), ("aot_eager", "inductor")),
+        *itertools.product(("gkd", "gold", "sdft", "sdpo"), ("aot_eager",)),
+    ],
+)
 def test_a_compiled_model_learns_the_same(name, backend, tmp_path):
     runs = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
@@ -199,7 +205,8 @@ def test_a_compiled_model_learns_the_same(name, backend, tmp_path):
             trainer = make(Trainer, tmp_path, models[0], **options)
             apply(trainer, teacher=models[1], hard_weight=0.5)
         else:
-            trainer = trainers.distillation(tmp_path, *models, **options)
+            models = models[:1] if name in ("sdft", "sdpo") else models
+            trainer = getattr(trainers, name)(tmp_path, *models, **options)
             apply(trainer)
         runs.append(trainers.trained(trainer))
     assert is_compiled_module(trainer.model_wrapped)
