@@ -10,7 +10,7 @@ compile_cuda = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(compile_cuda)
 
 USAGE = {"STACK": 0, "LOCAL": 0, "SHARED": 0, "REG": 96}
-MOST = {"instructions": 8, "shuffles": 2, "double": 2, "sends": 2, "block": 1, "cluster": 0, "memory": 0}
+MOST = {"instructions": 8, "shuffles": 2, "double": 2, "sends": 2, "block": 1}
 JOIN = ["SHFL.BFLY PT, R1, R2", "DADD R2, R2, R4", "BAR.SYNC.DEFER_BLOCKING 0x0", "STAS.64 [R2.64], R4"]
 
 
@@ -57,4 +57,4 @@ def test_other_faults_are_found():
 @pytest.mark.parametrize("law", ["", "law"])
 @pytest.mark.parametrize("divergence", ["reversekl", "jensenshannon", "totalvariation"])
 def test_every_fast_kernel_has_limits(divergence, law):
-    assert compile_cuda.limits(divergence, law).keys() == compile_cuda.BETWEEN.keys()
+    assert compile_cuda.limits(divergence, law).keys() == compile_cuda.BETWEEN.keys() - {"cluster", "memory"}
