@@ -12,7 +12,7 @@ from truth import as_leaves, exactly, leaves, near_and_far, off, with_gradients
 from hkdfast import DIVERGENCES, Edge, Head, backends, contrast, coupled_loss, distill_loss, purify
 from hkdfast.engine import tile_loop
 from hkdfast.heads import Purified
-from hkdfast.ops.dispatch import ORDER
+from hkdfast.ops.dispatch import ORDER, load
 from hkdfast.ops.objective import Objective
 
 BACKENDS = [name for name in ORDER[DEVICE] if name != "reference" and backends()[name] == "ok"]
@@ -48,6 +48,26 @@ def test_heads(backend, divergence, dtype, bound, monkeypatch):
     monkeypatch.setattr("hkdfast.engine.tile_loop.rows_per_block", lambda *args: 20)
     student, teacher = near_and_far(0.3, dtype, rows=48, vocab=1031)
     assert_close(student, teacher, bound, divergence, backend=backend)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_past_two_to_the_31_elements(backend):
+    """The same bits as in neighboring rows, read and written in place."""
+    stride, vocab = 2**30 + 16, 4096
+    if torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("needs 8 GiB of free GPU memory")
+    module = load(backend)
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    student, teacher = (torch.randn(3, vocab, generator=draw, device=DEVICE).bfloat16() for _ in range(2))
+    space = torch.empty(2 * stride + vocab, dtype=torch.bfloat16, device=DEVICE)
+    away = space.as_strided((3, vocab), (stride, 1)).copy_(student)
+    found = []
+    for tile in (student, away):
+        loss = torch.empty(3, device=DEVICE)
+        module.rows(Objective("jensen_shannon"), tile, teacher, None, None, None, None, loss, tile, None)
+        found.append((loss, tile.clone()))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("apart", [None, 0.3, 0.03])
