@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers as hf
 import zoo
+from coupled_models import sized
 from safetensors.torch import load_file, save_file
-from test_coupled_trainers import sized
 from zoo import one_thread  # noqa: F401
 
 from hkdfast import cli

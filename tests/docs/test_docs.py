@@ -84,7 +84,7 @@ def test_places_named_in_the_changelog_have_the_new_names():
 def home(tmp_path_factory):
     """The folder of a reader: the models, images and files that the pages speak of."""
     zoo = pytest.importorskip("zoo", reason="the pages with models need transformers")
-    from test_coupled_trainers import sized
+    from coupled_models import sized
     from trainers import CHAT, language_model, letters
 
     home = tmp_path_factory.mktemp("reader")

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers as hf
 import zoo
+from coupled_models import QUIET, STACK, batch, chain, pyramid, saved, sized, stage, ternary
 from safetensors.torch import load_file
-from test_coupled_trainers import QUIET, STACK, batch, chain, pyramid, saved, sized, stage, ternary
 from test_seed_trainer import assert_same, one_loss
 from transformers.trainer_callback import PrinterCallback
 from zoo import Rows, config, one_thread  # noqa: F401
