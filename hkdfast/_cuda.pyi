@@ -6,7 +6,7 @@ Request = tuple[int, int, int, int, int]  # cluster, blocks, warps, chunk, slots
 def missing(device: int) -> str: ...  # why the kernels do not run on this device; "" if they do
 def machine(device: int) -> tuple[int, int, int]: ...  # block, sm, reserved: bytes of shared memory
 def plan(  # the layout for such tiles on such a machine; None if a row does not fit
-    tiles: list[Tile], vocab: int, request: Request, block: int, sm: int, reserved: int
+    tiles: list[Tile], vocab: int, request: Request, block: int, sm: int, reserved: int, largest_cluster: int = 16
 ) -> dict[str, int] | None: ...
 def longest(tiles: list[Tile], device: int) -> int: ...  # the most words of a row of two or three such tiles
 def rows(  # False, and nothing is done, if a row does not fit on chip

@@ -57,7 +57,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("missing", &hkdfast::missing, "device"_a);
   m.def("machine", &hkdfast::machine_of, "device"_a);
   m.def("longest", &hkdfast::longest_of, "tiles"_a, "device"_a);
-  m.def("plan", &hkdfast::plan_of, "tiles"_a, "vocab"_a, "request"_a, "block"_a, "sm"_a, "reserved"_a);
+  m.def("plan", &hkdfast::plan_of, "tiles"_a, "vocab"_a, "request"_a, "block"_a, "sm"_a, "reserved"_a,
+        "largest_cluster"_a = hkdfast::max_blocks);
   m.def("rows", &hkdfast::rows, "objective"_a, "student"_a, "teacher"_a, "noisy"_a, "alpha"_a, "labels"_a, "weight"_a,
         "loss"_a, "grad"_a, "metrics"_a, "n"_a, "vocab"_a, "plan"_a, "device"_a, "stream"_a);
   m.def("contrast", &hkdfast::contrast, "objective"_a, "clean"_a, "noisy"_a, "alpha"_a, "labels"_a, "out"_a, "n"_a,

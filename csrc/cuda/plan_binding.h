@@ -20,10 +20,11 @@ inline Task task_with(const py::list& given, int vocab) {
   return task;
 }
 
-// The best layout; None if a row does not fit. block, sm, reserved: a Machine.
-inline py::object plan_of(const py::list& tiles, int vocab, const py::tuple& request, int block, int sm, int reserved) {
+// The best layout; None if a row does not fit. block, sm, reserved: a Machine, which takes clusters of so many blocks.
+inline py::object plan_of(const py::list& tiles, int vocab, const py::tuple& request, int block, int sm, int reserved,
+                          int largest_cluster) {
   const Plan plan = first_plan(task_with(tiles, vocab), {block, sm, reserved}, plan_request(request),
-                               [](const Plan&) { return true; });
+                               [=](const Plan& one) { return one.cluster <= largest_cluster; });
   if (!plan.cluster) return py::none();
   py::dict of;
   of["cluster"] = plan.cluster, of["blocks"] = plan.blocks, of["warps"] = plan.warps, of["chunk"] = plan.chunk;

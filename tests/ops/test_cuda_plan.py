@@ -15,8 +15,8 @@ ANY = (0,) * len(VALUES)
 BLOCK, SM, RESERVED = H200
 
 
-def plan(cluster, vocab, dtypes, asked=ANY, machine=H200):
-    return cluster.plan([(4096, dtype, -(-vocab // 8) * 8) for dtype in dtypes], vocab, asked, *machine)
+def plan(cluster, vocab, dtypes, asked=ANY, machine=H200, **device):
+    return cluster.plan([(4096, dtype, -(-vocab // 8) * 8) for dtype in dtypes], vocab, asked, *machine, **device)
 
 
 def row_slots(plan):
@@ -75,6 +75,17 @@ def test_the_longest_row_fits_and_no_longer_one(cluster, dtypes):
     assert plan(cluster, longest, dtypes)["cluster"] == 16
     assert plan(cluster, longest + 8, dtypes) is None
     assert longest > 128_256
+
+
+def test_a_device_that_refuses_large_clusters_gets_the_next_plan(cluster):
+    three = ["bfloat16"] * 3
+    first, second = plan(cluster, 151_936, three), plan(cluster, 151_936, three, largest_cluster=8)
+    assert (first["cluster"], second["cluster"], second["blocks"]) == (16, 8, 1)
+    assert_whole(second, 151_936)
+    tight = plan(cluster, 256_000, three, largest_cluster=8)  # less than a quarter of a row's room is left
+    assert tight["cluster"] == 8 and 1 < tight["slots"] * 128 / tight["chunks"] < 1.25
+    assert_whole(tight, 256_000)
+    assert plan(cluster, 262_144, ["float32"] * 2, largest_cluster=8) is None
 
 
 def test_a_smaller_machine_gets_another_plan(cluster):

@@ -407,6 +407,8 @@ PYBIND11_MODULE(cluster, m) {
   py::register_exception<hkdfast::generic::Unmet>(m, "Unmet");
   m.def("rows", &hkdfast::generic::rows);
   m.def("contrast", &hkdfast::generic::contrast);
-  m.def("plan", &hkdfast::plan_of);
+  using namespace pybind11::literals;
+  m.def("plan", &hkdfast::plan_of, "tiles"_a, "vocab"_a, "request"_a, "block"_a, "sm"_a, "reserved"_a,
+        "largest_cluster"_a = hkdfast::max_blocks);
   m.def("longest", &hkdfast::generic::longest);
 }
