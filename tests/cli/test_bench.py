@@ -34,6 +34,7 @@ def slow(ran, seconds, loss, *args):
 """
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_left_out_with_the_reason(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     done = subprocess.run(
@@ -95,6 +96,7 @@ def test_the_times_are_told_in_one_sentence():
     assert "none can be compared with a peer" in module.meaning(times[-1:], [], 0)
 
 
+@pytest.mark.slow
 def test_all_that_is_left_at_the_end_is_skipped(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-k", "bench_contrast", FOLDER],

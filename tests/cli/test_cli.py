@@ -114,6 +114,7 @@ def pope_words(files, splits=("random", "adversarial")):
     return ["evaluate", "pope", "--questions", *questions, "--answers", *answers]
 
 
+@pytest.mark.slow
 def test_pope_scores_answers_with_torch_alone(files):
     done = process(*pope_words(files), "--output", files / "out" / "scores.json", without=EXTRAS)
     assert (done.returncode, done.stderr) == (0, "")
@@ -228,6 +229,7 @@ def test_asking_a_model_refuses(files, command, monkeypatch, options, message):
     assert message in refused(done)
 
 
+@pytest.mark.slow
 def test_asking_a_model_without_transformers_names_the_extra(files):
     for i in range(3):
         (files / f"{i}.png").touch()
@@ -238,6 +240,7 @@ def test_asking_a_model_without_transformers_names_the_extra(files):
     assert "hkdfast[hf]" in refused(done)
 
 
+@pytest.mark.slow
 def test_seed_without_transformers_names_the_extra():
     assert "hkdfast[hf]" in refused(process("seed", "--help", without=("transformers",)))
 
@@ -253,6 +256,7 @@ def test_mme(files, command):
     assert "no .txt file" in refused(command("evaluate", "mme", "--results", files))
 
 
+@pytest.mark.slow
 def test_doctor_tells_every_backend_and_why_one_is_missing():
     done = process("doctor", without=("triton",))
     assert done.returncode == 0, done.stderr
@@ -282,6 +286,7 @@ def test_demo_ends_with_what_it_means(command):
     assert re.fullmatch(f"hkdfast against PyTorch: logits {share}; heads {share}\\.", last), last
 
 
+@pytest.mark.slow
 def test_demo_leaves_out_what_would_not_fit(command, monkeypatch):
     """As on a processor without 16-bit products: PyTorch's own way takes time with every row."""
     plain = demo.plain
@@ -356,6 +361,7 @@ def test_demo_refuses(command, options, message):
     assert message in refused(command("demo", *options))
 
 
+@pytest.mark.slow
 def test_bench_runs_what_lies_beside_the_package_or_says_where_it_is(command, monkeypatch, tmp_path):
     assert (bench.FOLDER / "bench_logits.py").is_file()
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "benchmarks" / "speed")
@@ -410,6 +416,7 @@ def test_unknown_words_exit_with_two(command):
         assert done.stderr.startswith("usage: hkdfast")
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command_and_needs_torch_alone():
     assert process("--version").stdout == f"hkdfast {hkdfast.__version__}\n"
     assert process("--help", without=EXTRAS).returncode == 0

@@ -129,6 +129,7 @@ def test_questions_about_images(home, tmp_path, capfd):
     hf.AutoModelForImageTextToText.from_pretrained(out), hf.AutoProcessor.from_pretrained(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_dataset_folder(home, tmp_path, saved, capfd):
     datasets = pytest.importorskip("datasets")

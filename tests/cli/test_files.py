@@ -123,6 +123,7 @@ def process(words, **how):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", ["pipe", "file", "appended"])
 def test_scores_may_go_to_stdout(home, into):
     """JSON and table, whole and one after the other, whatever stdout is."""
@@ -138,6 +139,7 @@ def test_scores_may_go_to_stdout(home, into):
     assert text[end:].split()[:2] == ["questions", "number"]
 
 
+@pytest.mark.slow
 def test_scores_are_written_before_they_are_printed(home):
     """Stdout may be closed, full or unable to say a word: the scores are in their file."""
     os.rename("q.json", "frage-\u00fc\u4e2d.json")

@@ -80,6 +80,7 @@ def weights(folder):
     return hf.LlavaForConditionalGeneration.from_pretrained(folder).state_dict()
 
 
+@pytest.mark.slow
 def test_a_track_from_files_to_scores(home, tmp_path, capfd, monkeypatch):
     made, asking = [], hkd_command.choices.run
 
@@ -118,6 +119,7 @@ def test_a_track_from_files_to_scores(home, tmp_path, capfd, monkeypatch):
     assert steps == [6, 12]  # sixteen examples by three, once and twice
 
 
+@pytest.mark.slow
 def test_adapters_on_the_other_track(home, tmp_path, capfd):
     options = ("--lora-r", 4, "--form", "one_pair", "--dev", home / "claims.json", "--learning-rates", 1e-3, 1e-2)
     options += ("--hard-weight", 0.5, 2.0)
@@ -137,6 +139,7 @@ def test_adapters_on_the_other_track(home, tmp_path, capfd):
     assert entry["loss"] == pytest.approx(sum(terms), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_model_gets_the_attention(home, tmp_path, monkeypatch):
     found = []
     for module in ("pyramid", "ternary"):
@@ -164,6 +167,7 @@ def whole(home, tmp_path_factory):
     return folder / "out", options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["stage 2", "ternary", "answers"])
 def test_a_killed_run_resumes_without_losing_a_stage(home, whole, tmp_path, monkeypatch, where):
     (whole, options), part = whole, tmp_path / "part"
@@ -345,6 +349,7 @@ def test_bad_input_is_told_before_anything_is_written(home, tmp_path, capsys):
     assert "full" in capsys.readouterr().err and (tmp_path / "full/file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_stopped_chain_says_what_it_kept(home, tmp_path, monkeypatch, capfd):
     saving, out = CoupledTrainer._save_checkpoint, tmp_path / "out"
 

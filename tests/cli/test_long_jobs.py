@@ -58,6 +58,7 @@ def whole(home, tmp_path_factory):  # noqa: F811
 # progress
 
 
+@pytest.mark.slow
 def test_a_log_file_has_short_lines_and_nothing_else(home, tmp_path):  # noqa: F811
     done = subprocess.run(
         command_of(home, tmp_path / "out", *ROUNDS), capture_output=True, text=True, env=os.environ, check=True
@@ -86,6 +87,7 @@ def screen(written):
     return [text for text in shown if text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(40, 120), (0, 0), (0, 120)])  # some do not say how large they are
 def test_a_terminal_shows_lines_above_one_bar(home, tmp_path, size):  # noqa: F811
     main, side = pty.openpty()
@@ -153,6 +155,7 @@ def test_a_trainer_used_from_python_keeps_its_own_bar(tmp_path):
 # checkpoints
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_alone_is_kept(whole):
     found = [each.relative_to(whole).as_posix() for each in run_state.checkpoints(whole)]
     assert found == ["round-2/checkpoint-2"]
@@ -163,6 +166,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [(1, 2), (2, 1), (2, 2)])
 def test_a_stop_in_the_middle_of_a_save_loses_nothing(home, whole, tmp_path, monkeypatch, place):  # noqa: F811
     saving = SeedTrainer._save_rng_state
@@ -181,6 +185,7 @@ def test_a_stop_in_the_middle_of_a_save_loses_nothing(home, whole, tmp_path, mon
     assert len(run_state.checkpoints(tmp_path / "out")) == 1
 
 
+@pytest.mark.slow
 def test_half_a_checkpoint_is_not_counted_among_the_last(home, whole, tmp_path):  # noqa: F811
     """A run that was killed while it saved checkpoint 2 and goes on with other save_steps saves none of that name."""
     out = tmp_path / "out"
@@ -305,6 +310,7 @@ def pasted(shown):
     return shlex.split(text)[3:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_a_stopped_training_says_what_it_kept_and_how_to_go_on(home, whole, tmp_path, monkeypatch, capfd, how):  # noqa: F811
     step, out = SeedTrainer.training_step, tmp_path / "out"
@@ -325,6 +331,7 @@ def test_a_stopped_training_says_what_it_kept_and_how_to_go_on(home, whole, tmp_
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_before_anything_is_kept(home, whole, tmp_path, monkeypatch, capfd):  # noqa: F811
     for where, told in (((generate, "load"), "nothing was kept"), ((SeedTrainer, "training_step"), "no checkpoint in")):
         with monkeypatch.context() as patch:
@@ -390,6 +397,7 @@ def test_a_disk_without_room_is_told_before_the_first_step(home, tmp_path, monke
     assert re.search(r"a checkpoint takes \d+ MiB, 0 MiB are free", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_what_was_saved(home, whole, tmp_path, monkeypatch, capsys):  # noqa: F811
     saving, out = torch.save, tmp_path / "out"
 

@@ -54,6 +54,7 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+@pytest.mark.slow
 def test_names_of_the_changelog_exist():
     text = (ROOT / "CHANGELOG.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `hkdfast.")]
@@ -162,6 +163,7 @@ def commands(page):
     return [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["hkdfast"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_works_from_top_to_bottom(page, home, monkeypatch, capsys):
     """Every command exits with 0, and the Python blocks run in one namespace."""
