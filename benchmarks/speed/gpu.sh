@@ -16,7 +16,7 @@ cd "$(dirname "$0")/../.."
 self=benchmarks/speed/gpu.sh
 # stages in their order, with the seconds each is expected to take on an H200: by counting, not measured
 declare -A EXPECTED=(
-    [build]=10 [smoke]=60 [plans]=25 [logits]=60 [heads-a]=90 [frozen-a]=40
+    [build]=10 [smoke]=60 [plans]=45 [logits]=60 [heads-a]=90 [frozen-a]=40
     [correct]=120 [compiled]=90 [heads-bd]=50 [coupled]=40 [errors]=20 [steps]=60
     [vocabulary]=120 [heads-more]=200 [frozen]=200 [tokens]=60 [compiled-more]=900 [sanitize]=300
 )
@@ -94,7 +94,7 @@ smoke() { # seconds: every kernel of the CUDA and of the Triton backend, each in
     timeout -k 5 90 $python benchmarks/speed/smoke.py check triton
 }
 
-PLANS=("" "blocks=1" "blocks=2" "blocks=2,warps=8" "blocks=4,warps=4" "chunk=256" "chunk=512")
+PLANS=("" "blocks=1" "cluster=8,blocks=1" "blocks=2,warps=8" "blocks=4,warps=4" "chunk=256" "chunk=512")
 plans() { # the times that decide how the CUDA kernels lay out a row
     if [ -n "${HKDFAST_TINY:-}" ]; then
         $python benchmarks/speed/smoke.py time cpu --tiny
