@@ -16,6 +16,9 @@ from hkdfast.batch import answer_rows
 from hkdfast.hf.head import model_inputs
 
 RATE, STEPS = 1e-3, 3
+CHECKPOINTING = next(  # its name in new and old versions of transformers
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(hf.TrainingArguments, name)
+)
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} "
     "{% if m['role'] == 'assistant' %}{% generation %}yes{% endgeneration %}{% endif %}{% endfor %}"
@@ -107,7 +110,7 @@ def options(folder, **others):
             report_to="none",
             use_cpu=True,
             bf16=False,
-            activation_checkpointing=False,
+            **{CHECKPOINTING: False},
             disable_tqdm=True,
         )
         | others
