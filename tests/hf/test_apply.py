@@ -292,7 +292,9 @@ def test_unknown_trainers(tmp_path):
 def test_a_method_with_other_arguments(tmp_path, monkeypatch):
     trainer = make(Trainer, tmp_path)
     monkeypatch.setattr(Trainer, "compute_loss", lambda self, model, inputs: None)
-    with pytest.raises(ValueError, match=r"\(self, model, inputs\), expected .*tried with transformers 5.19.0, 5.23.0 and 5.24.0"):
+    with pytest.raises(
+        ValueError, match=r"\(self, model, inputs\), expected .*tried with transformers 5.19.0, 5.23.0 and"
+    ):
         apply(trainer, teacher=teacher())
 
 

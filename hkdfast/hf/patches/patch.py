@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 MARK = "hkdfast_patch"  # attribute of a trainer that is patched
 MISSING = object()
-TRIED = {"trl": "1.16.0", "transformers": "5.19.0, 5.23.0 and 5.24.0"}  # the versions with which the tests of apply passed
+TRIED = {"trl": "1.16.0", "transformers": "5.19.0, 5.23.0 and 5.24.0"}  # with which the tests of apply passed
 
 
 @dataclass(frozen=True)
