@@ -110,7 +110,7 @@ def sweep(
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Values and tilts of a row, summed; the gradient is stored, or added to what stands there, if there is one."""
+    """Values and tilts of a row, summed; the gradient, if there is one, is stored, or added to what is stored."""
     values, tilts = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     student_entropy, teacher_entropy = lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     last = (vocab - 1) // BLOCK * BLOCK

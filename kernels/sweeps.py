@@ -25,7 +25,7 @@ from .row import (
 
 
 class Statistics(NamedTuple):
-    """What the first sweep over a row gives; of no meaning where not asked for."""
+    """What the first sweep over a row gives; of no meaning where it was not requested."""
 
     student: Softmax
     hard_sum: tl.tensor  # the student's log_sum at temperature 1
@@ -62,7 +62,7 @@ def statistics(
     DIFFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sweep that comes first: the sums that are asked for."""
+    """The first sweep: the sums that its flags request."""
     peak_q, sum_q, hard_sum = lanes(LOW, BLOCK), lanes(0.0, BLOCK), lanes(0.0, BLOCK)
     other_at_peak, mean = lanes(LOW, BLOCK), lanes(0.0, BLOCK)
     noisy_masked, widest = lanes(0.0, BLOCK), lanes(0.0, BLOCK)

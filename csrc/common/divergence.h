@@ -23,7 +23,7 @@ struct Term {
 // Whether the gradient of a row is 0: its weight is, or its loss is infinite.
 HKDFAST_HD bool without_gradient(float loss, float weight) { return weight == 0.f || absolute(loss) == INFINITY; }
 
-// Of any other row: whether all of its gradient is NaN, as its loss or its weight tells.
+// Of any other row: whether all of its gradient is NaN, which its loss or its weight decides.
 HKDFAST_HD bool without_numbers(float loss, float weight) { return loss != loss || weight - weight != 0.f; }
 
 // What the sum over the vocabulary follows from, beside the two softmax sums: then no sweep is spent on it.

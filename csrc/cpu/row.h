@@ -111,7 +111,7 @@ struct Row {
 
     contrast.a = static_cast<float>(a), contrast.extrapolate = law.mode == Mode::extrapolate;
     contrast.clean_peak = clean.origin(), contrast.noisy_peak = noisy_sums.origin();
-    // without a single noisy word every word stands alone, and their common constant is free
+    // without a single noisy token there is no contrast to compare with, and the common constant is free
     contrast.clean_only_offset = noisy_sums.sum == 0 ? 0.f : static_cast<float>(a * (contrast.extrapolate * log_clean - log_noisy));
     contrast.min_clean = -INFINITY;
     if (law.plausibility == 0) return;

@@ -62,7 +62,7 @@ struct Distillation {
   const Rows& rows = r.rows;
   const double scale = 1 / o.temperature;
   const bool hard = rows.labels && (o.hard_weight != 0 || rows.metrics), hard_apart = hard && scale != 1;
-  // the floor makes of p another distribution than its sums tell
+  // with the floor p is another distribution than that of its sums
   const bool short_cut = mean != Mean::none && o.teacher_floor == -INFINITY;
   Sums q, p, q_at_1;
   Total total{};
@@ -208,7 +208,7 @@ struct Distillation {
     });
   }
 
-  // What stands in the gradient already.
+  // What the gradient holds already.
   void add_before(std::int64_t at, int n, float* g) const {
     Block before;
     read(rows.grad, r.row, at, n, before.words);

@@ -48,7 +48,7 @@ inline void store(const Tile& tile, std::int64_t row, std::int64_t begin, int n,
 }
 
 // Logits of a block: lanes from word i on, one of them, and the largest of the first n. A NaN is not the largest, or is
-// the result; the caller's sums tell.
+// the result; the caller's sums show it.
 struct Floats {
   const float* x;
   HKDFAST_HD Lanes operator()(int i) const { return load(x + i); }
@@ -98,7 +98,7 @@ struct Source {
     return {x};
   }
 
-  // Asks for a block before it is needed: the processor does not foresee where a sweep that pauses to compute goes on.
+  // Prefetches a block before it is needed: the processor does not predict where a sweep that pauses to compute continues.
   void prefetch(std::int64_t row, std::int64_t begin, std::int64_t vocab) const {
     const int size = tile.dtype == Dtype::float32 ? 4 : 2;
     const char* from = static_cast<const char*>(tile.data) + (row * tile.stride + begin) * size;

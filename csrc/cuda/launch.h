@@ -19,7 +19,7 @@ namespace hkdfast {
 
 inline void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // the error is told here, not once more by the next call
+  cudaGetLastError();  // the error is reported here, not again by the next call
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 

@@ -143,7 +143,7 @@ class Ring {
     } else {
       refill_ragged(slot, at, begin, words);
     }
-    if (words % step_words) {  // the last step goes on behind the row's end: masked words
+    if (words % step_words) {  // the last step reaches past the row's end: masked tokens
       const int end = (words + step_words - 1) / step_words * step_words;
       each_tile([&](const Tile& tile, int tile_at) { mask(tile, at + bulk(tile, tile_at, begin, words).at, words, end); });
     }

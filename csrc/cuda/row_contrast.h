@@ -103,7 +103,7 @@ class RowContrast : protected RowSums<ThreadContext, Divergence, KIND, PURIFIED>
     Contrast to;
     to.a = static_cast<float>(a_), to.extrapolate = law.mode == Mode::extrapolate;
     to.clean_peak = clean.peak, to.noisy_peak = finite(noisy.peak);
-    // without a single noisy word every word stands alone, and their common constant is free
+    // without a single noisy token there is no contrast to compare with, and the common constant is free
     to.clean_only_offset = noisy.sum == 0 ? 0.f : static_cast<float>(a_ * (to.extrapolate * log_clean - log_noisy));
     if (law.plausibility != 0) {
       to.min_clean = static_cast<float>(log(law.plausibility));

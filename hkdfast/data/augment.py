@@ -2,7 +2,7 @@
 
     augment = Augment([RandomApply(Flip()), Crop(), Color(), Paraphrase(), ShuffleOptions()], seed=1)
     dataset = dataset.map(augment, with_indices=True)       # of datasets, its "image" cast to datasets.Image; or
-    dataset = Augmented(examples, augment, copies=2)        # of torch: made when asked for, anew in each epoch
+    dataset = Augmented(examples, augment, copies=2)        # of torch: made when read, anew in each epoch
 
 An example is a dict that `hkdfast.evaluate.choices.example` returned. Transforms of the image alone also accept a dict
 with "image" and "text" only. A transform is a small dataclass. It is called with (example, rng) and returns a changed

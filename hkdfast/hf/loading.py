@@ -310,7 +310,7 @@ def base_of(name):
     with reading("adapter", name):
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
     if not base:
-        raise ValueError(f"adapter {str(name)!r}: {ADAPTER_CONFIG} does not say on which model it stands")
+        raise ValueError(f"adapter {str(name)!r}: {ADAPTER_CONFIG} does not name the base model")
     return base
 
 

@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 WIDTH = 100  # columns of a line
-FIRST = ("loss", "agreement", "yes_rate", "cross_entropy", "divergence")  # what a line tells first, by its ending
-KNOWN = ("round", "stage", "epoch", "learning_rate", "grad_norm", "total_flos")  # what no line tells
+# entries of a log that a line shows first, by their ending
+FIRST = ("loss", "agreement", "yes_rate", "cross_entropy", "divergence")
+KNOWN = ("round", "stage", "epoch", "learning_rate", "grad_norm", "total_flos")  # entries that no line shows
 BAR = "{desc} |{bar:20}| {percentage:3.0f}%, {elapsed} gone, {remaining} left"
 # Warnings of libraries about one another, which nobody who runs a training can do anything about.
 HIDDEN = ((FutureWarning, "`is_gradient_checkpointing` is deprecated"),)  # of transformers, about PEFT
@@ -73,7 +74,7 @@ class Progress(TrainerCallback):
         self.at(share)
 
     def at(self, share, where=""):
-        """This share of the part is done; `where` is said beside its title."""
+        """Set the part's share that is done; `where` is shown behind its title."""
         done = self.before + share * self.work
         self.bar.set_description_str(self.part + where, refresh=False)
         self.bar.update(done - self.done)
@@ -85,7 +86,7 @@ class Progress(TrainerCallback):
         sys.stdout.flush()
 
     def left(self):
-        """How long the job will still take, as a text to put behind another; nothing where the bar tells it."""
+        """The remaining time as a text to append; empty where the bar shows it."""
         if not self.bar.disable or self.done <= self.start:
             return ""
         seconds = (time.monotonic() - self.clock) * (self.total - self.done) / (self.done - self.start)
@@ -133,7 +134,7 @@ def shape():
 
 @contextmanager
 def without(logger, message):
-    """A logger that does not tell what begins so."""
+    """A context in which a logger drops messages that begin with this text."""
 
     def other(record):
         return not record.getMessage().startswith(message)
@@ -152,10 +153,10 @@ def line(where, logs):
         place = next((i for i, end in enumerate(FIRST) if name.endswith(end)), len(FIRST))
         return name != "loss", place, "teacher" in name
 
-    told = where
+    shown = where
     names = [name for name in logs if isinstance(logs[name], Real) and not name.endswith(KNOWN)]
     for name in sorted(names, key=rank):
-        more = f"{': ' if told == where and where else ', ' if told else ''}{name.replace('_', ' ')} {logs[name]:.3g}"
-        if len(told + more) <= WIDTH:
-            told += more
-    return told
+        more = f"{': ' if shown == where and where else ', ' if shown else ''}{name.replace('_', ' ')} {logs[name]:.3g}"
+        if len(shown + more) <= WIDTH:
+            shown += more
+    return shown

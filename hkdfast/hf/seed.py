@@ -42,7 +42,7 @@ class SeedTrainer(RoundsTrainer):
     Raises:
         ValueError: before any work, if the model has no head, the adapter cannot be used, a weight outside it would be
             trained, or an option or argument would be ignored; at the first batch, if the head's scale or softcap
-            cannot be told, the batch has no images, or training changes a buffer that is not saved.
+            cannot be told apart, the batch has no images, or training changes a buffer that is not saved.
 
     The adapter alone is trained. To train more of the model, name it in modules_to_save of peft_config, e.g.
     ["multi_modal_projector"]: then a copy is trained and saved with the adapter, and the teacher keeps the original.
@@ -54,7 +54,7 @@ class SeedTrainer(RoundsTrainer):
     save_model(folder), load it with PeftModel.from_pretrained(model, folder). Round n's product stands beside the
     others' in it, at n times the rank. Checkpoints are such adapters too, under output_dir/round-n when there are
     several rounds, and train(resume_from_checkpoint=...) resumes from any of them, to the same losses bit for bit.
-    run.json in output_dir tells what the run is and goes with its checkpoints: one of other options is not resumed
+    run.json in output_dir records the options of the run, beside its checkpoints: one of other options is not resumed
     (ValueError, naming the first difference), nor is a fresh one begun where another has left checkpoints. That model
     and data are the same is not checked.
 
@@ -216,7 +216,7 @@ def yes_no_tokens(processor: Any) -> list[list[int]]:
     """The tokens that an answer beginning with yes, and one beginning with no, may start with.
 
     Raises:
-        ValueError: if there is no tokenizer, or it does not tell the two words apart by their first token.
+        ValueError: if there is no tokenizer, or the two words have the same first token.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer is None:
@@ -232,5 +232,5 @@ def yes_no_tokens(processor: Any) -> list[list[int]]:
                     break
         found.append(starts)
     if not all(found) or found[0] & found[1]:
-        raise ValueError("yes_rate: the tokenizer does not tell yes from no by the first token")
+        raise ValueError("yes_rate: yes and no have the same first token in this tokenizer")
     return [sorted(starts) for starts in found]

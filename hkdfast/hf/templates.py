@@ -18,8 +18,8 @@ MEDIA = re.compile("(image|video|audio|vision|boi|eoi).*_token$")  # attributes 
 def prompts(processor, texts):
     """The texts as the model wants to be asked, each about one image.
 
-    By the chat template that the processor keeps, or else its tokenizer. Where neither has one, that is told on stderr,
-    and the image's mark comes first and then the text.
+    By the chat template that the processor keeps, or else its tokenizer. Where neither has one, a note on stderr says
+    so, and the image's mark comes first and then the text.
 
     Raises:
         ValueError: a template that cannot be rendered, or shows no image; or several and none of them the default.
@@ -87,7 +87,7 @@ def content_of(processor, keeper):
     """The function from a question to the content of its turn, in the first form that the template shows whole.
 
     Templates take a turn's content as a list of parts, an image among them; or as a list of texts, or one text, in
-    which the image's mark stands.
+    which the image's mark is.
     """
 
     def shown(content):

@@ -88,7 +88,7 @@ CONTRAST_FIELDS = tuple(field.name for field in fields(ContrastSpec))
 SCALARS = tuple(field.name for field in fields(Objective) if field.name not in ("student", "teacher", "noisy", "law"))
 
 
-NUMBER = "#"  # stands for the next number in an encoded text
+NUMBER = "#"  # the place of the next number in an encoded text
 
 
 def encode(groups: list[list[Any]]) -> tuple[str, list[float]]:

@@ -354,7 +354,7 @@ def test_an_adapter_in_the_place_of_a_model_says_how_to_give_both(home):
 
 def test_an_adapter_without_its_base_is_refused(adapter):
     configured(base_model_name_or_path=None)(adapter)
-    with pytest.raises(ValueError, match="does not say on which model it stands"):
+    with pytest.raises(ValueError, match="does not name the base model"):
         family.load_model(adapter)
 
 

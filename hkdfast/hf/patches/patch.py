@@ -47,7 +47,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Request:
-    """What the caller of `apply` asks for."""
+    """The arguments of `apply`."""
 
     divergence: str | None
     options: dict
