@@ -32,7 +32,7 @@ def unwrap_peft(model):
 
 @contextmanager
 def forward_replaced(module, function):
-    """While this is open, module.forward(...) is function(forward, ...)."""
+    """A context in which module.forward(...) calls function(forward, ...)."""
     forward, own = module.forward, "forward" in vars(module)
     module.forward = lambda *args, **kwargs: function(forward, *args, **kwargs)
     try:
@@ -46,7 +46,7 @@ def forward_replaced(module, function):
 
 @contextmanager
 def evaluating(model):
-    """No gradients and no dropout; every module's own mode comes back afterwards."""
+    """A context without gradients and dropout; afterwards every module has its own training mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -266,7 +266,7 @@ def tolerance(dtype):
 
 
 def longest(hidden):
-    """The longest of some hidden states (T, H): behind padding one may be 0, of which every head makes the same."""
+    """Index of the hidden state (T, H) with the largest norm: one of padding may be 0, of which every head makes 0."""
     return hidden.float().norm(dim=-1).argmax().item()
 
 
@@ -367,7 +367,7 @@ def verified(head, model, batch):
 
 
 def only(results, head):
-    """What the one run of a head has left."""
+    """The result of the one run of a head; ValueError if it ran more often, or not at all."""
     if len(results) != 1:
         raise ValueError(
             f"{head.name} runs its head {len(results)} times for a batch, expected once: its logits are not those of "

@@ -43,7 +43,7 @@ REGISTER = "import the module that registers it first, in a command by --import 
 
 @contextmanager
 def reading(what, path):
-    """Let nothing but calls of libraries stand inside: their errors become one that says what was read and where.
+    """A context for calls of libraries alone: any error of theirs becomes one that names what was read, and from where.
 
     Raises:
         OSError, ImportError: where the library raises one.
@@ -62,7 +62,7 @@ def reading(what, path):
 
 
 def reason(error):
-    """A library's message in one line; with the kind of error where that says more than the message."""
+    """The message of a library's error on one line, with the type of the error where the message alone is unclear."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return f"it needs code that lies beside its files, which is not run: {REGISTER}"
@@ -85,7 +85,7 @@ def folder_of(path):
 
 
 def fault(path):
-    """What makes the files under a name unreadable: the name of one and why, or None."""
+    """Why the files of a model cannot be read, with the name of one, or None."""
     folder = folder_of(path)
     if folder is None:
         return None
@@ -162,7 +162,7 @@ POINTER = b"version https://git-lfs.github.com"
 
 
 def unknown_type(folder):
-    """That a model, or a part of it, is of a type that transformers does not know; or None."""
+    """A text if transformers does not know the type of a model or of a part of it, else None."""
     file = folder / CONFIG
     if not file.is_file():
         return None
@@ -278,7 +278,7 @@ def load_weights(path, dtype="auto", kind=None, **how):
 
 
 def outline(path):
-    """A model without its numbers, in no memory, after the look that `load_weights` takes at its files."""
+    """A model without weights, on the meta device, after the checks that `load_weights` makes of its files."""
     config = load_config(path)
     if getattr(config, "quantization_config", None) is None:
         return load_weights(path, device_map="meta")
@@ -426,7 +426,7 @@ def load_processor(path):
 
 
 def check_words(path, processor, model):
-    """See that a question can be put into the template's words, and the model knows them.
+    """Check that the chat template takes a question, and that the model has every token of it.
 
     Raises:
         ValueError: a chat template that cannot be used, or a tokenizer with more words than the model has embeddings.

@@ -90,7 +90,7 @@ def slope(y, x, softcap):
 
 
 def spread(slopes, slack):
-    """(low, high) between which one slope must be, if each is known to a relative error. low > high: there is none."""
+    """(low, high) that hold every slope, each known to a relative error; low > high if no slope fits all."""
     return (slopes * (1 - slack)).max().item(), (slopes * (1 + slack)).min().item()
 
 

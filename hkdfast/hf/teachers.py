@@ -121,7 +121,7 @@ def check(model, named, vocab):
 
 
 def choose_examples(batch, examples):
-    """(batch, rows) that a teacher of some examples runs on: those alone where the batch is text, else all.
+    """(batch, rows) for a teacher of some examples: only those examples if the batch is text, else all of it.
 
     Args:
         examples: (B,) bool, at least one.
