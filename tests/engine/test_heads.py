@@ -271,7 +271,7 @@ def test_difference_tiles_need_one_head(change):
 
 
 def test_narrow_tiles_of_float64_heads_are_refused():
-    with pytest.raises(ValueError, match="precision='bfloat16' makes 16-bit tiles: for float64 heads"):
+    with pytest.raises(ValueError, match="precision='bfloat16' uses 16-bit tiles: for float64 heads"):
         distill_loss(head(dtype=torch.float64), head(dtype=torch.float64, seed=1), precision="bfloat16")
 
 

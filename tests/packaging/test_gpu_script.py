@@ -57,6 +57,7 @@ def parts(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_leaves_its_log(parts):
     log = (parts / "gpu.log").read_text()
     told = {one.split("\n")[0]: one for one in log.split("\n=== ")[1:] if "done" not in one.split("\n")[0]}
@@ -65,12 +66,13 @@ def test_every_stage_runs_and_leaves_its_log(parts):
     assert "216 cases are right" in told["smoke"] and "GB/s" in told["plans"]
 
 
-def test_a_call_leaves_as_many_files_as_come_back_from_the_machine_that_is_lent(parts):
+def test_a_call_leaves_as_many_files_as_come_back_from_the_machine_that_is_lent():
     for group in ("FIRST", "SECOND"):
         stages = re.search(rf"^{group}=\((.*)\)$", SCRIPT.read_text(), re.M)[1].split()
         assert len({*stages} - OTHERS | {*stages} & {"compiled"}) + 1 <= 8  # and the log
 
 
+@pytest.mark.slow
 def test_the_rehearsal_ends_with_the_seconds_of_each_stage(parts):
     table = (parts / "gpu.log").read_text().split("expected there, s\n")[1]
     rows = dict(re.findall(r"^(\S+) +(\d+) +\d+$", table, re.M))
@@ -79,6 +81,7 @@ def test_the_rehearsal_ends_with_the_seconds_of_each_stage(parts):
     assert int(sums["first"]) + int(sums["second"]) <= 900 - 120 - 60  # start and transfers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", BENCHMARKS)
 def test_a_stage_measures_what_it_says(parts, stage):
     part = json.loads((parts / f"{stage}.json").read_text())
@@ -91,6 +94,7 @@ def test_a_stage_measures_what_it_says(parts, stage):
             assert info["gradient error"] < 4e-3, info
 
 
+@pytest.mark.slow
 def test_the_parts_become_one_file_with_figures_and_a_table(parts, tmp_path, monkeypatch):
     collect, figures, table = (import_module(name) for name in ("collect", "figures", "speed_table"))
     monkeypatch.setattr(sys, "argv", ["collect.py", str(parts), "--into", str(tmp_path), "--name", "here"])
@@ -108,6 +112,7 @@ def test_the_parts_become_one_file_with_figures_and_a_table(parts, tmp_path, mon
     assert all(row[2].endswith("x") for row in rows)  # each knows its floor
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_keeps_what_it_has_measured(tmp_path):
     """A stage is interrupted, not killed, so that pytest-benchmark writes its figures; the next ones do not begin."""
     slow = tmp_path / "slow.py"
@@ -156,6 +161,7 @@ def test_a_stage_run_again_replaces_its_figures():
     assert [one["stats"]["median"] for one in merged["benchmarks"]] == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_peer_out_of_memory_is_a_result(tmp_path):
     (tmp_path / "full.py").write_text(
         "import torch\n"
