@@ -2,6 +2,7 @@
 
 import ast
 import math
+import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_wrong_questions_are_named_before_a_model_is_loaded(example, tmp_path):
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "Is there a cat?"}\n')
     with pytest.raises(ValueError, match="questions.jsonl:1.*image"):
         example.seed("no-model", tmp_path, tmp_path / "questions.jsonl", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["split_vocabulary"], indirect=True)
+def test_a_vocabulary_is_split_over_processes(example):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", example.__file__]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes: loss" in done.stdout
 
 
 def test_every_example_has_a_test():
